@@ -1,0 +1,26 @@
+"""`mfuser <command> ...`: one entry point for the scripts beside this file."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "segment": ("segment", "segment images with a trained model"),
+    "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
+}
+
+
+def usage() -> str:
+    commands = "\n".join(f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items())
+    return f"usage: mfuser COMMAND [ARGUMENTS]\n\ncommands (each explains itself with --help):\n{commands}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"mfuser: no command {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"mfuser.scripts.{COMMANDS[arguments[0]][0]}")
+    return module.main(arguments[1:])
