@@ -120,6 +120,11 @@ class Eva02ClipTextConfig(CLIPTextConfig):
                 "max_position_embeddings",
             ),
         )
+        if not (isinstance(self.eos_token_id, int) and 0 <= self.eos_token_id < self.vocab_size):
+            raise ValueError(
+                f"eos_token_id must be a token of the vocabulary of {self.vocab_size} (0 to {self.vocab_size - 1}), got "
+                f"{self.eos_token_id}: its output stands for the text"
+            )
 
 
 @strict
