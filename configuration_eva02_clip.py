@@ -60,9 +60,10 @@ class Eva02ClipVisionConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = int(self.hidden_size * SWIGLU_RATIO)
         super().__post_init__(**kwargs)
+        self.check()
 
-    def validate_architecture(self):
-        """Part of `@strict`-powered validation."""
+    def check(self):
+        """Raises `ValueError` for values that can't work together."""
         _require_positive(
             self,
             (
@@ -106,8 +107,12 @@ class Eva02ClipTextConfig(CLIPTextConfig):
     num_attention_heads: int = 12
     hidden_act: str = "gelu"
 
-    def validate_sizes(self):
-        """Part of `@strict`-powered validation."""
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self):
+        """Raises `ValueError` for values that can't work together."""
         _require_positive(
             self,
             (
@@ -122,8 +127,8 @@ class Eva02ClipTextConfig(CLIPTextConfig):
         )
         if not (isinstance(self.eos_token_id, int) and 0 <= self.eos_token_id < self.vocab_size):
             raise ValueError(
-                f"eos_token_id must be a token of the vocabulary of {self.vocab_size} (0 to {self.vocab_size - 1}), got "
-                f"{self.eos_token_id}: its output stands for the text"
+                f"eos_token_id must be a token of the vocabulary (0 to {self.vocab_size - 1}), its output stands for "
+                f"the text; got {self.eos_token_id}"
             )
 
 
@@ -158,9 +163,10 @@ class Eva02ClipConfig(PreTrainedConfig):
             if not isinstance(value, PreTrainedConfig):
                 setattr(self, name, config_class(**{"projection_dim": self.projection_dim, **(value or {})}))
         super().__post_init__(**kwargs)
+        self.check()
 
-    def validate_projection(self):
-        """Part of `@strict`-powered validation."""
+    def check(self):
+        """Raises `ValueError` for values that can't work together."""
         for name in ("vision_config", "text_config"):
             if getattr(self, name).projection_dim != self.projection_dim:
                 raise ValueError(

@@ -10,7 +10,6 @@ References:
 The text tower is CLIP's with another activation, so it is [`CLIPTextModel`] itself.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -207,9 +206,8 @@ class Eva02ClipVisionMLP(nn.Module):
 
 
 class Eva02ClipVisionLayer(GradientCheckpointingLayer):
-    def __init__(self, config: Eva02ClipVisionConfig, layer_index: int):
+    def __init__(self, config: Eva02ClipVisionConfig):
         super().__init__()
-        self.layer_index = layer_index
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Eva02ClipVisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -226,7 +224,7 @@ class Eva02ClipVisionLayer(GradientCheckpointingLayer):
 class Eva02ClipVisionEncoder(nn.Module):
     def __init__(self, config: Eva02ClipVisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList([Eva02ClipVisionLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([Eva02ClipVisionLayer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(
         self, hidden_states: torch.Tensor, rotary: Rotary, **kwargs: Unpack[TransformersKwargs]
@@ -254,11 +252,6 @@ class Eva02ClipPreTrainedModel(PreTrainedModel):
         if isinstance(module, Eva02ClipVisionEmbeddings):
             init.trunc_normal_(module.class_embedding, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embedding.weight, std=self.config.initializer_range)
-        elif isinstance(module, Eva02ClipVisionLayer):
-            # Each layer adds to the residual stream twice: shrinking with depth keeps its variance level.
-            std = self.config.initializer_range / math.sqrt(2 * (module.layer_index + 1))
-            init.trunc_normal_(module.self_attn.out_proj.weight, std=std)
-            init.trunc_normal_(module.mlp.down_proj.weight, std=std)
         elif isinstance(module, Eva02ClipModel):
             for projection in (module.visual_projection, module.text_projection):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)

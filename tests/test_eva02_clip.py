@@ -1,0 +1,524 @@
+"""EVA02-CLIP computes what the reference does, and behaves as a Transformers model.
+
+`fixtures/eva02_clip_reference.safetensors` holds one vision layer and a whole text tower of the reference
+implementation, small and random, under the published names (`weights.*`), with inputs and outputs. Of the token
+embedding there are the rows `token_ids` only.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, dynamic_module_utils
+from transformers.masking_utils import create_causal_mask
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
+from mfuser.modeling_eva02_clip import Eva02ClipModel, Eva02ClipTextModel, Eva02ClipVisionModel
+from mfuser.scripts import convert_eva02_clip as convert
+
+VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH, PRETRAINED_GRID = 8, 4, 3  # of the fixture
+
+
+def tiny_config(**vision):
+    return Eva02ClipConfig(
+        projection_dim=24,
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "initializer_range": 0.2,
+            **vision,
+        },
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 50,
+            "max_position_embeddings": 12,
+            "bos_token_id": 48,
+            "eos_token_id": 49,
+            "initializer_factor": 4.0,
+        },
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Eva02ClipModel(tiny_config()).eval()
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(1, 48, (2, 9), generator=generator)
+    input_ids[0, 4:], input_ids[1, 8] = 49, 49
+    return {"pixel_values": torch.randn(3, 3, 56, 56, generator=generator), "input_ids": input_ids}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_file(Path(__file__).parent / "fixtures" / "eva02_clip_reference.safetensors")
+
+
+@pytest.fixture(scope="module")
+def published(reference):
+    weights = {key.removeprefix("weights."): tensor for key, tensor in reference.items() if key.startswith("weights.")}
+    rows = weights["text.token_embedding.weight"]
+    weights["text.token_embedding.weight"] = torch.zeros(49408, rows.shape[1]).index_copy(
+        0, reference["token_ids"], rows
+    )
+    return weights
+
+
+@pytest.fixture(scope="module")
+def reference_model(published):
+    model = convert.eva02_clip_from_state_dict(published, VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH)
+    model.vision_model.config.rope_pretrained_grid = PRETRAINED_GRID
+    return model
+
+
+# What the reference computes
+
+
+def test_rotary_table_is_the_reference_table_after_a_row_for_the_class_token(reference, reference_model):
+    cos, sin = reference_model.vision_model.rotary_embedding(4, 4)
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos[1:], reference["weights.visual.rope.freqs_cos"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin[1:], reference["weights.visual.rope.freqs_sin"], atol=1e-6, rtol=0)
+    assert (cos[0] == 1).all() and (sin[0] == 0).all()
+
+
+@torch.no_grad()
+def test_vision_embeddings_and_layer_equal_the_reference(reference, reference_model):
+    # Images of 60 pixels at patch 14: the reference, too, never sees the last four.
+    vision = reference_model.vision_model
+    hidden_states = vision.encoder.layers[0](
+        vision.embeddings(reference["pixel_values"]), vision.rotary_embedding(4, 4)
+    )
+    torch.testing.assert_close(hidden_states, reference["vision_layer_output"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_text_tower_stepped_like_clip_equals_the_reference(reference, reference_model):
+    """The learned context stands between the first token and the rest, so the tower is entered with embeddings."""
+    text, ids = reference_model.text_model, reference["text_input_ids"]
+    tokens, context = text.embeddings.token_embedding(ids), reference["text_contexts"].expand(len(ids), -1, -1)
+    hidden_states = text.embeddings(inputs_embeds=torch.cat([tokens[:, :1], context, tokens[:, 1:]], dim=1))
+    mask = create_causal_mask(
+        config=text.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
+    )
+    hidden_states = text.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True).last_hidden_state
+    end = ids.argmax(dim=-1) + context.shape[1]
+    embeddings = reference_model.text_projection(text.final_layer_norm(hidden_states)[torch.arange(len(ids)), end])
+    torch.testing.assert_close(embeddings, reference["text_embeddings"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_vision_layer_on_a_non_square_grid_equals_its_definition(published, reference_model):
+    height, width, heads = 2, 5, 4
+    torch.manual_seed(0)
+    hidden_states = torch.randn(2, 1 + height * width, 32)
+    weights = {key.removeprefix("visual.blocks.0."): tensor for key, tensor in published.items()}
+
+    def linear(name, x):
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def split(x):
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def turn(x):
+        """One complex number a channel pair; two pairs turn with the row, two with the column."""
+        x = split(x).clone()
+        for row in range(height):
+            for column in range(width):
+                y, x_ = row / height * PRETRAINED_GRID, column / width * PRETRAINED_GRID
+                angles = torch.tensor([y, y / 100, x_, x_ / 100])  # 10000 ** (-2j / 4)
+                token = x[:, :, 1 + row * width + column]
+                turned = torch.view_as_complex(token.unflatten(-1, (4, 2)).contiguous()) * torch.exp(1j * angles)
+                x[:, :, 1 + row * width + column] = torch.view_as_real(turned).flatten(-2)
+        return x
+
+    normed = norm("norm1", hidden_states)
+    query = turn(linear("attn.q_proj", normed) + weights["attn.q_bias"])
+    key = turn(linear("attn.k_proj", normed))
+    value = split(linear("attn.v_proj", normed) + weights["attn.v_bias"])
+    attention = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1) @ value
+    expected = hidden_states + linear("attn.proj", norm("attn.inner_attn_ln", attention.transpose(1, 2).flatten(2)))
+    normed = norm("norm2", expected)
+    gated = F.silu(linear("mlp.w1", normed)) * linear("mlp.w2", normed)
+    expected = expected + linear("mlp.w3", norm("mlp.ffn_ln", gated))
+
+    vision = reference_model.vision_model
+    output = vision.encoder.layers[0](hidden_states, vision.rotary_embedding(height, width))
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_norm_has_the_published_epsilon():
+    """Too small a number to show in outputs."""
+    model = Eva02ClipModel(tiny_config())
+    for tower, eps in ((model.vision_model, 1e-6), (model.text_model, 1e-5)):
+        assert {module.eps for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)} == {eps}
+
+
+# Image sizes
+
+
+@torch.no_grad()
+def test_pixels_that_fill_no_patch_are_never_seen(model):
+    pixel_values = torch.randn(1, 3, 69, 83)  # 4 x 5 patches of 14 and 13 pixels over
+    inside = model.vision_model(pixel_values[..., :56, :70]).last_hidden_state
+    assert inside.shape == (1, 1 + 4 * 5, 32)
+    pixel_values[..., 56:, :] = torch.nan
+    pixel_values[..., 70:] = torch.nan
+    assert torch.equal(model.vision_model(pixel_values).last_hidden_state, inside)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(2, 7), (7, 2), (5, 5), (1, 1)])
+def test_position_table_is_resampled_bicubically_to_any_grid(model, grid):
+    embeddings = model.vision_model.embeddings
+    height, width = (side * 14 for side in grid)
+    positions = embeddings(torch.zeros(1, 3, height, width))[0]
+    table = embeddings.position_embedding.weight
+    torch.testing.assert_close(positions[0], table[0] + embeddings.class_embedding)
+    expected = F.interpolate(table[1:].T.reshape(1, -1, 4, 4), size=grid, mode="bicubic", align_corners=False)
+    positions = (positions[1:] - embeddings.patch_embedding.bias).T.reshape(1, -1, *grid)
+    torch.testing.assert_close(positions, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_are_stretched_to_the_pretrained_grid_on_each_axis():
+    model = Eva02ClipVisionModel(Eva02ClipVisionConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
+    cos, sin = model.rotary_embedding(2, 32)  # one pair an axis, its frequency 1
+    row, column = 1, 31
+    expected = torch.tensor([row / 2 * 16, column / 32 * 16])
+    torch.testing.assert_close(cos[-1, ::2], expected.cos())
+    torch.testing.assert_close(sin[-1, ::2], expected.sin())
+
+
+def test_pixels_of_a_wrong_shape_raise(model):
+    with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), got \(1, 4, 56, 56\)"):
+        model.vision_model(torch.zeros(1, 4, 56, 56))
+    with pytest.raises(ValueError, match=r"\(56, 13\) pixels holds no patch of 14"):
+        model.vision_model(torch.zeros(1, 3, 56, 13))
+
+
+# Behaviour of a Transformers model
+
+
+@torch.no_grad()
+def test_similarity_is_a_scaled_cosine_and_symmetric(model, inputs):
+    outputs = model(**inputs)
+    assert outputs.logits_per_image.shape == (3, 2)
+    assert torch.equal(outputs.logits_per_text, outputs.logits_per_image.T)
+    cosine = F.cosine_similarity(
+        model.get_image_features(inputs["pixel_values"]).pooler_output[:, None],
+        model.get_text_features(inputs["input_ids"]).pooler_output[None],
+        dim=-1,
+    )
+    torch.testing.assert_close(outputs.logits_per_image, cosine / 0.07, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(outputs.image_embeds.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(outputs.text_embeds.norm(dim=-1), torch.ones(2))
+
+
+def test_contrastive_loss_pairs_images_and_texts(model, inputs):
+    outputs = model(inputs["input_ids"], inputs["pixel_values"][:2], return_loss=True)
+    logits, pairs = outputs.logits_per_image, torch.arange(2)
+    torch.testing.assert_close(outputs.loss, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2)
+    outputs.loss.backward()
+    # The last hidden states of patches lead nowhere, but through attention all weights have a say.
+    without_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without_gradient == []
+    with pytest.raises(ValueError, match="3 images and 2 texts"):
+        model(**inputs, return_loss=True)
+
+
+@torch.no_grad()
+def test_text_sees_no_later_token_and_no_padding(model, inputs):
+    ids = inputs["input_ids"]
+    other = ids.clone()
+    other[0, 5:] = 7  # after the end of the first text
+    features = model.get_text_features(ids).pooler_output
+    torch.testing.assert_close(model.get_text_features(other).pooler_output[0], features[0])
+    other[0, 2] = 11
+    assert not torch.allclose(model.get_text_features(other).pooler_output[0], features[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_attention_agree(model, inputs):
+    outputs = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert model.vision_model.config._attn_implementation == implementation
+        outputs[implementation] = model(**inputs).logits_per_image
+    torch.testing.assert_close(outputs["eager"], outputs["sdpa"], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_are_recorded(model, inputs):
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    vision, text = outputs.vision_model_output, outputs.text_model_output
+    assert [tuple(states.shape) for states in vision.hidden_states] == [(3, 17, 32)] * 4
+    assert torch.equal(vision.hidden_states[0], model.vision_model.embeddings(inputs["pixel_values"]))
+    assert torch.equal(vision.hidden_states[-1], vision.last_hidden_state)
+    assert [tuple(weights.shape) for weights in vision.attentions] == [(3, 2, 17, 17)] * 3
+    assert [tuple(states.shape) for states in text.hidden_states] == [(2, 9, 16)] * 3
+    assert [tuple(weights.shape) for weights in text.attentions] == [(2, 2, 9, 9)] * 2
+    torch.testing.assert_close(vision.attentions[0].sum(-1), torch.ones(3, 2, 17))
+
+
+@torch.no_grad()
+def test_stepping_through_the_layers_equals_forward(model, inputs):
+    vision = model.vision_model
+    hidden_states = vision.embeddings(inputs["pixel_values"])
+    rotary = vision.rotary_embedding(4, 4)
+    for layer in vision.encoder.layers:
+        hidden_states = layer(hidden_states, rotary)
+    outputs = vision(inputs["pixel_values"])
+    assert torch.equal(hidden_states, outputs.last_hidden_state)
+    torch.testing.assert_close(vision.post_layernorm(hidden_states)[:, 0], outputs.pooler_output)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_leaves_gradients_as_they_are(model, inputs, use_reentrant):
+    def gradients():
+        model.zero_grad()
+        model(**inputs).logits_per_image.square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.train()
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert all(layer.gradient_checkpointing for layer in model.vision_model.encoder.layers)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_the_rotary_table_in_float32_and_stays_close(model, inputs):
+    expected = model.vision_model(inputs["pixel_values"]).pooler_output
+    model = model.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in model.vision_model.rotary_embedding(4, 4)} == {torch.float32}
+    output = model.vision_model(inputs["pixel_values"]).pooler_output
+    assert output.dtype == torch.bfloat16
+    assert F.cosine_similarity(output.float(), expected, dim=-1).min() > 0.999
+
+
+def test_model_holds_no_rotary_table(model):
+    """Buffers that are not saved come back uninitialised from `from_pretrained`, which builds on the meta device."""
+    assert [name for name, _ in model.named_buffers()] == ["text_model.embeddings.position_ids"]
+
+
+@torch.no_grad()
+def test_saving_and_loading_gives_the_same_bits(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, report = Eva02ClipModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    for name in ("vision_config", "text_config"):
+        expected, config = getattr(model.config, name).to_diff_dict(), getattr(loaded.config, name).to_diff_dict()
+        assert config == {**expected, "dtype": "float32"}
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(loaded.text_model.embeddings.position_ids, model.text_model.embeddings.position_ids)
+    inputs["pixel_values"] = torch.randn(3, 3, 42, 70)
+    assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+
+@torch.no_grad()
+def test_one_tower_loads_from_the_folder_of_both(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    vision, report = Eva02ClipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    expected = model.vision_model(inputs["pixel_values"]).pooler_output
+    assert torch.equal(vision(inputs["pixel_values"]).pooler_output, expected)
+    text, report = Eva02ClipTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    expected = model.text_model(inputs["input_ids"]).pooler_output
+    assert torch.equal(text(inputs["input_ids"]).pooler_output, expected)
+
+
+@torch.no_grad()
+def test_saved_folder_loads_as_remote_code(model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "eva02-clip.tiny"
+    model.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.vision_config.intermediate_size == int(32 * 2.6667)
+    loaded = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules")
+    assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+
+def test_fresh_weights_are_all_drawn():
+    torch.manual_seed(0)
+    model = Eva02ClipModel.from_pretrained(None, config=tiny_config(initializer_range=0.02), state_dict={})
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    embeddings = model.vision_model.embeddings
+    assert 0.01 < embeddings.class_embedding.std() < 0.03
+    assert 0.018 < embeddings.position_embedding.weight.std() < 0.022
+    assert 0.018 < model.vision_model.encoder.layers[2].mlp.up_proj.weight.std() < 0.022
+    assert model.logit_scale.item() == pytest.approx(2.6592)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values", "message"),
+    [
+        (Eva02ClipVisionConfig, {"hidden_size": 1000}, "must be a multiple of 4 \\* num_attention_heads"),
+        (Eva02ClipVisionConfig, {"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
+        (Eva02ClipVisionConfig, {"num_attention_heads": 0}, "num_attention_heads must be positive"),
+        (Eva02ClipVisionConfig, {"rope_pretrained_grid": 0}, "rope_pretrained_grid must be positive"),
+        (Eva02ClipVisionConfig, {"image_size": 13}, "smaller than one patch of 14"),
+        (
+            Eva02ClipTextConfig,
+            {"vocab_size": 100, "bos_token_id": 1},
+            "eos_token_id must be a token of the vocabulary",
+        ),
+        (Eva02ClipTextConfig, {"max_position_embeddings": 0}, "max_position_embeddings must be positive"),
+        (Eva02ClipConfig, {"projection_dim": 512, "text_config": {"projection_dim": 768}}, "give all three the same"),
+    ],
+)
+def test_impossible_configurations_raise(config_class, values, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**values)
+
+
+# Conversion of published checkpoints
+
+
+def published_shapes(width, layers, patch, grid, text_width, text_layers, projection):
+    """Every tensor of a published checkpoint: names as in baaivision/EVA, EVA-CLIP, with the text tower unprefixed."""
+    hidden, head_width = int(width * 2.6667), 64
+    shapes = {
+        "logit_scale": (),
+        "visual.cls_token": (1, 1, width),
+        "visual.pos_embed": (1, grid**2 + 1, width),
+        "visual.patch_embed.proj.weight": (width, 3, patch, patch),
+        "visual.patch_embed.proj.bias": (width,),
+        "visual.norm.weight": (width,),
+        "visual.norm.bias": (width,),
+        "visual.head.weight": (projection, width),
+        "visual.head.bias": (projection,),
+        "token_embedding.weight": (49408, text_width),
+        "positional_embedding": (77, text_width),
+        "ln_final.weight": (text_width,),
+        "ln_final.bias": (text_width,),
+        "text_projection": (text_width, projection),
+    }
+    for rope in ["visual.rope", *(f"visual.blocks.{i}.attn.rope" for i in range(layers))]:
+        shapes[f"{rope}.freqs_cos"] = shapes[f"{rope}.freqs_sin"] = (grid**2, head_width)
+    for i in range(layers):
+        block = f"visual.blocks.{i}."
+        shapes.update({f"{block}attn.{name}_proj.weight": (width, width) for name in "qkv"})
+        shapes.update({f"{block}attn.{name}_bias": (width,) for name in "qv"})
+        shapes.update({f"{block}attn.proj.weight": (width, width), f"{block}attn.proj.bias": (width,)})
+        for name in ("norm1", "norm2", "attn.inner_attn_ln"):
+            shapes.update({f"{block}{name}.weight": (width,), f"{block}{name}.bias": (width,)})
+        for name in ("w1", "w2"):
+            shapes.update({f"{block}mlp.{name}.weight": (hidden, width), f"{block}mlp.{name}.bias": (hidden,)})
+        shapes.update({f"{block}mlp.ffn_ln.weight": (hidden,), f"{block}mlp.ffn_ln.bias": (hidden,)})
+        shapes.update({f"{block}mlp.w3.weight": (width, hidden), f"{block}mlp.w3.bias": (width,)})
+    for i in range(text_layers):
+        block = f"transformer.resblocks.{i}."
+        for name in ("ln_1", "ln_2"):
+            shapes.update({f"{block}{name}.weight": (text_width,), f"{block}{name}.bias": (text_width,)})
+        for name, rows, columns in (
+            ("attn.in_proj_", 3 * text_width, text_width),
+            ("attn.out_proj.", text_width, text_width),
+            ("mlp.c_fc.", 4 * text_width, text_width),
+            ("mlp.c_proj.", text_width, 4 * text_width),
+        ):
+            shapes.update({f"{block}{name}weight": (rows, columns), f"{block}{name}bias": (rows,)})
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "image_size"),
+    [
+        ((768, 12, 16, 14, 512, 12, 512), 224),
+        ((1024, 24, 14, 16, 768, 12, 768), 224),
+        ((1024, 24, 14, 24, 768, 12, 768), 336),
+    ],
+    ids=["B/16", "L/14", "L/14-336"],
+)
+def test_published_models_are_recognised_by_their_shapes(sizes, image_size):
+    width, layers, patch, _, text_width, text_layers, projection = sizes
+    shapes = published_shapes(*sizes)
+    converted = convert.convert_eva02_clip_state_dict(
+        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    )
+    config = convert.eva02_clip_config_from_state_dict(converted)
+    vision, text = config.vision_config, config.text_config
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads) == (width, layers, width // 64)
+    assert (vision.image_size, vision.patch_size, vision.rope_pretrained_grid) == (image_size, patch, 16)
+    assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (text_width, text_layers, 49408)
+    assert (text.num_attention_heads, config.projection_dim) == (text_width // 64, projection)
+    if image_size == 336:
+        assert config.to_dict() == Eva02ClipConfig().to_dict()
+    dropped = [name for name in shapes if convert.dropped_reason(name)]
+    assert len(dropped) == 2 + 2 * layers and all(".freqs_" in name for name in dropped)
+    # The packed input projections of the text tower become three each, weight and bias; all else is one for one.
+    assert len(converted) == len(shapes) - len(dropped) + 2 * 2 * text_layers
+
+
+@pytest.mark.parametrize("prefix", ["text.", ""])
+def test_conversion_keeps_every_number(published, prefix):
+    original = {re.sub(r"^text\.", prefix, name): tensor for name, tensor in published.items()}
+    converted = convert.convert_eva02_clip_state_dict(original)
+    kept = {name: tensor for name, tensor in original.items() if convert.dropped_reason(name) is None}
+    assert sum(tensor.numel() for tensor in converted.values()) == sum(tensor.numel() for tensor in kept.values())
+    layer = "text_model.encoder.layers.1.self_attn."
+    packed = [converted[f"{layer}{name}_proj.weight"] for name in "qkv"]
+    assert torch.equal(torch.cat(packed), published["text.transformer.resblocks.1.attn.in_proj_weight"])
+    assert torch.equal(converted["text_projection.weight"], published["text.text_projection"].T)
+    assert all(tensor.is_contiguous() for tensor in converted.values())
+
+
+def test_tensors_that_do_not_belong_or_are_missing_are_all_listed(published):
+    foreign = {"visual.blocks.0.ls1": torch.ones(1), "text.bias": torch.ones(1)}
+    with pytest.raises(ValueError, match="visual.blocks.0.ls1, text.bias") as error:
+        convert.convert_eva02_clip_state_dict({**published, **foreign})
+    assert "E/14" not in str(error.value)
+    with pytest.raises(ValueError, match="EVA02-CLIP-E/14"):
+        convert.convert_eva02_clip_state_dict({**published, "visual.blocks.0.attn.qkv.weight": torch.ones(1)})
+    without = {k: v for k, v in published.items() if k not in ("visual.norm.bias", "text.ln_final.weight")}
+    with pytest.raises(ValueError, match="text_model.final_layer_norm.weight, vision_model.post_layernorm.bias"):
+        convert.convert_eva02_clip_state_dict(without)
+    with pytest.raises(ValueError, match="position_embedding"):
+        convert.convert_eva02_clip_state_dict({k: v for k, v in published.items() if k != "visual.pos_embed"})
+    with pytest.raises(ValueError, match=r"post_layernorm.bias \(31,\), not \(32,\)"):
+        convert.convert_eva02_clip_state_dict({**published, "visual.norm.bias": torch.zeros(31)})
+
+
+@torch.no_grad()
+def test_command_writes_a_folder_that_loads(tmp_path, capsys):
+    shapes = published_shapes(64, 2, 16, 2, 64, 2, 32)
+    torch.manual_seed(0)
+    original = {name: torch.randn(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in original.items()}}, tmp_path / "EVA02.pt")
+    assert convert.main([str(tmp_path / "EVA02.pt"), str(tmp_path / "out")]) == 0
+    assert f"6 dropped, {convert.dropped_reason('visual.rope.freqs_cos')}" in capsys.readouterr().out
+
+    model = Eva02ClipModel.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float16
+    assert torch.equal(model.visual_projection.weight, original["visual.head.weight"])
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixel_values = processor(torch.zeros(3, 40, 50, dtype=torch.uint8).numpy(), return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 32, 32)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "eva02_clip"
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    torch.save({"visual.conv1.weight": torch.zeros(1)}, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="clip.pt is no EVA02-CLIP-B/16 or L/14.*visual.conv1.weight"):
+        convert.load_eva02_clip_state_dict(tmp_path / "clip.pt")
