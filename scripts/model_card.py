@@ -1,0 +1,59 @@
+"""The README.md of a model folder."""
+
+from pathlib import Path
+
+from mfuser.configuration_mfuser import MFuserConfig
+
+ENCODER_NAMES = {
+    "dinov2": "DINOv2",
+    "clip_vision_model": "CLIP",
+    "eva02_clip_vision_model": "EVA02-CLIP",
+    "siglip_vision_model": "SigLIP",
+}
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-segmentation
+license: apache-2.0
+tags:
+- image-segmentation
+- semantic-segmentation
+- domain-generalization
+- mamba
+- custom_code
+---
+
+# {title}
+
+{about}
+
+{encoders}, fused by Mamba, with a Mask2Former-style decoder whose queries are class names: MFuser, "Mamba as a Bridge"
+(CVPR 2025, [arXiv 2504.03193](https://arxiv.org/abs/2504.03193)). {num_labels} classes: {classes}.
+
+```python
+from transformers import pipeline
+
+segment = pipeline("image-segmentation", model="{folder}", trust_remote_code=True)
+segment("street.jpg")
+```
+
+Images larger than {crop} pixels are segmented by windows of {crop}, {stride} apart. The licences of the encoders and of
+the training data apply beside this one.
+"""
+
+
+def write_model_card(folder: Path, config: MFuserConfig, title: str, about: str):
+    """Writes `README.md` into a model folder; `about` says where the weights come from and what they are good for."""
+    encoders = [ENCODER_NAMES.get(part.model_type, part.model_type) for part in (config.vfm_config, config.vlm_config)]
+    card = CARD.format(
+        title=title,
+        about=about,
+        encoders=" and ".join(encoders),
+        num_labels=config.num_labels,
+        classes=", ".join(config.id2label[index] for index in range(config.num_labels)),
+        folder=folder.name,
+        crop=config.crop_size,
+        stride=config.crop_stride,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
