@@ -15,8 +15,8 @@ from torch import Tensor
 
 __all__ = ["selective_scan"]
 
-# A chunk's states should stay in a core's cache on a CPU.
-_CPU_CHUNK_BYTES = 2 << 20
+# Bytes that the states of one chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide.
+_CHUNK_BYTES = {"cpu": 5 << 19, "gpu": 1 << 26}
 _LOG2_E = 1 / math.log(2)
 
 
@@ -109,10 +109,12 @@ def _compute_dtype(*tensors):
     return torch.float64 if wide else torch.float32
 
 
-def _chunk_tokens(u, A):
-    """Tokens a chunk: at least `state`, so that the states that are kept take no more memory than `u`."""
-    batch, (dim, state) = u.shape[0], A.shape
-    return torch.sym_max(state, _CPU_CHUNK_BYTES // (4 * batch * dim * state))
+def _chunk_count(u, A):
+    """Chunks of a sequence, each of at least `state` tokens: the kept states then take no more room than `u`."""
+    (batch, dim, length), state = u.shape, A.shape[1]
+    room = _CHUNK_BYTES["cpu" if u.device.type == "cpu" else "gpu"]
+    tokens = torch.sym_max(state, room // (4 * batch * dim * state))
+    return (length + tokens - 1) // tokens
 
 
 # ---------------------------------------------------------------------------------------- the operator
@@ -135,14 +137,12 @@ def _scan(
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
-    (batch, dim, length), state = u.shape, A.shape[1]
+    batch, dim, state = u.shape[0], *A.shape
     dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
-    tokens = _chunk_tokens(u, A)
-    chunks = (length + tokens - 1) // tokens if keep_states else 0
     return (
-        u.new_empty(batch, length, dim).transpose(1, 2),
+        torch.empty_like(u),
         u.new_empty(batch, state, dim, dtype=dtype).transpose(1, 2),
-        u.new_empty(chunks, batch, state, dim, dtype=dtype),
+        u.new_empty(_chunk_count(u, A) if keep_states else 0, batch, state, dim, dtype=dtype),
     )
 
 
@@ -166,19 +166,7 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states):
-    def token_major(like):
-        batch, channels, length = like.shape
-        return like.new_empty(batch, length, channels).transpose(1, 2)
-
-    return (
-        token_major(u),
-        token_major(delta),
-        A.new_empty(A.shape[::-1]).t(),
-        token_major(B),
-        token_major(C),
-        u.new_empty(0) if D is None else D.new_empty(D.shape),
-        u.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
-    )
+    return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, A, B, C, D, delta_bias))
 
 
 def _setup_context(ctx, inputs, output):
@@ -199,36 +187,97 @@ _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 # ---------------------------------------------------------------------------------------- plain torch, by chunks
-class _Chunks:
-    """Recomputes the states of one chunk at a time, in buffers that every chunk reuses.
+# The token comes first and the channel last in all that follows: (token, batch, dim) and (token, batch, state, dim).
+def _token_major(x, dtype):
+    """(batch, channels, length) to contiguous (length, batch, channels)."""
+    return x.permute(2, 0, 1).to(dtype).contiguous()
 
-    On a CPU the first touch of fresh memory costs more than the arithmetic done in it. The token comes first and the
-    channel last in all buffers: `u`, `step` and `drive` = step * u are (token, batch, dim), `decay` and the states `h`
-    are (token, batch, state, dim).
+
+def _matvec(rows, matrices, out):
+    """Row vectors (token, batch, k) times matrices (token, batch, k, m).
+
+    The other order, matrix times column vector, is several times slower on a CPU.
+    """
+    torch.bmm(rows.flatten(0, 1).unsqueeze(1), matrices.flatten(0, 1), out=out.flatten(0, 1).unsqueeze(1))
+
+
+class _StateBuffer:
+    """Room for one number a token, batch, state and channel, and the recurrence over it, both ways, in place."""
+
+    def __init__(self, tokens, like):
+        self.all = like.new_empty(tokens, *like.shape)
+        self.each = self.all.unbind()  # making these views costs as much as the arithmetic on them
+        self.sequential = like.device.type == "cpu"
+
+    def recur(self, decay, count, entering):
+        """x_t += decay_t x_(t-1) for the first `count` tokens, with x_(-1) = `entering`."""
+        if self.sequential:
+            _recur(decay.each[:count], self.each[:count], entering)
+        else:
+            _recur_in_segments(decay.all[:count], self.all[:count], entering)
+
+    def recur_reversed(self, decay, count):
+        """x_t += decay_(t+1) x_(t+1) from the token before the last on."""
+        last = count - 1
+        if self.sequential:
+            _recur(decay.each[last:0:-1], self.each[:last][::-1], self.each[last])
+        else:
+            x = self.all[:last].flip(0)
+            _recur_in_segments(decay.all[1:count].flip(0), x, self.each[last])
+            self.all[:last] = x.flip(0)
+
+
+def _recur(decays, values, entering):
+    for decay, value in zip(decays, values, strict=True):
+        entering = value.addcmul_(decay, entering)
+
+
+def _recur_in_segments(decay, values, entering):
+    """For a GPU, where launches cost more than arithmetic: sqrt(tokens) segments advance side by side, each from zero;
+    then each gets, in turn, what the one before it hands on."""
+    count = len(values)
+    width = math.isqrt(count) + 1
+    reach = decay.clone()  # product of the decays since the segment began
+    for t in range(1, width):
+        here, before = slice(t, None, width), slice(t - 1, count - 1, width)
+        values[here].addcmul_(decay[here], values[before])
+        reach[here].mul_(reach[before])
+    for start in range(0, count, width):
+        segment = values[start : start + width]
+        segment.addcmul_(reach[start : start + width], entering)
+        entering = segment[-1]
+
+
+class _Chunks:
+    """Computes the states of one chunk after the other, in the same buffers.
+
+    On a CPU the first touch of fresh memory costs more than the arithmetic done in it.
     """
 
-    def __init__(self, u, delta, A, B, delta_bias, delta_softplus, dtype):
-        batch, dim, self.length = u.shape
+    def __init__(self, u, delta, A, B, C, delta_bias, delta_softplus, dtype):
+        (batch, dim, self.length), state = u.shape, A.shape[1]
+        self.tokens = -(-self.length // _chunk_count(u, A))
+        self.starts = range(0, self.length, self.tokens)
         self.inputs = (u.permute(2, 0, 1), delta.permute(2, 0, 1))
-        self.delta_bias, self.delta_softplus, self.dtype = delta_bias, delta_softplus, dtype
+        self.delta_bias, self.delta_softplus = delta_bias, delta_softplus
         self.A = A.t().to(dtype).contiguous()
         self.log2_rates = self.A * _LOG2_E  # exp2 is up to twice as fast as exp
-        self.B = _token_major(B, dtype)
-        self.tokens = min(self.length, _chunk_tokens(u, A))
-        self.buffers = [self.new_buffer() for _ in range(3)] + [self.new_buffer(A.shape[1]) for _ in range(2)]
+        self.B, self.C = _token_major(B, dtype), _token_major(C, dtype)
+        self.initial_state = self.A.new_zeros(batch, state, dim)
+        self.u, self.step, self.drive = (self.token_buffer() for _ in range(3))
+        self.decay, self.h = (self.state_buffer() for _ in range(2))
 
-    def new_buffer(self, *channels):
-        batch, dim = self.inputs[0].shape[1:]
-        return self.A.new_empty(self.tokens, batch, *channels, dim)
+    def token_buffer(self):
+        return self.initial_state.new_empty(self.tokens, *self.initial_state[:, 0].shape)
 
-    def starts(self):
-        return range(0, self.length, self.tokens)
+    def state_buffer(self):
+        return _StateBuffer(self.tokens, self.initial_state)
 
     def compute(self, start, entering):
-        """u, step, drive, decay and h of the chunk from token `start` on, which the state `entering` enters."""
-        tokens = slice(start, start + self.tokens)
-        count = len(range(self.length)[tokens])
-        u, step, drive, decay, h = (buffer[:count] for buffer in self.buffers)
+        """u, step, drive = step * u, decay and h of the chunk that starts at token `start` with state `entering`."""
+        tokens = slice(start, min(start + self.tokens, self.length))
+        count = tokens.stop - start
+        u, step, drive, decay, h = (x[:count] for x in (self.u, self.step, self.drive, self.decay.all, self.h.all))
         u.copy_(self.inputs[0][tokens])
         step.copy_(self.inputs[1][tokens])
         if self.delta_bias is not None:
@@ -238,101 +287,79 @@ class _Chunks:
         torch.mul(step.unsqueeze(2), self.log2_rates, out=decay).exp2_()
         torch.mul(step, u, out=drive)
         torch.mul(drive.unsqueeze(2), self.B[tokens].unsqueeze(3), out=h)
-        for decay_t, h_t in zip(decay.unbind(), h.unbind(), strict=True):
-            entering = h_t.addcmul_(decay_t, entering)
-        return u, step, drive, decay, h
-
-
-def _token_major(x, dtype):
-    """(batch, channels, length) to contiguous (length, batch, channels)."""
-    return x.permute(2, 0, 1).to(dtype).contiguous()
-
-
-def _matvec(rows, matrices, out):
-    """<row, matrix> over the last axis of rows (token, batch, k) and the first of matrices (token, batch, k, m)."""
-    # Row vector times matrix: the product with a column vector is several times slower.
-    torch.bmm(rows.flatten(0, 1).unsqueeze(1), matrices.flatten(0, 1), out=out.flatten(0, 1).unsqueeze(1))
+        self.h.recur(self.decay, count, entering)
+        return tokens, u, step, drive, decay, h
 
 
 def _chunked_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
-    batch, dim, length = u.shape
     dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
-    chunks = _Chunks(u, delta, A, B, delta_bias, delta_softplus, dtype)
-    C = _token_major(C, dtype)
-    y = u.new_empty(batch, length, dim)
-    y_buffer = chunks.new_buffer()
-    state = torch.zeros_like(chunks.A).repeat(batch, 1, 1)
-    states = state.new_empty(len(chunks.starts()) if keep_states else 0, *state.shape)
-    for index, start in enumerate(chunks.starts()):
+    chunks = _Chunks(u, delta, A, B, C, delta_bias, delta_softplus, dtype)
+    y = torch.empty_like(u)
+    y_buffer = chunks.token_buffer()
+    state = chunks.initial_state
+    states = state.new_empty(len(chunks.starts) if keep_states else 0, *state.shape)
+    for index, start in enumerate(chunks.starts):
         if keep_states:
             states[index] = state
-        u_chunk, _, _, _, h = chunks.compute(start, state)
-        tokens = slice(start, start + len(h))
+        tokens, u_chunk, *_, h = chunks.compute(start, state)
         y_chunk = y_buffer[: len(h)]
-        _matvec(C[tokens], h, out=y_chunk)
+        _matvec(chunks.C[tokens], h, out=y_chunk)
         if D is not None:
             y_chunk.addcmul_(u_chunk, D.to(dtype))
-        y[:, tokens] = y_chunk.transpose(0, 1)
+        y.permute(2, 0, 1)[tokens] = y_chunk
         state.copy_(h[-1])
-    return y.transpose(1, 2), state.transpose(1, 2), states
+    return y, state.transpose(1, 2), states
 
 
 def _chunked_backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states):
-    """Chunks from last to first: the states again, then their gradients g_t = C_t dy_t + decay_(t+1) g_(t+1)."""
-    batch, dim, length = u.shape
-    dtype = states.dtype
-    chunks = _Chunks(u, delta, A, B, delta_bias, delta_softplus, dtype)
-    C = _token_major(C, dtype)
-    grad_u, grad_delta = u.new_empty(batch, length, dim), delta.new_empty(batch, length, dim)
-    grad_B, grad_C = torch.empty_like(chunks.B), torch.empty_like(C)
-    grad_A = torch.zeros_like(chunks.A)
-    grad_D, grad_bias = grad_A.new_zeros(dim), grad_A.new_zeros(dim)
-    dy_buffer, gu_buffer, gd_buffer = (chunks.new_buffer() for _ in range(3))
-    g_buffer = chunks.new_buffer(A.shape[1])
-    from_right = torch.zeros_like(states[0])
-    ones = C.new_ones(1).expand(chunks.tokens, batch, A.shape[1])
-    for index, start in reversed(list(enumerate(chunks.starts()))):
+    """From the last chunk to the first: states again, then their gradients g_t = C_t dy_t + decay_(t+1) g_(t+1)."""
+    chunks = _Chunks(u, delta, A, B, C, delta_bias, delta_softplus, states.dtype)
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+    grad_A, grad_B, grad_C = torch.zeros_like(chunks.A), torch.empty_like(chunks.B), torch.empty_like(chunks.C)
+    grad_D, grad_bias = grad_A.new_zeros(2, u.shape[1])
+    buffers = [chunks.token_buffer() for _ in range(3)]
+    g_buffer = chunks.state_buffer()
+    ones = torch.ones_like(chunks.C[: chunks.tokens])
+    handed_on = torch.zeros_like(chunks.initial_state)  # decay_(t+1) g_(t+1) across a chunk's end
+    for index, start in reversed(list(enumerate(chunks.starts))):
         entering = states[index]
-        u_chunk, step, drive, decay, h = chunks.compute(start, entering)
-        tokens = slice(start, start + len(h))
-        dy, gu, gd, g = (buffer[: len(h)] for buffer in (dy_buffer, gu_buffer, gd_buffer, g_buffer))
+        tokens, u_chunk, step, drive, decay, h = chunks.compute(start, entering)
+        count = len(h)
+        dy, grad_u_chunk, grad_step, g = (x[:count] for x in (*buffers, g_buffer.all))
         dy.copy_(grad_y.permute(2, 0, 1)[tokens])
         _matvec(dy, h.transpose(2, 3), out=grad_C[tokens])
 
-        torch.mul(dy.unsqueeze(2), C[tokens].unsqueeze(3), out=g)
-        decays, gs = decay.unbind(), g.unbind()
-        right = gs[-1].add_(from_right)
-        for t in range(len(gs) - 2, -1, -1):
-            right = gs[t].addcmul_(decays[t + 1], right)
-        torch.mul(decays[0], right, out=from_right)
+        torch.mul(dy.unsqueeze(2), chunks.C[tokens].unsqueeze(3), out=g)
+        g[-1].add_(handed_on)
+        g_buffer.recur_reversed(chunks.decay, count)
+        torch.mul(decay[0], g[0], out=handed_on)
 
         _matvec(drive, g.transpose(2, 3), out=grad_B[tokens])
-        _matvec(chunks.B[tokens], g, out=gd)  # the gradient of the drive
-        torch.mul(gd, step, out=gu)
-        gd.mul_(u_chunk)
+        grad_drive = grad_step
+        _matvec(chunks.B[tokens], g, out=grad_drive)
+        torch.mul(grad_drive, step, out=grad_u_chunk)
+        grad_step = grad_drive.mul_(u_chunk)
         if D is not None:
-            gu.addcmul_(dy, D.to(dtype))
+            grad_u_chunk.addcmul_(dy, D.to(g.dtype))
             grad_D += dy.mul_(u_chunk).sum((0, 1))
-        # g becomes the gradient of step * A: g_t * decay_t * h_(t-1)
-        g.mul_(decay)
+
+        g.mul_(decay)  # from here on the gradient of step_t A, g_t decay_t h_(t-1)
         g[1:].mul_(h[:-1])
         g[0].mul_(entering)
         grad_A += torch.mul(g, step.unsqueeze(2), out=h).sum((0, 1))
-        _matvec(ones[: len(h)], g.mul_(chunks.A), out=drive)
-        gd.add_(drive)
+        _matvec(ones[:count], g.mul_(chunks.A), out=drive)
+        grad_step.add_(drive)
         if delta_softplus:
-            gd.mul_(torch.neg(step, out=drive).expm1_().neg_())  # sigmoid(x) = 1 - exp(-softplus(x))
+            grad_step.mul_(torch.neg(step, out=drive).expm1_().neg_())  # sigmoid(x) = 1 - exp(-softplus(x))
         if delta_bias is not None:
-            grad_bias += gd.sum((0, 1))
-        grad_u[:, tokens] = gu.transpose(0, 1)
-        grad_delta[:, tokens] = gd.transpose(0, 1)
+            grad_bias += grad_step.sum((0, 1))
+        grad_u.permute(2, 0, 1)[tokens] = grad_u_chunk
+        grad_delta.permute(2, 0, 1)[tokens] = grad_step
 
-    return (
-        grad_u.transpose(1, 2),
-        grad_delta.transpose(1, 2),
-        grad_A.t().to(A.dtype),
-        grad_B.permute(1, 2, 0).to(B.dtype),
-        grad_C.permute(1, 2, 0).to(C.dtype),
-        grad_D.new_empty(0) if D is None else grad_D.to(D.dtype),
-        grad_D.new_empty(0) if delta_bias is None else grad_bias.to(delta_bias.dtype),
-    )
+    grads = (grad_A.t(), grad_B.permute(1, 2, 0), grad_C.permute(1, 2, 0), grad_D, grad_bias)
+    return grad_u, grad_delta, *(_in_form_of(x, grad) for x, grad in zip((A, B, C, D, delta_bias), grads, strict=True))
+
+
+def _in_form_of(x, grad):
+    """`grad` with the dtype and the memory layout of `x`; empty where `x` is None."""
+    return grad.new_empty(0) if x is None else torch.empty_like(x).copy_(grad)
