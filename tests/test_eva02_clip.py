@@ -6,6 +6,7 @@ embedding there are the rows `token_ids` only.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -89,11 +90,11 @@ def reference_model(published):
 
 
 def test_rotary_table_is_the_reference_table_after_a_row_for_the_class_token(reference, reference_model):
-    cos, sin = reference_model.vision_model.rotary_embedding(4, 4)
-    assert cos.dtype == sin.dtype == torch.float32
-    torch.testing.assert_close(cos[1:], reference["weights.visual.rope.freqs_cos"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(sin[1:], reference["weights.visual.rope.freqs_sin"], atol=1e-6, rtol=0)
-    assert (cos[0] == 1).all() and (sin[0] == 0).all()
+    rotary = reference_model.vision_model.rotary_embedding(4, 4)
+    for part, name in ((rotary.real, "cos"), (rotary.imag, "sin")):  # the reference holds a number for each channel
+        table = reference[f"weights.visual.rope.freqs_{name}"]
+        torch.testing.assert_close(part[1:].repeat_interleave(2, dim=-1), table, atol=1e-6, rtol=0)
+    assert (rotary[0] == 1).all()
 
 
 @torch.no_grad()
@@ -138,16 +139,17 @@ def test_vision_layer_on_a_non_square_grid_equals_its_definition(published, refe
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def turn(x):
-        """One complex number a channel pair; two pairs turn with the row, two with the column."""
-        x = split(x).clone()
+        """Two channel pairs of a head turn with the row, two with the column."""
+        states = split(x).clone()
         for row in range(height):
             for column in range(width):
-                y, x_ = row / height * PRETRAINED_GRID, column / width * PRETRAINED_GRID
-                angles = torch.tensor([y, y / 100, x_, x_ / 100])  # 10000 ** (-2j / 4)
-                token = x[:, :, 1 + row * width + column]
-                turned = torch.view_as_complex(token.unflatten(-1, (4, 2)).contiguous()) * torch.exp(1j * angles)
-                x[:, :, 1 + row * width + column] = torch.view_as_real(turned).flatten(-2)
-        return x
+                token = states[:, :, 1 + row * width + column]
+                y, x = row / height * PRETRAINED_GRID, column / width * PRETRAINED_GRID
+                for pair, angle in enumerate((y, y / 100, x, x / 100)):  # 10000 ** (-2j / 4)
+                    a, b = token[..., 2 * pair].clone(), token[..., 2 * pair + 1].clone()
+                    token[..., 2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+                    token[..., 2 * pair + 1] = b * math.cos(angle) + a * math.sin(angle)
+        return states
 
     normed = norm("norm1", hidden_states)
     query = turn(linear("attn.q_proj", normed) + weights["attn.q_bias"])
@@ -199,11 +201,10 @@ def test_position_table_is_resampled_bicubically_to_any_grid(model, grid):
 
 def test_positions_are_stretched_to_the_pretrained_grid_on_each_axis():
     model = Eva02ClipVisionModel(Eva02ClipVisionConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
-    cos, sin = model.rotary_embedding(2, 32)  # one pair an axis, its frequency 1
+    rotary = model.rotary_embedding(2, 32)  # one pair an axis, its frequency 1
     row, column = 1, 31
     expected = torch.tensor([row / 2 * 16, column / 32 * 16])
-    torch.testing.assert_close(cos[-1, ::2], expected.cos())
-    torch.testing.assert_close(sin[-1, ::2], expected.sin())
+    torch.testing.assert_close(rotary[-1], torch.complex(expected.cos(), expected.sin()))
 
 
 def test_pixels_of_a_wrong_shape_raise(model):
@@ -309,7 +310,7 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are(model, inputs, use_
 def test_bfloat16_keeps_the_rotary_table_in_float32_and_stays_close(model, inputs):
     expected = model.vision_model(inputs["pixel_values"]).pooler_output
     model = model.to(torch.bfloat16)
-    assert {tensor.dtype for tensor in model.vision_model.rotary_embedding(4, 4)} == {torch.float32}
+    assert model.vision_model.rotary_embedding(4, 4).dtype == torch.complex64
     output = model.vision_model(inputs["pixel_values"]).pooler_output
     assert output.dtype == torch.bfloat16
     assert F.cosine_similarity(output.float(), expected, dim=-1).min() > 0.999
