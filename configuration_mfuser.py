@@ -69,9 +69,10 @@ TEXT_TOWER_OF = {
     "clip_vision_model": "clip_text_model",
     "eva02_clip_vision_model": "eva02_clip_text_model",
     "siglip_vision_model": "siglip_text_model",
+    "siglip2_vision_model": "siglip2_text_model",
 }
 CLIP_TOKENIZED = ("clip_vision_model", "eva02_clip_vision_model")
-VFM_TYPES = ("dinov2",)
+VFM_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 OWN_CONFIGS = {config.model_type: config for config in (Eva02ClipVisionConfig, Eva02ClipTextConfig)}
 
 

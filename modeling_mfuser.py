@@ -490,8 +490,10 @@ class MFuserPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the Trainer would divide the loss by the number of pixels
     _no_split_modules = [
         "MFuserDinov2Embeddings",
+        "MFuserDinov2WithRegistersEmbeddings",
         "MFuserCLIPVisionEmbeddings",
         "MFuserSiglipVisionEmbeddings",
+        "MFuserSiglip2VisionEmbeddings",
         "MFuserFusionLayer",
         "MFuserPyramid",
         "MTEnhancer",
@@ -518,6 +520,8 @@ class MFuserPreTrainedModel(PreTrainedModel):
         model.config.freeze_encoders = True
         for tower in (model.vfm, model.vlm):
             tower.requires_grad_(False).eval()
+        if model.stored_class_embeddings is not None:
+            model.stored_class_embeddings.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self, self.base_model_prefix, self).vlm.vision.embeddings.patch_embedding
@@ -631,6 +635,17 @@ class MFuserModel(MFuserPreTrainedModel):
             self._class_embeddings_cache = (key, self._encode_classes())
         return self._class_embeddings_cache[1]
 
+    @torch.no_grad()
+    def store_class_embeddings(self):
+        """Keeps the class embeddings as a tensor and lets go of the text encoder, for models that are trained."""
+        if self.prompts is None:
+            return
+        embeddings = self._encode_classes()
+        self.stored_class_embeddings = nn.Parameter(embeddings, requires_grad=not self.config.freeze_encoders)
+        self.prompts = None
+        self.vlm.drop_text_encoder()
+        self.config.use_text_encoder = False
+
     def _encode_classes(self) -> torch.Tensor:
         token_ids = torch.tensor(self.config.class_token_ids, device=self.prompts.device)
         return self.vlm.encode_text(token_ids, self.prompts)
@@ -705,8 +720,9 @@ class MFuserModel(MFuserPreTrainedModel):
         """Last tokens of both encoders -> global (B, 1, E) and dense (B, h * w, E) embeddings."""
         if self.vlm.merges_normalised_vfm:
             vfm_states = self.vfm.final_norm(vfm_states)
-        class_tokens, patches = vfm_states[:, :1], vfm_states[:, self.vfm.num_prefix_tokens :]
-        vfm_states = torch.cat([class_tokens, patches], dim=1) if self.vlm.num_prefix_tokens else patches
+        # the class token, where the other has one too, and the patches; registers have no counterpart
+        num_patches = vlm_states.shape[1] - self.vlm.num_class_tokens
+        vfm_states = torch.cat([vfm_states[:, : self.vlm.num_class_tokens], vfm_states[:, -num_patches:]], dim=1)
         return self.vlm.merge(vlm_states, self.merge_proj(vfm_states))
 
     def _check_pixels(self, pixel_values: torch.Tensor):

@@ -7,23 +7,31 @@ The encoders are Transformers' own classes, not subclasses: only of those does `
 that tensors have in files. Where the paper's code resamples positions in another way, the embeddings are replaced.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     CLIPTextModel,
-    CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2TextModel,
+    Siglip2VisionModel,
     SiglipTextModel,
     SiglipVisionModel,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
-from .configuration_eva02_clip import Eva02ClipVisionConfig
 from .configuration_mfuser import MFuserConfig
 from .modeling_eva02_clip import Eva02ClipTextModel, Eva02ClipVisionModel
 
@@ -70,6 +78,15 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
     return maps.flatten(2)[0].T.to(positions.dtype)
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """A weight of a pretrained encoder that is resampled to our grid: its name, how, and its leading class tokens."""
+
+    name: str
+    mode: str
+    num_class_tokens: int = 0
+
+
 def drop_path(residual: torch.Tensor, rate: float) -> torch.Tensor:
     """Stochastic depth: drops the residual branch (B, L, C) of a sample with probability `rate`."""
     if rate == 0.0:
@@ -81,35 +98,87 @@ def drop_path(residual: torch.Tensor, rate: float) -> torch.Tensor:
 # --- vision foundation models ---------------------------------------------------------------------------------------
 
 
-class MFuserDinov2Embeddings(Dinov2Embeddings):
-    """DINOv2's embeddings with the resampling of its own code: by scale factor, not by size."""
+def dinov2_positions(embeddings: nn.Module, height: int, width: int) -> torch.Tensor:
+    """DINOv2's position embeddings (1, 1 + h * w, Dv) as its own code resamples them: by scale factor, not by size."""
+    patch = embeddings.config.patch_size
+    class_position, positions = embeddings.position_embeddings[0].tensor_split([1])
+    positions = resample_grid(positions, (height // patch, width // patch), "bicubic", offset=0.1)
+    return torch.cat([class_position, positions])[None]
 
+
+class MFuserDinov2Embeddings(Dinov2Embeddings):
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        patch = self.config.patch_size
-        class_position, positions = self.position_embeddings[0].split([1, self.position_embeddings.shape[1] - 1])
-        positions = resample_grid(positions, (height // patch, width // patch), "bicubic", offset=0.1)
-        return torch.cat([class_position, positions])[None]
+        return dinov2_positions(self, height, width)
+
+
+class MFuserDinov2WithRegistersEmbeddings(Dinov2WithRegistersEmbeddings):
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return dinov2_positions(self, height, width)
 
 
 class Dinov2Tower(nn.Module):
-    """DINOv2: one class token, ImageNet pixels."""
+    """
+    DINOv2 of any size: one class token, ImageNet pixels.
 
-    num_prefix_tokens = 1
+    positions, kernel: the position grid and the patch kernel among the weights of `vision`, how many class tokens the
+    grid begins with, and how they are resampled.
+    """
+
+    positions = Resampled("embeddings.position_embeddings", "bicubic", num_class_tokens=1)
+    kernel = Resampled("embeddings.patch_embeddings.projection.weight", "bicubic")
 
     def __init__(self, config: MFuserConfig):
         super().__init__()
-        self.vision = Dinov2Model._from_config(config.vfm_config)
-        self.vision.embeddings = MFuserDinov2Embeddings(config.vfm_config)
+        self.vision = self.new_vision(config.vfm_config)
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    @staticmethod
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
+        vision = Dinov2Model._from_config(config)
+        vision.embeddings = MFuserDinov2Embeddings(config)
+        return vision
+
+    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, 1 + h * w, Dv), and what else the layers take."""
-        return self.vision.embeddings(renormalise(pixel_values, IMAGENET_PIXELS)), ()
+        return self.vision.embeddings(renormalise(pixel_values, IMAGENET_PIXELS)), {}
 
-    def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: tuple) -> torch.Tensor:
-        return self.vision.encoder.layer[index](hidden_states, *layer_inputs)
+    def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: dict) -> torch.Tensor:
+        return self.vision.encoder.layer[index](hidden_states, **layer_inputs)
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.vision.layernorm(hidden_states)
+
+
+class Dinov2WithRegistersTower(Dinov2Tower):
+    """DINOv2 with register tokens between the class token and the patches; they are fused like all others."""
+
+    @staticmethod
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
+        vision = Dinov2WithRegistersModel._from_config(config)
+        vision.embeddings = MFuserDinov2WithRegistersEmbeddings(config)
+        return vision
+
+
+class DINOv3ViTTower(Dinov2Tower):
+    """DINOv3: register tokens, and rotary positions in place of a grid."""
+
+    positions = None
+    kernel = Resampled("embeddings.patch_embeddings.weight", "bicubic")
+
+    @staticmethod
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
+        return DINOv3ViTModel._from_config(config)
+
+    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        pixel_values = renormalise(pixel_values, IMAGENET_PIXELS).to(
+            self.vision.embeddings.patch_embeddings.weight.dtype
+        )
+        return self.vision.embeddings(pixel_values), {"position_embeddings": self.vision.rope_embeddings(pixel_values)}
+
+    def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: dict) -> torch.Tensor:
+        return self.vision.model.layer[index](hidden_states, **layer_inputs)
+
+    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.vision.norm(hidden_states)
 
 
 # --- vision-language models -----------------------------------------------------------------------------------------
@@ -119,12 +188,14 @@ class VisionLanguageTower(nn.Module):
     """
     What every vision-language model does alike. A subclass names its parts, embeds, merges and encodes text.
 
-    num_prefix_tokens: class tokens before the patches.
+    num_class_tokens: tokens before the patches.
+    positions, kernel: as in [`Dinov2Tower`].
     merges_normalised_vfm: whether `merge` wants the vision foundation model's tokens after its last norm.
     """
 
-    num_prefix_tokens = 1
+    num_class_tokens = 1
     merges_normalised_vfm = True
+    kernel = Resampled("embeddings.patch_embedding.weight", "bilinear")
 
     def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: tuple, drop_path_rate: float):
         """One layer on tokens (B, L, D); with stochastic depth on both its branches where a rate is given."""
@@ -134,6 +205,12 @@ class VisionLanguageTower(nn.Module):
         attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
         hidden_states = hidden_states + drop_path(attended, drop_path_rate)
         return hidden_states + drop_path(layer.mlp(layer.layer_norm2(hidden_states)), drop_path_rate)
+
+    def drop_text_encoder(self):
+        """Lets go of what only `encode_text` needs."""
+        for name in ("text", "text_projection"):
+            if hasattr(self, name):
+                delattr(self, name)
 
     def prompted_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """Embeddings of class names (K, T), with context vectors (1, P, C) after the first token -> (K, P + T, C)."""
@@ -155,6 +232,7 @@ class ClipTower(VisionLanguageTower):
     """CLIP and whatever is saved as CLIP: one class token; joint space by LayerNorm and a linear map without bias."""
 
     merges_normalised_vfm = False
+    positions = Resampled("embeddings.position_embedding.weight", "bilinear", num_class_tokens=1)
     text_class, projection_bias = CLIPTextModel, False
 
     def __init__(self, config: MFuserConfig):
@@ -167,7 +245,7 @@ class ClipTower(VisionLanguageTower):
             self.text_projection = nn.Linear(text.hidden_size, vision.projection_dim, bias=False)
 
     @staticmethod
-    def new_vision(config: CLIPVisionConfig) -> CLIPVisionModel:
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
         vision = CLIPVisionModel._from_config(config)
         vision.embeddings = MFuserCLIPVisionEmbeddings(config)
         return vision
@@ -205,10 +283,12 @@ class Eva02ClipTower(ClipTower):
     """EVA02-CLIP: rotary positions, both encoders' last norms before the sum, a linear map with bias after it."""
 
     merges_normalised_vfm = True
+    positions = Resampled("embeddings.position_embedding.weight", "bicubic", num_class_tokens=1)
+    kernel = Resampled("embeddings.patch_embedding.weight", "bicubic")
     text_class, projection_bias = Eva02ClipTextModel, True
 
     @staticmethod
-    def new_vision(config: Eva02ClipVisionConfig) -> Eva02ClipVisionModel:
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
         return Eva02ClipVisionModel._from_config(config)
 
     def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
@@ -231,14 +311,21 @@ class MFuserSiglipVisionEmbeddings(SiglipVisionEmbeddings):
 class SiglipTower(VisionLanguageTower):
     """SigLIP: no class token; joint space by attention pooling, asked once by its probe and once by every patch."""
 
-    num_prefix_tokens = 0
+    num_class_tokens = 0
+    positions = Resampled("embeddings.position_embedding.weight", "bilinear")
+    text_class = SiglipTextModel
 
     def __init__(self, config: MFuserConfig):
         super().__init__()
-        self.vision = SiglipVisionModel._from_config(config.vlm_config)
-        self.vision.embeddings = MFuserSiglipVisionEmbeddings(config.vlm_config)
+        self.vision = self.new_vision(config.vlm_config)
         if config.use_text_encoder:
-            self.text = SiglipTextModel._from_config(config.text_config)
+            self.text = self.text_class._from_config(config.text_config)
+
+    @staticmethod
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
+        vision = SiglipVisionModel._from_config(config)
+        vision.embeddings = MFuserSiglipVisionEmbeddings(config)
+        return vision
 
     @staticmethod
     def embedding_size(config: MFuserConfig) -> int:
@@ -267,9 +354,42 @@ class SiglipTower(VisionLanguageTower):
         return self.text.head(self.text.final_layer_norm(hidden_states)[:, -1])
 
 
-VFM_TOWERS = {"dinov2": Dinov2Tower}
+class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
+    """SigLIP 2's embeddings, of images in place of lists of patches."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) -> tokens (B, h * w, D)."""
+        patch = self.patch_size
+        height, width = (side // patch for side in pixel_values.shape[-2:])
+        patches = pixel_values[..., : height * patch, : width * patch].unfold(2, patch, patch).unfold(3, patch, patch)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, h * w, patch * patch * 3)
+        tokens = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        return tokens + resample_grid(self.position_embedding.weight, (height, width), "bilinear")
+
+
+class Siglip2Tower(SiglipTower):
+    """SigLIP 2 (NaFlex): SigLIP with a linear patch embedding. Its fixed-size models are saved as SigLIP."""
+
+    text_class = Siglip2TextModel
+
+    @staticmethod
+    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
+        vision = Siglip2VisionModel._from_config(config)
+        vision.embeddings = MFuserSiglip2VisionEmbeddings(config)
+        return vision
+
+    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        return self.vision.embeddings(renormalise(pixel_values, HALF_PIXELS)), (None,)
+
+
+VFM_TOWERS = {
+    "dinov2": Dinov2Tower,
+    "dinov2_with_registers": Dinov2WithRegistersTower,
+    "dinov3_vit": DINOv3ViTTower,
+}
 VLM_TOWERS = {
     "clip_vision_model": ClipTower,
     "eva02_clip_vision_model": Eva02ClipTower,
     "siglip_vision_model": SiglipTower,
+    "siglip2_vision_model": Siglip2Tower,
 }
