@@ -134,6 +134,10 @@ class MFuserConfig(PreTrainedConfig):
         semantic_loss_ignore_index (`int`, defaults to 255): Label that no loss sees.
         crop_size, crop_stride (`int`, defaults to 512, 341):
             Larger images are segmented by square windows of this size and stride in eval mode.
+        windows_per_batch (`int`, *optional*):
+            Windows of an image that are computed together; by default as many as memory takes.
+        queries_vote_for_own_class (`bool`, defaults to `False`):
+            Scores from each query's own class alone ([`MFuserForSemanticSegmentation.set_class_names`]).
         freeze_encoders (`bool`, defaults to `True`):
             The encoders (text included) don't train and stay in eval mode.
 
@@ -201,6 +205,8 @@ class MFuserConfig(PreTrainedConfig):
 
     crop_size: int = 512
     crop_stride: int = 341
+    windows_per_batch: int | None = None
+    queries_vote_for_own_class: bool = False
     freeze_encoders: bool = True
     initializer_range: float = 0.02
 
@@ -241,6 +247,8 @@ class MFuserConfig(PreTrainedConfig):
         self._check_decoder_and_losses()
         if self.crop_size < self.patch_size:
             raise ValueError(f"crop_size is {self.crop_size}; it must hold a patch, {self.patch_size} pixels")
+        if self.windows_per_batch is not None and self.windows_per_batch < 1:
+            raise ValueError(f"windows_per_batch is {self.windows_per_batch}; it must be at least 1, or None")
         if not 1 <= self.crop_stride <= self.crop_size:
             raise ValueError(
                 f"crop_stride is {self.crop_stride}; it must be between 1 and crop_size ({self.crop_size}), "

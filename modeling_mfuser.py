@@ -21,8 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mfuser import MFuserConfig
+from .configuration_mfuser import CITYSCAPES_CLASSES, MFuserConfig
 from .loss_mfuser import MFuserLoss
+from .pretrained_mfuser import build_from_pretrained, class_token_ids
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
 
@@ -514,6 +515,30 @@ class MFuserPreTrainedModel(PreTrainedModel):
             model.freeze_encoders()
         return loaded
 
+    @classmethod
+    def from_vfm_vlm_pretrained(
+        cls, vfm: str, vlm: str, class_names: list[str] = CITYSCAPES_CLASSES, **kwargs
+    ) -> "MFuserPreTrainedModel":
+        """
+        A model of two pretrained encoders, with a fusion and a decoder to be trained.
+
+        Position grids and patch kernels are resampled once, as the paper's code does; what was is logged.
+
+        Args:
+            vfm (`str`): folder or Hub id of a DINOv2 (with registers or without) or DINOv3 ViT, of any size.
+            vlm (`str`): of a CLIP (or what is saved as one), SigLIP, SigLIP 2 or EVA02-CLIP.
+            class_names (`list[str]`): in the order of the labels; by default Cityscapes' 19.
+            tokenizer (*optional*): the vision-language model's tokenizer, or where to load it; by default from `vlm`.
+            crop_size (`int`, defaults to 512): side of the training crops and of the sliding windows.
+            patch_size (`int`, *optional*): by default 16, and with EVA02-CLIP that model's own.
+            class_token_length (`int`, defaults to 5): token positions of a class name, start and end included.
+            kwargs: any other field of [`MFuserConfig`].
+
+        Raises:
+            ValueError: encoders that can't be paired, weights that are missing, class names that are too long.
+        """
+        return build_from_pretrained(cls, vfm, vlm, class_names, **kwargs)
+
     def freeze_encoders(self):
         """Stops the gradients of both encoders and of the text encoder, and keeps them in eval mode."""
         model = getattr(self, self.base_model_prefix, self)
@@ -752,6 +777,44 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         if config.freeze_encoders:
             self.freeze_encoders()
 
+    @torch.no_grad()
+    def set_class_names(self, class_names: list[str], tokenizer):
+        """
+        Segments other classes from now on, without training.
+
+        The queries are made of the new names' embeddings. What a model learned for each of its classes (two position
+        embeddings, a row of the class head) is taken from the trained name that the new one is most similar to, and
+        each query votes for its own class alone, since the class head can't tell new classes apart. Names near to
+        trained ones work best; what the training set held only as background can't be expected to be found.
+
+        Args:
+            class_names (`list[str]`): the new classes, in the order of their labels.
+            tokenizer: the vision-language model's.
+
+        Raises:
+            ValueError: the model has no text encoder, or a name is too long.
+        """
+        config, model = self.config, self.mfuser
+        if model.prompts is None:
+            raise ValueError("this model holds its class embeddings as a tensor and has no text encoder for new names")
+        token_ids = class_token_ids(class_names, tokenizer, len(config.class_token_ids[0]))
+        trained = F.normalize(model.class_embeddings(), dim=-1)
+        config.class_token_ids = token_ids
+        nearest = (F.normalize(model.class_embeddings(), dim=-1) @ trained.T).argmax(dim=-1)  # (new K,)
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+        config.queries_vote_for_own_class = True
+        for table in (self.pixel_decoder.text_position_embedding, self.decoder.query_position_embedding):
+            table.weight = nn.Parameter(table.weight[nearest], requires_grad=table.weight.requires_grad)
+            table.num_embeddings = len(class_names)
+        head = self.decoder.predictor.class_head
+        rows = torch.cat([nearest, nearest.new_tensor([head.out_features - 1])])  # "no object" stays last
+        # classes that share a row share its probability
+        shared = torch.cat([torch.bincount(nearest)[nearest].log(), head.bias.new_zeros(1)])
+        head.weight = nn.Parameter(head.weight[rows], requires_grad=head.weight.requires_grad)
+        head.bias = nn.Parameter(head.bias[rows] - shared, requires_grad=head.bias.requires_grad)
+        head.out_features = len(rows)
+
     @can_return_tuple
     def forward(
         self,
@@ -801,11 +864,13 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             loss_components=components,
         )
 
-    @staticmethod
-    def segmentation_scores(class_logits: torch.Tensor, mask_logits: torch.Tensor, size) -> torch.Tensor:
+    def segmentation_scores(self, class_logits: torch.Tensor, mask_logits: torch.Tensor, size) -> torch.Tensor:
         """Every query votes for its classes where its mask is -> (B, K, *size), in float32."""
-        classes = class_logits.float().softmax(dim=-1)[..., :-1]
-        scores = torch.einsum("bqk,bqhw->bkhw", classes, mask_logits.float().sigmoid())
+        classes, masks = class_logits.float().softmax(dim=-1), mask_logits.float().sigmoid()
+        if self.config.queries_vote_for_own_class:
+            scores = (1 - classes[..., -1])[..., None, None] * masks
+        else:
+            scores = torch.einsum("bqk,bqhw->bkhw", classes[..., :-1], masks)
         return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
 
     def _forward_by_windows(self, pixel_values, labels, class_embeddings, output_hidden_states):
@@ -816,26 +881,44 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             )
         batch, _, height, width = pixel_values.shape
         crop_height, crop_width = min(height, self.config.crop_size), min(width, self.config.crop_size)
-        corners = [
-            (top, left)
+        windows = [
+            (..., slice(top, top + crop_height), slice(left, left + crop_width))
             for top in window_starts(height, self.config.crop_size, self.config.crop_stride)
             for left in window_starts(width, self.config.crop_size, self.config.crop_stride)
         ]
+        # a loss is of one crop of every image; without one, as many crops as memory takes go together
+        together = 1 if labels is not None else self._windows_per_batch(pixel_values, crop_height * crop_width)
         scores = pixel_values.new_zeros(batch, self.config.num_labels, height, width, dtype=torch.float32)
         counts = scores.new_zeros(height, width)
         losses = []
-        for top, left in corners:
-            window = (..., slice(top, top + crop_height), slice(left, left + crop_width))
-            crop_labels = None if labels is None else labels[window]
-            crop = self._forward_whole(pixel_values[window], crop_labels, class_embeddings, False)
-            scores[window] += crop.logits
-            counts[window] += 1
-            losses.append(crop.loss_components)
+        for start in range(0, len(windows), together):
+            chosen = windows[start : start + together]
+            crops = torch.cat([pixel_values[window] for window in chosen])
+            crop_labels = None if labels is None else labels[chosen[0]]
+            outputs = self._forward_whole(crops, crop_labels, class_embeddings, False)
+            for window, crop_scores in zip(chosen, outputs.logits.split(batch), strict=True):
+                scores[window] += crop_scores
+                counts[window] += 1
+            losses.append(outputs.loss_components)
         components = loss = None
         if labels is not None:
             components = {name: torch.stack([crop[name] for crop in losses]).mean() for name in losses[0]}
             loss = torch.stack(list(components.values())).sum()
         return MFuserForSemanticSegmentationOutput(loss=loss, logits=scores / counts, loss_components=components)
+
+    def _windows_per_batch(self, pixel_values: torch.Tensor, crop_pixels: int) -> int:
+        """How many crops of every image fit into memory together."""
+        if self.config.windows_per_batch is not None:
+            return self.config.windows_per_batch
+        patches = crop_pixels // self.config.patch_size**2 * pixel_values.shape[0]
+        if pixel_values.device.type != "cuda" or torch.compiler.is_compiling():
+            return max(1, 1024 // patches)  # enough tokens for matrix products to run at their rate
+        # the largest maps at once are the pyramid's of stride 4, about eight of them
+        weight = self.mfuser.pyramid.stride8.weight
+        needed = 8 * 16 * patches * weight.shape[0] * weight.element_size()
+        free, _ = torch.cuda.mem_get_info(pixel_values.device)
+        reusable = torch.cuda.memory_reserved(pixel_values.device) - torch.cuda.memory_allocated(pixel_values.device)
+        return max(1, (free + reusable) // 2 // needed)
 
     @torch.no_grad()
     def augmented_scores(
