@@ -1,0 +1,371 @@
+"""Training transforms of the published recipe: resize, crop, flip, photometric distortion, normalise, pad.
+
+Ranges, order and rounding follow MMSegmentation's `Resize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion`,
+`Normalize` and `Pad` as configured for MFuser, on OpenCV's definitions of resizing and of HSV, in numpy alone.
+
+Every random number comes from a generator seeded by (seed, epoch, position in the epoch), so a sample is the same
+whichever worker makes it, after a resume too.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mfuser.training.domains import IGNORE_INDEX, check_sizes, label_ids
+
+# Rejected crops are drawn anew this often; the last draw is kept unseen, as the reference does.
+REDRAWS = 10
+
+
+class Draw(NamedTuple):
+    """One sample to make: what a sampler yields and `AugmentedDataset` takes for an index.
+
+    `epoch` travels with the draw because neither a persistent worker nor a data loader wrapped by Accelerate over
+    several processes tells the dataset of a new epoch.
+
+    Attributes:
+        index: row of the dataset.
+        epoch, position: what the sample's random numbers are seeded by, with the dataset's seed.
+        class_id: the crop should hold more than `min_class_pixels` of this class, if given.
+    """
+
+    index: int
+    epoch: int
+    position: int
+    class_id: int | None = None
+    min_class_pixels: float = 0
+
+
+def random_generator(seed: int, epoch: int, position: int, stream: int) -> np.random.Generator:
+    """A generator that depends on its arguments alone; different streams are independent."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream, epoch, position))))
+
+
+AUGMENTATION_STREAM, SHUFFLE_STREAM, RARE_CLASS_STREAM = range(3)
+
+
+class TrainingAugmentation:
+    """The training transforms, in the reference's order; the defaults are the published ones.
+
+    Args:
+        crop_size: side of the square crop, in pixels.
+        scale_range: the image is resized by a factor drawn uniformly from this range, keeping its aspect ratio.
+        max_class_ratio: largest share of a crop's labelled pixels that one class may hold; up to 10 crops are drawn
+            anew until one meets it.
+        flip_probability: of a horizontal flip.
+        brightness_delta: largest brightness offset, of 255.
+        contrast_range, saturation_range: ranges of the factors.
+        hue_delta: hue offsets are integers in [-hue_delta, hue_delta), in OpenCV's units of 2 degrees.
+        image_mean, image_std: of the normalisation, for pixels in [0, 1].
+    """
+
+    def __init__(
+        self,
+        crop_size: int = 512,
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        max_class_ratio: float = 0.75,
+        flip_probability: float = 0.5,
+        brightness_delta: float = 32,
+        contrast_range: tuple[float, float] = (0.5, 1.5),
+        saturation_range: tuple[float, float] = (0.5, 1.5),
+        hue_delta: int = 18,
+        image_mean: tuple[float, float, float] = tuple(OPENAI_CLIP_MEAN),
+        image_std: tuple[float, float, float] = tuple(OPENAI_CLIP_STD),
+    ):
+        if crop_size < 1:
+            raise ValueError(f"crop_size must be at least 1, got {crop_size}.")
+        ranges = {"scale_range": scale_range, "contrast_range": contrast_range, "saturation_range": saturation_range}
+        for name, (low, high) in ranges.items():
+            if not 0 <= low <= high or (name == "scale_range" and low == 0):
+                raise ValueError(f"{name} must be an increasing pair of positive factors, got {(low, high)}.")
+        for name, share in {"max_class_ratio": max_class_ratio, "flip_probability": flip_probability}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {share}.")
+        if brightness_delta < 0 or hue_delta < 0:
+            raise ValueError(f"Deltas must not be negative, got {brightness_delta=}, {hue_delta=}.")
+        self.crop_size = crop_size
+        self.scale_range = tuple(scale_range)
+        self.max_class_ratio = max_class_ratio
+        self.flip_probability = flip_probability
+        self.brightness_delta = brightness_delta
+        self.contrast_range = tuple(contrast_range)
+        self.saturation_range = tuple(saturation_range)
+        self.hue_delta = hue_delta
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+
+    def __call__(
+        self,
+        image: Image.Image | np.ndarray,
+        label: Image.Image | np.ndarray,
+        rng: np.random.Generator,
+        class_id: int | None = None,
+        min_class_pixels: float = 0,
+    ) -> dict[str, torch.Tensor]:
+        """One training sample.
+
+        Args:
+            image: RGB image (height, width); an array must be uint8 (height, width, 3).
+            label: class ids (height, width), 255 ignored; never interpolated.
+            rng: source of every random number.
+            class_id, min_class_pixels: scale and crop are drawn anew, up to 10 times, until the crop holds more than
+                `min_class_pixels` pixels of class `class_id`.
+
+        Returns:
+            `pixel_values`, float32 (3, crop_size, crop_size), and `labels`, int64 (crop_size, crop_size). What the
+            resized image does not fill, on the right and at the bottom, is 0 in the one and 255 in the other.
+        """
+        pixels, label = _to_pixels(image), _to_label(label)
+        check_sizes(pixels.shape[:2], label.shape)
+        for _ in range(1 + REDRAWS):
+            window, cropped_label = self._draw_crop(label, rng)
+            if class_id is None or np.count_nonzero(cropped_label == class_id) > min_class_pixels:
+                break
+        pixels = window.crop_bilinear(pixels)
+        if rng.random() < self.flip_probability:
+            pixels, cropped_label = pixels[..., ::-1], cropped_label[:, ::-1]
+        pixels = self.distort(pixels, rng)
+
+        height, width = cropped_label.shape
+        pixel_values = np.zeros((3, self.crop_size, self.crop_size), dtype=np.float32)
+        pixel_values[:, :height, :width] = self._normalise(pixels)
+        labels = np.full((self.crop_size, self.crop_size), IGNORE_INDEX, dtype=np.int64)
+        labels[:height, :width] = cropped_label
+        return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(labels)}
+
+    def distort(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Photometric distortion of planar RGB, uint8 (3, height, width): brightness, contrast, saturation, hue, each
+        with probability 1/2, where contrast comes second or last with equal chances."""
+        if rng.integers(2):
+            pixels = _scale_and_shift(shift=rng.uniform(-self.brightness_delta, self.brightness_delta)).take(pixels)
+        contrast_last = rng.integers(2)
+        if not contrast_last:
+            pixels = self._distort_contrast(pixels, rng)
+        # Two conversions where both apply: HSV in 8 bits is coarse, and rounding twice is part of the recipe.
+        if rng.integers(2):
+            hue, saturation, value = rgb_to_hsv(pixels)
+            saturation = _scale_and_shift(scale=rng.uniform(*self.saturation_range)).take(saturation)
+            pixels = hsv_to_rgb(hue, saturation, value)
+        if rng.integers(2) and self.hue_delta:
+            hue, saturation, value = rgb_to_hsv(pixels)
+            hue = (hue + int(rng.integers(-self.hue_delta, self.hue_delta))) % 180
+            pixels = hsv_to_rgb(hue, saturation, value)
+        return self._distort_contrast(pixels, rng) if contrast_last else pixels
+
+    def _distort_contrast(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return _scale_and_shift(scale=rng.uniform(*self.contrast_range)).take(pixels) if rng.integers(2) else pixels
+
+    def _draw_crop(self, label: np.ndarray, rng: np.random.Generator) -> tuple["ResizedWindow", np.ndarray]:
+        """A scale, and at that scale a crop that no class dominates, as window and as cropped label."""
+        full = resized_shape(*label.shape, rng.uniform(*self.scale_range))
+        size = tuple(min(length, self.crop_size) for length in full)
+        for _ in range(1 + REDRAWS):
+            top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(full, size, strict=True))
+            window = ResizedWindow(full, top, left, *size)
+            crop = window.crop_nearest(label)
+            if self.max_class_ratio == 1:
+                break
+            pixels_per_class = np.bincount(crop.ravel(), minlength=IGNORE_INDEX + 1)
+            pixels_per_class[IGNORE_INDEX] = 0
+            if pixels_per_class.max() < self.max_class_ratio * pixels_per_class.sum():
+                break
+        return window, crop
+
+    def _normalise(self, pixels: np.ndarray) -> np.ndarray:
+        std = np.array(self.image_std, dtype=np.float64)[:, None, None]
+        offset = np.array(self.image_mean, dtype=np.float64)[:, None, None] / std
+        normalised = np.multiply(pixels, (1 / (255 * std)).astype(np.float32), dtype=np.float32)
+        normalised -= offset.astype(np.float32)
+        return normalised
+
+
+def resized_shape(height: int, width: int, factor: float) -> tuple[int, int]:
+    """(height, width) of an image resized by `factor`, rounded as MMSegmentation rounds it."""
+    factor = min(int(height * factor) / height, int(width * factor) / width)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+class ResizedWindow(NamedTuple):
+    """A window of an image resized to `full` = (height, width), computed without resizing the rest of the image.
+
+    Sampling positions are OpenCV's: `INTER_NEAREST` and `INTER_LINEAR`, which does not smooth when shrinking.
+    """
+
+    full: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def crop_nearest(self, label: np.ndarray) -> np.ndarray:
+        """The window of a label map (H, W), by nearest neighbours: no value that was not there."""
+        rows = _nearest(label.shape[0], self.full[0], self.top, self.height)
+        columns = _nearest(label.shape[1], self.full[1], self.left, self.width)
+        return label.take(rows, axis=0).take(columns, axis=1)
+
+    def crop_bilinear(self, pixels: np.ndarray) -> np.ndarray:
+        """The window of an image (H, W, 3), uint8, bilinear, as planar uint8 (3, height, width)."""
+        above, below, down = _linear(pixels.shape[0], self.full[0], self.top, self.height)
+        before, after, right = _linear(pixels.shape[1], self.full[1], self.left, self.width)
+        pixels = pixels[above[0] : below[-1] + 1, before[0] : after[-1] + 1]
+        above, below, before, after = above - above[0], below - above[0], before - before[0], after - before[0]
+        window = np.empty((3, self.height, self.width), dtype=np.uint8)
+        for channel, target in enumerate(window):
+            source = np.ascontiguousarray(pixels[..., channel])
+            rows = _mix(source.take(above, axis=0), source.take(below, axis=0), down[:, None])
+            target[...] = _mix(rows.take(before, axis=1), rows.take(after, axis=1), right) + np.float32(0.5)
+        return window
+
+
+def _nearest(source: int, full: int, start: int, count: int) -> np.ndarray:
+    positions = np.arange(start, start + count) * (1 / (full / source))
+    return np.minimum(positions.astype(np.intp), source - 1)
+
+
+def _linear(source: int, full: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `count` positions: the source indices on its two sides and the weight of the second."""
+    positions = (np.arange(start, start + count) + 0.5) * (source / full) - 0.5
+    first = np.floor(positions).astype(np.intp)
+    weight = (positions - first).astype(np.float32)
+    return first.clip(0, source - 1), (first + 1).clip(0, source - 1), weight
+
+
+def _mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    first, second = first.astype(np.float32), second.astype(np.float32)
+    second -= first
+    second *= weight
+    second += first
+    return second
+
+
+def _scale_and_shift(scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    """Table of 256 uint8 values: scale * value + shift, clipped, its fraction cut off."""
+    return (np.arange(256, dtype=np.float32) * scale + shift).clip(0, 255).astype(np.uint8)
+
+
+def _divisions(numerator: int) -> np.ndarray:
+    """numerator / i in fixed point of 12 bits, for i in 0..255; 0 for i = 0."""
+    divisors = np.arange(256)
+    return np.rint((numerator << 12) / np.maximum(divisors, 1)).astype(np.int32) * (divisors > 0)
+
+
+_HUE_DIVISIONS, _SATURATION_DIVISIONS = _divisions(30), _divisions(255)
+# For red, green and blue: how far a hue (0 to 179) lies from the channel's own third of the circle, in [0, 1].
+_HUE_DISTANCES = [
+    (np.abs((np.arange(180) / 30 - own + 3) % 6 - 3) - 1).clip(0, 1).astype(np.float32) for own in (0, 2, 4)
+]
+
+
+def rgb_to_hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue (0 to 179), saturation and value (0 to 255) of planar RGB, uint8 (3, H, W), bit for bit OpenCV's.
+
+    Hue is returned as int32, the others as integers in uint8's range.
+    """
+    red, green, blue = pixels.astype(np.int16)
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    sextants = np.where(
+        value == red, green - blue, np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    )
+    hue = (sextants * _HUE_DIVISIONS.take(chroma) + 2048) >> 12
+    hue[hue < 0] += 180
+    saturation = (chroma * _SATURATION_DIVISIONS.take(value) + 2048) >> 12
+    return hue, saturation, value
+
+
+def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Planar RGB, uint8 (3, H, W), of integer HSV as `rgb_to_hsv` gives it; fractions are cut off, as in OpenCV."""
+    value = value.astype(np.float32)
+    chroma = saturation.astype(np.float32) * (value / np.float32(255))
+    # float32 may fall just short of a whole number.
+    return np.stack([value - chroma * distance.take(hue) + np.float32(1e-4) for distance in _HUE_DISTANCES]).astype(
+        np.uint8
+    )
+
+
+def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image array must be uint8 (height, width, 3), got {image.dtype} {image.shape}")
+    return image
+
+
+def _to_label(label: Image.Image | np.ndarray) -> np.ndarray:
+    if isinstance(label, Image.Image):
+        return label_ids(label)
+    if label.dtype != np.uint8 or label.ndim != 2:
+        raise ValueError(f"a label array must be uint8 (height, width), got {label.dtype} {label.shape}")
+    return label
+
+
+class AugmentedDataset(Dataset):
+    """A dataset with columns `image` and `label`, as `load_domain` opens it, through `TrainingAugmentation`.
+
+    Indexed by the `Draw`s of `ShuffledSampler` or `RareClassSampler`, a sample depends on the draw and the seed alone.
+    Indexed by plain integers, it depends on the seed, the index and the epoch last set with `set_epoch`.
+
+    Args:
+        dataset (`datasets.Dataset`): rows of `image` and `label`, decoded to PIL images.
+        augmentation: makes a sample from a row.
+        seed: non-negative seed of all random numbers.
+    """
+
+    def __init__(self, dataset, augmentation: TrainingAugmentation, seed: int = 0):
+        missing = {"image", "label"} - set(dataset.column_names)
+        if missing:
+            raise ValueError(
+                f"The dataset lacks the column(s) {', '.join(sorted(missing))}; it has "
+                f"{', '.join(dataset.column_names)}. mfuser.training.domains.load_domain renames columns."
+            )
+        self.dataset = dataset.select_columns(["image", "label"])
+        self.augmentation = augmentation
+        self.seed = seed
+        # In shared memory, so that workers which outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, torch.Tensor]:
+        if not isinstance(draw, Draw):
+            draw = Draw(index=draw, epoch=self._epoch.item(), position=draw)
+        row = self.dataset[draw.index]
+        rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
+        try:
+            return self.augmentation(row["image"], row["label"], rng, draw.class_id, draw.min_class_pixels)
+        except ValueError as error:
+            raise ValueError(f"Row {draw.index} of the dataset: {error}") from error
+
+
+class ShuffledSampler(Sampler[Draw]):
+    """Every row once an epoch, in an order that depends on (seed, epoch) alone.
+
+    Args:
+        num_rows: rows of the dataset.
+        seed: non-negative seed of the order.
+    """
+
+    def __init__(self, num_rows: int, seed: int = 0):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = random_generator(self.seed, self.epoch, 0, SHUFFLE_STREAM).permutation(self.num_rows)
+        for position, index in enumerate(order.tolist()):
+            yield Draw(index, self.epoch, position)
