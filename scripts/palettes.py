@@ -1,0 +1,97 @@
+"""Colours for classes, and the pictures drawn with them: label maps, overlays, legends."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# cityscapesScripts, helpers/labels.py: the 19 classes that are evaluated.
+CITYSCAPES_COLOURS = {
+    "road": (128, 64, 128),
+    "sidewalk": (244, 35, 232),
+    "building": (70, 70, 70),
+    "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30),
+    "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152),
+    "sky": (70, 130, 180),
+    "person": (220, 20, 60),
+    "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70),
+    "bus": (0, 60, 100),
+    "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32),
+}
+# What CamVid calls the same things.
+SYNONYMS = {"tree": "vegetation", "sign": "traffic sign", "pedestrian": "person", "bicyclist": "rider"}
+# Weights of squared differences in red, green and blue after which the eye tells colours apart ("redmean" at mid red).
+CHANNEL_WEIGHTS = np.array([2.5, 4.0, 2.5])
+MAX_CLASSES = 256
+
+
+def class_colours(class_names: Sequence[str]) -> np.ndarray:
+    """One RGB colour per class, uint8 (K, 3).
+
+    A class named as in Cityscapes, or as CamVid names the same, has its Cityscapes colour. Every other one gets the
+    colour of a coarse grid that is farthest from all colours given so far, so that the same names always give the
+    same, distinct colours.
+
+    Raises:
+        ValueError: For more classes than a label image of 8 bit can hold.
+    """
+    if len(class_names) > MAX_CLASSES:
+        raise ValueError(
+            f"A label image of 8 bit holds at most {MAX_CLASSES} classes, the model has {len(class_names)}."
+        )
+    names = [name.lower().replace("_", " ").replace("-", " ") for name in class_names]
+    names = [SYNONYMS[name] if name in SYNONYMS and SYNONYMS[name] not in names else name for name in names]
+    known = [CITYSCAPES_COLOURS.get(name) for name in names]
+    levels = np.linspace(0, 255, 8).round()
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    # Black and white count as taken: they would pass for "no class" or for the background of a legend.
+    taken = [(0, 0, 0), (255, 255, 255), *filter(None, known)]
+    distance = np.min([_distance(grid, colour) for colour in taken], axis=0)
+    colours = []
+    for colour in known:
+        if colour is None:
+            colour = grid[distance.argmax()]
+            distance = np.minimum(distance, _distance(grid, colour))
+        colours.append(colour)
+    return np.array(colours, dtype=np.uint8)
+
+
+def _distance(colours: np.ndarray, colour: Sequence[float]) -> np.ndarray:
+    return ((colours - np.asarray(colour)) ** 2 * CHANNEL_WEIGHTS).sum(axis=-1)
+
+
+def label_image(label_map: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """A palette image whose values are the class ids of `label_map` (H, W), and which viewers show in `colours`."""
+    image = Image.fromarray(label_map.astype(np.uint8))
+    image.putpalette(colours.tobytes())
+    return image
+
+
+def overlay(image: Image.Image, label_map: np.ndarray, colours: np.ndarray, alpha: float) -> Image.Image:
+    """`image` (RGB) under the colours of `label_map`, which are opaque at `alpha` 1 and invisible at 0."""
+    return Image.blend(image, Image.fromarray(colours[label_map]), alpha)
+
+
+def legend(class_names: Sequence[str], colours: np.ndarray, rows: int = 20) -> Image.Image:
+    """A picture of every class's colour, id and name, in columns of at most `rows` classes."""
+    font = ImageFont.load_default(size=16)
+    line, swatch, margin = 26, 36, 10
+    texts = [f"{index}  {name}" for index, name in enumerate(class_names)]
+    column = swatch + round(max(font.getlength(text) for text in texts)) + 3 * margin
+    columns = -(-len(texts) // rows)
+    picture = Image.new("RGB", (columns * column + margin, min(len(texts), rows) * line + 2 * margin), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, (text, colour) in enumerate(zip(texts, colours, strict=True)):
+        left, top = margin + index // rows * column, margin + index % rows * line
+        draw.rectangle((left, top + 3, left + swatch, top + line - 4), fill=tuple(colour.tolist()), outline="black")
+        draw.text((left + swatch + margin, top + line // 2), text, fill="black", font=font, anchor="lm")
+    return picture

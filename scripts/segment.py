@@ -1,0 +1,242 @@
+"""`mfuser segment`: images in; colour overlays, label images, a legend and the share of each class out."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.scripts import palettes
+
+# Comes with the repository, so that the command runs offline.
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser-tiny-camvid"
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# What PIL, the processor and the model raise for a file that is no usable image (SyntaxError: broken PNGs).
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+DESCRIPTION = """Segments images. Into the output folder it writes, for each image,
+  NAME_overlay.jpg   the image under the colours of its classes
+  NAME_labels.png    the class of each pixel: a palette PNG, whose indices are the class ids
+and once
+  legend.png, legend.json   the classes with their ids and colours
+and it prints the share of all pixels that each class takes. Classes named as in Cityscapes have their colours there.
+Exit code: 0 if every image was segmented, 1 if one was skipped, 2 if the command could not run."""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mfuser segment", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="images, or folders to search for images"
+    )
+    parser.add_argument(
+        "--model",
+        help="folder or Hub name of an MFuser model (default: the demonstration checkpoint of the repository)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("segmented"), help="folder to write to (default: segmented)"
+    )
+    parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="LONGxSHORT",
+        help="segment at the largest size within LONG x SHORT pixels, upright or not, with the ratio kept, e.g. "
+        "2048x1024 as published for Cityscapes; results have the image's own size all the same "
+        "(default: as saved with the model, usually the image's own size)",
+    )
+    parser.add_argument("--alpha", type=_fraction, default=0.5, help="opacity of the colours, 0 to 1 (default: 0.5)")
+    parser.add_argument("--device", type=_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision to compute in (default: that of the saved weights)",
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.model is None:
+        if not DEFAULT_MODEL.is_dir():
+            parser.error(f"name a model with --model: there is no demonstration checkpoint in {DEFAULT_MODEL}")
+        parsed.model = str(DEFAULT_MODEL)
+    for folder in filter(Path.is_dir, parsed.inputs):
+        if parsed.output.resolve() in (folder.resolve(), *folder.resolve().parents):
+            parser.error(f"--output {parsed.output} would mix the results with the images of {folder}")
+    return parsed
+
+
+def _size(text: str) -> dict[str, int]:
+    try:
+        long_edge, short_edge = (int(length) for length in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form LONGxSHORT, like 2048x1024") from None
+    if not 0 < short_edge <= long_edge:
+        raise argparse.ArgumentTypeError(f"{text!r} must name the longer edge first, and at least one pixel")
+    return {"longest_edge": long_edge, "shortest_edge": short_edge}
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from None
+
+
+def load_model(
+    name: str, size: dict[str, int] | None, device: torch.device, dtype: str | None
+) -> tuple[MFuserForSemanticSegmentation, MFuserImageProcessor]:
+    """The model, in eval mode on `device`, and its image processor.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is no MFuser model, or its file lacks weights.
+    """
+    model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if model_type is None:
+        raise ValueError(f"{name} holds no model: its config.json is missing or names no model type.")
+    if model_type != "mfuser":
+        raise ValueError(f"{name} holds a model of type {model_type!r}, not 'mfuser'.")
+    processor = MFuserImageProcessor.from_pretrained(name, **({} if size is None else {"size": size}))
+    model, info = MFuserForSemanticSegmentation.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
+    return model.to(device).eval(), processor
+
+
+def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path], list[str]]:
+    """Which images to segment, and where to.
+
+    Folders are searched with their subfolders, files named on the command line are taken whatever their suffix, and a
+    file reached twice counts once. Images under `output` are results of an earlier run and left out of the search.
+
+    Returns:
+        images: from each image to its results' place, relative to the output folder and without suffix. Images of a
+            folder keep their subfolders; equal names get a number.
+        problems: what is wrong with inputs that give no image.
+    """
+    images, problems, seen, taken = {}, [], set(), set()
+    output = output.resolve()
+    for given in inputs:
+        if given.is_dir():
+            found = sorted(
+                path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+            )
+            found = [path for path in found if output not in path.resolve().parents]
+            if not found:
+                problems.append(f"{given}: no image in this folder")
+        elif given.is_file():
+            found = [given]
+        else:
+            found = []
+            problems.append(f"{given}: no such file or folder")
+        for path in found:
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            place = path.relative_to(given).with_suffix("") if given.is_dir() else Path(path.stem)
+            numbered, number = place, 1
+            # Names that differ in case only are one name on some file systems.
+            while str(numbered).lower() in taken:
+                number += 1
+                numbered = place.with_name(f"{place.name}-{number}")
+            taken.add(str(numbered).lower())
+            images[path] = numbered
+    return images, problems
+
+
+@torch.inference_mode()
+def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor) -> np.ndarray:
+    """The class id of each pixel of an RGB image (3, H, W), as an array (H, W)."""
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    outputs = model(pixel_values=pixel_values.to(model.device, model.dtype))
+    (label_map,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.shape[1:]])
+    return label_map.cpu().numpy()
+
+
+def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
+    """The image, upright, as uint8 RGB (3, H, W)."""
+    with Image.open(path) as image:
+        pixels = processor.process_image(ImageOps.exif_transpose(image), do_convert_rgb=True)
+    if pixels.dtype != np.uint8:
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bit")
+    return pixels
+
+
+def share_table(class_names: Sequence[str], counts: np.ndarray) -> str:
+    """The classes that occur with their share of all pixels, the largest first."""
+    shares = 100 * counts / counts.sum()
+    width = max(len(name) for name in class_names)
+    order = np.argsort(-counts, kind="stable")
+    lines = [f"{class_names[index]:<{width}}  {shares[index]:6.2f} %" for index in order if counts[index]]
+    absent = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
+    if absent:
+        lines.append(f"absent: {', '.join(absent)}")
+    return "\n".join(lines)
+
+
+def write_legend(output: Path, class_names: Sequence[str], colours: np.ndarray):
+    palettes.legend(class_names, colours).save(output / "legend.png")
+    entries = {
+        index: {"name": name, "colour": colour}
+        for index, (name, colour) in enumerate(zip(class_names, colours.tolist(), strict=True))
+    }
+    lines = ",\n".join(f'  "{index}": {json.dumps(entry)}' for index, entry in entries.items())
+    (output / "legend.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    images, problems = find_images(parsed.inputs, parsed.output)
+    for problem in problems:
+        print(f"skipped {problem}", file=sys.stderr)
+    if not images:
+        return 1
+    device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, processor = load_model(parsed.model, parsed.size, device, parsed.dtype)
+        class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        colours = palettes.class_colours(class_names)
+        parsed.output.mkdir(parents=True, exist_ok=True)
+        write_legend(parsed.output, class_names, colours)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"mfuser segment: {error}", file=sys.stderr)
+        return 2
+
+    counts = np.zeros(len(class_names), dtype=np.int64)
+    skipped = len(problems)
+    for path, place in tqdm(images.items(), desc="segmenting", unit="image"):
+        try:
+            image = read_image(path, processor)
+            label_map = segment(image, model, processor)
+        except IMAGE_ERRORS as error:
+            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        counts += np.bincount(label_map.ravel(), minlength=len(class_names))
+        results = parsed.output / place
+        results.parent.mkdir(parents=True, exist_ok=True)
+        picture = palettes.overlay(Image.fromarray(image.transpose(1, 2, 0)), label_map, colours, parsed.alpha)
+        picture.save(results.with_name(f"{results.name}_overlay.jpg"), quality=95)
+        palettes.label_image(label_map, colours).save(results.with_name(f"{results.name}_labels.png"))
+
+    if counts.any():
+        print(share_table(class_names, counts))
+    print(f"segmented: {len(images) + len(problems) - skipped}, skipped: {skipped}, results in {parsed.output}")
+    return 1 if skipped else 0

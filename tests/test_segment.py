@@ -1,0 +1,317 @@
+"""What `mfuser segment` promises: which files it writes, what they hold, and what its exit code says."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SegformerConfig
+
+from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser.scripts import cli, palettes, segment
+
+CLASS_NAMES = ["road", "sky", "unicorn"]
+
+
+class ThresholdModel:
+    """Stands in for a model: the class is 0, 1 or 2 as the red channel is dark, medium or bright."""
+
+    config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)))
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, pixel_values):
+        self.sizes.append(tuple(pixel_values.shape[-2:]))
+        red = pixel_values[:, 0] * 0.26862954 + 0.48145466
+        return SimpleNamespace(logits=torch.stack([-(red - centre).abs() for centre in (0.0, 0.5, 1.0)], dim=1))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = ThresholdModel()
+
+    def load_model(name, size, device, dtype):
+        return model, MFuserImageProcessor(**({} if size is None else {"size": size}))
+
+    monkeypatch.setattr(segment, "load_model", load_model)
+    return model
+
+
+def write_image(path, height=24, width=32, **save):
+    """An image whose left half is black (road), the right half grey (sky) above and white (unicorn) below."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[: height // 2, width // 2 :] = 128
+    pixels[height // 2 :, width // 2 :] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **save)
+    return pixels[..., 0].astype(int) // 127
+
+
+def run(*arguments):
+    return cli.main(["segment", "--model", "stand-in", *map(str, arguments)])
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_image_gives_labels_an_overlay_and_a_legend(model, tmp_path, capsys):
+    classes = write_image(tmp_path / "street.png")
+    output = tmp_path / "out"
+    assert run(tmp_path / "street.png", "--output", output) == 0
+    assert files(output) == ["legend.json", "legend.png", "street_labels.png", "street_overlay.jpg"]
+
+    legend = json.loads((output / "legend.json").read_text())
+    assert [legend[str(index)]["name"] for index in range(3)] == CLASS_NAMES
+    colours = np.array([legend[str(index)]["colour"] for index in range(3)])
+    assert tuple(colours[0]) == (128, 64, 128) and tuple(colours[1]) == (70, 130, 180)
+
+    labels = Image.open(output / "street_labels.png")
+    assert labels.mode == "P" and np.asarray(labels).dtype == np.uint8
+    assert np.array_equal(np.asarray(labels), classes)
+    assert np.array_equal(np.asarray(labels.convert("RGB")), colours[classes])
+
+    overlay = np.asarray(Image.open(output / "street_overlay.jpg")).astype(float)
+    image = np.asarray(Image.open(tmp_path / "street.png")).astype(float)
+    assert abs(overlay[6, 8] - (image[6, 8] + colours[0]) / 2).max() < 4
+    assert abs(overlay[18, 26] - (image[18, 26] + colours[2]) / 2).max() < 12  # JPEG blurs colours at the border
+
+    legend = np.asarray(Image.open(output / "legend.png")).reshape(-1, 3)
+    for colour in colours:
+        assert (legend == colour).all(axis=1).sum() > 100
+
+
+def test_the_share_of_each_class_is_printed_largest_first(model, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    Image.new("RGB", (32, 24)).save(tmp_path / "b.png")
+    assert run(tmp_path, "--output", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    shares = re.findall(r"^(\w+) +([\d.]+) %$", printed, flags=re.MULTILINE)
+    assert shares == [("road", "75.00"), ("sky", "12.50"), ("unicorn", "12.50")]
+    run(tmp_path / "b.png", "--output", tmp_path / "out")
+    assert "absent: sky, unicorn" in capsys.readouterr().out
+
+
+def test_opacity_runs_from_the_image_to_its_colours(model, tmp_path):
+    write_image(tmp_path / "a.png")
+    for alpha, expected in ((0, (0, 0, 0)), (1, (128, 64, 128))):
+        run(tmp_path / "a.png", "--output", tmp_path / "out", "--alpha", alpha)
+        overlay = np.asarray(Image.open(tmp_path / "out" / "a_overlay.jpg")).astype(int)
+        assert abs(overlay[4, 4] - expected).max() < 4
+
+
+def test_results_have_the_image_size_whatever_the_model_saw(model, tmp_path):
+    classes = write_image(tmp_path / "a.png", 24, 32)
+    assert run(tmp_path / "a.png", "--output", tmp_path / "out", "--size", "64x60") == 0
+    assert model.sizes == [(48, 64)]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_labels.png")), classes)
+
+
+def test_photographs_are_turned_upright(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    stored = write_image(tmp_path / "a.png", 24, 32, exif=exif)
+    assert run(tmp_path / "a.png", "--output", tmp_path / "out") == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_labels.png")), np.rot90(stored, -1))
+    assert Image.open(tmp_path / "out" / "a_overlay.jpg").size == (24, 32)
+
+
+def test_grey_16_bit_and_transparent_images_are_segmented(model, tmp_path):
+    classes = write_image(tmp_path / "rgb.png")
+    image = Image.open(tmp_path / "rgb.png")
+    image.convert("L").save(tmp_path / "grey.png")
+    image.convert("RGBA").save(tmp_path / "rgba.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert run(tmp_path, "--output", tmp_path / "out") == 0
+    for name in ("rgb", "grey", "rgba", "deep"):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}_labels.png")), classes)
+        assert Image.open(tmp_path / "out" / f"{name}_overlay.jpg").mode == "RGB"
+
+
+def test_folders_are_searched_and_names_that_collide_are_kept_apart(model, tmp_path):
+    for name in ("one/a.png", "one/a.jpg", "one/deep/er/b.PNG", "two/a.png", "two/A-2.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "one" / "notes.txt").write_text("not looked at")
+    output = tmp_path / "one" / "results"
+    for _ in range(2):  # the second time, the results of the first lie in the searched folder
+        assert run(tmp_path / "one", tmp_path / "two", tmp_path / "one" / "a.png", "--output", output) == 0
+    labels = [name for name in files(output) if name.endswith("_labels.png")]
+    assert labels == [f"{name}_labels.png" for name in ("A-2-2", "a-2", "a-3", "a", "deep/er/b")]
+    assert len(files(output)) == 2 * len(labels) + 2
+
+
+def test_what_is_no_image_is_reported_and_skipped(model, tmp_path, capsys):
+    write_image(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "empty").mkdir()
+    missing = tmp_path / "missing.jpg"
+    assert run(tmp_path, tmp_path / "empty", missing, "--output", tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    for path in (tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "float.tif", tmp_path / "empty", missing):
+        assert f"skipped {path}: " in printed.err
+    assert "segmented: 1, skipped: 5" in printed.out
+    assert "good_labels.png" in files(tmp_path / "out")
+    assert run(missing, "--output", tmp_path / "out") == 1
+
+
+def test_an_image_that_the_model_refuses_is_skipped_too(model, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise ValueError("holds no patch")
+
+    write_image(tmp_path / "a.png")
+    monkeypatch.setattr(segment, "segment", refuse)
+    assert run(tmp_path / "a.png", "--output", tmp_path / "out") == 1
+    assert "a.png: holds no patch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "IMAGE_OR_FOLDER"),
+        (["a.png", "--size", "1024"], "LONGxSHORT"),
+        (["a.png", "--size", "1024x2048"], "longer edge first"),
+        (["a.png", "--alpha", "2"], "between 0 and 1"),
+        (["a.png", "--alpha", "x"], "between 0 and 1"),
+        (["a.png", "--device", "gpu"], "no device 'gpu'"),
+        (["{folder}", "--output", "{folder}"], "mix"),
+        (["{folder}/sub", "--output", "{folder}"], "mix"),
+    ],
+)
+def test_usage_errors_are_explained_with_exit_code_2(tmp_path, capsys, arguments, message):
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(SystemExit) as error:
+        run(*(argument.format(folder=tmp_path) for argument in arguments))
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_model_the_demonstration_checkpoint_is_taken(model, tmp_path, monkeypatch, capsys):
+    write_image(tmp_path / "a.png")
+    monkeypatch.setattr(segment, "DEFAULT_MODEL", tmp_path / "demo")
+    with pytest.raises(SystemExit) as error:
+        segment.main([str(tmp_path / "a.png")])
+    assert error.value.code == 2 and "--model" in capsys.readouterr().err
+    (tmp_path / "demo").mkdir()
+    assert segment.main([str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]) == 0
+
+
+# With a real model
+
+
+def tiny_model():
+    encoder = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = MFuserConfig(
+        vfm_config={"model_type": "dinov2", "mlp_ratio": 2, **encoder},
+        vlm_config={"model_type": "clip_vision_model", "intermediate_size": 32, "projection_dim": 16, **encoder},
+        text_config={"model_type": "clip_text_model", "projection_dim": 16, "vocab_size": 9, **text}
+        | {"bos_token_id": 7, "eos_token_id": 8, "max_position_embeddings": 10},
+        id2label=dict(enumerate(CLASS_NAMES)),
+        class_token_ids=[[7, index, 8, 0, 0] for index in (1, 2, 3)],
+        fusion_out_layers=[1, 2, 3, 4],
+        enhancer_hidden_size=32,
+        decoder_hidden_size=32,
+        decoder_pixel_layers=1,
+        decoder_pixel_feedforward_size=32,
+        decoder_num_layers=2,
+        decoder_feedforward_size=32,
+        crop_size=64,
+        crop_stride=42,
+    )
+    torch.manual_seed(0)
+    return MFuserForSemanticSegmentation(config).eval()
+
+
+def noise_image():
+    return np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+
+
+@torch.no_grad()
+def arg_max(model, image):
+    return model(**MFuserImageProcessor()(image, return_tensors="pt")).logits[0].argmax(0).numpy()
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-mfuser")
+    model = tiny_model()
+    with torch.no_grad():
+        while len(np.unique(arg_max(model, noise_image()))) == 1:  # a model at its start sees one class everywhere
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return model, folder
+
+
+def test_a_saved_model_gives_its_own_arg_max(saved_model, tmp_path):
+    model, folder = saved_model
+    Image.fromarray(noise_image()).save(tmp_path / "noise.png")
+    assert segment.main([str(tmp_path / "noise.png"), "--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+    written = np.asarray(Image.open(tmp_path / "out" / "noise_labels.png"))
+    assert np.array_equal(written, arg_max(model, noise_image()))
+
+
+def test_precision_can_be_chosen(saved_model):
+    _, folder = saved_model
+    model, _ = segment.load_model(str(folder), None, torch.device("cpu"), "bfloat16")
+    assert model.dtype == torch.bfloat16 and not model.training
+
+
+def test_models_that_would_give_nonsense_are_refused(saved_model, tmp_path, capsys):
+    _, folder = saved_model
+    write_image(tmp_path / "a.png")
+
+    def error_with(model):
+        assert segment.main([str(tmp_path / "a.png"), "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    SegformerConfig().save_pretrained(tmp_path / "segformer")
+    assert "'segformer', not 'mfuser'" in error_with(tmp_path / "segformer")
+    (tmp_path / "nothing").mkdir()
+    assert "config.json" in error_with(tmp_path / "nothing")
+
+    model = tiny_model()
+    weights = model.state_dict()
+    weights.pop("mfuser.prompts")
+    model.save_pretrained(tmp_path / "incomplete", state_dict=weights)
+    MFuserImageProcessor().save_pretrained(tmp_path / "incomplete")
+    assert "mfuser.prompts" in error_with(tmp_path / "incomplete")
+    assert not (tmp_path / "out").exists()
+
+
+# Colours
+
+
+def test_cityscapes_classes_have_their_colours_however_they_are_written():
+    names = ["Traffic_Light", "tree", "bus", "bicyclist"]
+    assert palettes.class_colours(names).tolist() == [[250, 170, 30], [107, 142, 35], [0, 60, 100], [255, 0, 0]]
+    both = palettes.class_colours(["vegetation", "tree"])
+    assert both[0].tolist() == [107, 142, 35] and (both[0] != both[1]).any()
+
+
+def test_other_classes_get_distinct_colours_and_always_the_same():
+    names = ["road", *(f"class {index}" for index in range(254)), "sky"]
+    colours = palettes.class_colours(names)
+    assert colours.dtype == np.uint8 and len(np.unique(colours, axis=0)) == 256
+    few = palettes.class_colours(names[:12]).astype(int)
+    closest = min(abs(few[i] - few[j]).max() for i in range(12) for j in range(i))
+    assert closest >= 64
+    assert np.array_equal(palettes.class_colours(names), colours)
+    with pytest.raises(ValueError, match="at most 256 classes"):
+        palettes.class_colours([*names, "one more"])
+
+
+def test_a_legend_has_room_for_every_class():
+    names = [f"a rather long class name {index}" for index in range(45)]
+    colours = palettes.class_colours(names)
+    legend = np.asarray(palettes.legend(names, colours))
+    assert all((legend == colour).all(axis=-1).any() for colour in colours)
+    assert (legend[:, -5:] == 255).all() and (legend[-5:] == 255).all()
