@@ -120,7 +120,7 @@ class TrainingAugmentation:
             `pixel_values`, float32 (3, crop_size, crop_size), and `labels`, int64 (crop_size, crop_size). What the
             resized image does not fill, on the right and at the bottom, is 0 in the one and 255 in the other.
         """
-        pixels, label = _to_pixels(image), _to_label(label)
+        pixels, label = _to_pixels(image), label_array(label)
         check_sizes(pixels.shape[:2], label.shape)
         for _ in range(1 + REDRAWS):
             window, cropped_label = self._draw_crop(label, rng)
@@ -296,7 +296,10 @@ def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     return image
 
 
-def _to_label(label: Image.Image | np.ndarray) -> np.ndarray:
+def label_array(label: Image.Image | np.ndarray) -> np.ndarray:
+    """The ids, uint8 (height, width), of a label as a dataset's row holds it."""
+    if label is None:
+        raise ValueError("there is no label, as in a benchmark's test split")
     if isinstance(label, Image.Image):
         return label_ids(label)
     if label.dtype != np.uint8 or label.ndim != 2:
