@@ -353,9 +353,10 @@ class MFuserConfig(PreTrainedConfig):
         ):
             if width % heads:
                 raise ValueError(f"{name}_hidden_size ({width}) must be divisible by {name}_num_heads ({heads})")
-        if self.decoder_hidden_size % 32:
+        if self.decoder_hidden_size % 32 or self.decoder_hidden_size < 64:
             raise ValueError(
-                f"decoder_hidden_size is {self.decoder_hidden_size}; it must be a multiple of 32, GroupNorm's groups"
+                f"decoder_hidden_size is {self.decoder_hidden_size}; it must be a multiple of 32 from 64 up, so that "
+                "each of GroupNorm's 32 groups has several channels"
             )
         if self.loss_temperature <= 0:
             raise ValueError(f"loss_temperature is {self.loss_temperature}; it must be positive")

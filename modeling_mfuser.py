@@ -103,7 +103,8 @@ class MVFuser(nn.Module):
         self.conv_x = MFuserDepthwiseConv(half, config.fusion_conv_kernel)
         self.conv_z = MFuserDepthwiseConv(half, config.fusion_conv_kernel)
         self.x_proj = nn.Linear(half, self.time_step_rank + 2 * self.state_size, bias=False)
-        self.dt_proj = nn.Linear(self.time_step_rank, half)
+        self.dt_proj = nn.Linear(self.time_step_rank, half, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(half))
         self.A_log = nn.Parameter(torch.empty(half, self.state_size))
         self.D = nn.Parameter(torch.empty(half))
         self.norm = nn.RMSNorm(half, eps=1e-5)
@@ -115,7 +116,6 @@ class MVFuser(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, D / 2) each
         x, z = F.silu(self.conv_x(x)), F.silu(self.conv_z(z))
         dt, B, C = self.x_proj(x).split([self.time_step_rank, self.state_size, self.state_size], dim=-1)
-        # the bias of dt_proj counts twice, as in the published code: here and as the scan's delta_bias
         y = selective_scan(
             x.transpose(1, 2),
             self.dt_proj(dt).transpose(1, 2),
@@ -123,7 +123,7 @@ class MVFuser(nn.Module):
             B.transpose(1, 2),
             C.transpose(1, 2),
             self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
+            delta_bias=2 * self.dt_bias.float(),  # twice, as in the published code: in its dt_proj and in its scan
             delta_softplus=True,
         )
         y = self.norm(y.transpose(1, 2)) * F.silu(z)  # z has passed SiLU before: the published gate does it twice
@@ -277,6 +277,26 @@ def cell_centres(height: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).reshape(-1, 2)
 
 
+class MFuserSamplingOffsets(nn.Linear):
+    """Where each head looks, in cells of each level: at first in directions around the circle, points ever further."""
+
+    def __init__(self, size: int, num_heads: int, num_levels: int, num_points: int):
+        self.samples = (num_heads, num_levels, num_points)
+        super().__init__(size, num_heads * num_levels * num_points * 2)
+
+    def starting_offsets(self) -> torch.Tensor:
+        num_heads, _, num_points = self.samples
+        angles = torch.arange(num_heads, device=self.bias.device) * (2 * math.pi / num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(dim=-1, keepdim=True)  # (heads, 2)
+        distances = torch.arange(1, num_points + 1, device=self.bias.device)[:, None]
+        return (directions[:, None, None] * distances).expand(*self.samples, 2).flatten().to(self.bias.dtype)
+
+
+class MFuserSamplingWeights(nn.Linear):
+    """How much each sample counts: at first all alike."""
+
+
 class MFuserDeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al., ICLR 2021, equation 3) in plain torch."""
 
@@ -285,9 +305,8 @@ class MFuserDeformableAttention(nn.Module):
         size = config.decoder_hidden_size
         self.num_heads, self.num_levels = config.decoder_num_heads, config.num_levels
         self.num_points = config.decoder_num_points
-        samples = self.num_heads * self.num_levels * self.num_points
-        self.sampling_offsets = nn.Linear(size, samples * 2)
-        self.attention_weights = nn.Linear(size, samples)
+        self.sampling_offsets = MFuserSamplingOffsets(size, self.num_heads, self.num_levels, self.num_points)
+        self.attention_weights = MFuserSamplingWeights(size, self.num_heads * self.num_levels * self.num_points)
         self.value_proj = nn.Linear(size, size)
         self.output_proj = nn.Linear(size, size)
 
@@ -360,9 +379,9 @@ class MFuserPixelDecoder(nn.Module):
         self.input_convs = nn.ModuleList(
             MFuserConvNorm(in_channels, size, 1, bias=True) for _ in range(config.num_levels)
         )
-        self.level_embedding = nn.Embedding(config.num_levels, size)
+        self.level_embedding = nn.Parameter(torch.empty(config.num_levels, size))
         self.text_proj = nn.Linear(embedding_size, size)
-        self.text_position_embedding = nn.Embedding(config.num_labels, size)
+        self.text_position_embedding = nn.Parameter(torch.empty(config.num_labels, size))
         self.layers = nn.ModuleList(MFuserPixelDecoderLayer(config) for _ in range(config.decoder_pixel_layers))
         self.final_norm = nn.LayerNorm(size)
         self.lateral_conv = MFuserConvNorm(in_channels, size, 1, bias=False)
@@ -372,21 +391,20 @@ class MFuserPixelDecoder(nn.Module):
     def forward(
         self, feature_maps: tuple[torch.Tensor, ...], text: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps, fine first, and text (B, K, E) -> mask features (B, C, H/4, W/4) and levels (B, C, h, w), coarse first."""
+        """Maps, fine first, text (B, K, E) -> mask features (B, C, H/4, W/4), levels (B, C, h, w), coarse first."""
         finest, *levels = feature_maps
         levels = [conv(level) for conv, level in zip(self.input_convs, reversed(levels), strict=True)]
         shapes = [tuple(level.shape[-2:]) for level in levels]
         pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, L, C)
-        level_embeddings = self.level_embedding.weight.unbind(0)
         positions = torch.cat(
             [
                 sine_positions(*shape, pixels.shape[-1], like=pixels) + embedding
-                for shape, embedding in zip(shapes, level_embeddings, strict=True)
+                for shape, embedding in zip(shapes, self.level_embedding.unbind(0), strict=True)
             ],
             dim=1,
         )
         centres = torch.cat([cell_centres(*shape, pixels.device) for shape in shapes])
-        text, text_positions = self.text_proj(text), self.text_position_embedding.weight
+        text, text_positions = self.text_proj(text), self.text_position_embedding
         for layer in self.layers:
             pixels = layer(pixels, positions, text, text_positions, centres, shapes)
         pixels = self.final_norm(pixels)
@@ -446,8 +464,8 @@ class MFuserDecoder(nn.Module):
         super().__init__()
         size = config.decoder_hidden_size
         self.query_mlp = MFuserMLP([embedding_size, size, size], nn.ReLU)
-        self.query_position_embedding = nn.Embedding(config.num_labels, size)
-        self.level_embedding = nn.Embedding(config.num_levels, size)
+        self.query_position_embedding = nn.Parameter(torch.empty(config.num_labels, size))
+        self.level_embedding = nn.Parameter(torch.empty(config.num_levels, size))
         self.layers = nn.ModuleList(MFuserDecoderLayer(config) for _ in range(config.decoder_num_layers))
         self.predictor = MFuserMaskPredictor(config)
 
@@ -459,9 +477,9 @@ class MFuserDecoder(nn.Module):
         level_positions = [sine_positions(*shape, mask_features.shape[1], like=text) for shape in shapes]
         memories = [
             level.flatten(2).transpose(1, 2) + embedding
-            for level, embedding in zip(levels, self.level_embedding.weight.unbind(0), strict=True)
+            for level, embedding in zip(levels, self.level_embedding.unbind(0), strict=True)
         ]
-        queries, query_positions = self.query_mlp(text), self.query_position_embedding.weight
+        queries, query_positions = self.query_mlp(text), self.query_position_embedding
         predictions = [self.predictor(queries, mask_features)]
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
@@ -558,12 +576,20 @@ class MFuserPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MFuserDepthwiseConv):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, MFuserDeformableAttention):
-            _init_deformable_attention(module)
+        elif isinstance(module, MFuserSamplingOffsets):
+            init.zeros_(module.weight)
+            init.copy_(module.bias, module.starting_offsets())
+        elif isinstance(module, MFuserSamplingWeights):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             _init_torch_default(module)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
+        elif isinstance(module, MFuserPixelDecoder):
+            init.normal_(module.level_embedding)
+            init.normal_(module.text_position_embedding)
+        elif isinstance(module, MFuserDecoder):
+            init.normal_(module.level_embedding)
+            init.normal_(module.query_position_embedding)
         elif isinstance(module, MTEnhancer):
             init.trunc_normal_(module.gamma)
         elif isinstance(module, MFuserModel):
@@ -590,24 +616,8 @@ def _init_mvfuser(module: MVFuser, config: MFuserConfig):
     init.constant_(module.scale, config.fusion_initial_scale)
     init.uniform_(module.dt_proj.weight, -(module.time_step_rank**-0.5), module.time_step_rank**-0.5)
     low, high = math.log(1e-3), math.log(1e-1)
-    step = torch.exp(torch.rand_like(module.dt_proj.bias, dtype=torch.float32) * (high - low) + low).clamp(min=1e-4)
-    init.copy_(module.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # softplus of this is the step
-
-
-def _init_deformable_attention(module: MFuserDeformableAttention):
-    """Heads look in directions around the circle, points ever further out, all weighed alike."""
-    angles = torch.arange(module.num_heads, dtype=torch.float32) * (2 * math.pi / module.num_heads)
-    directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    directions = directions / directions.abs().amax(dim=-1, keepdim=True)  # (heads, 2)
-    distances = torch.arange(1, module.num_points + 1, dtype=torch.float32)[:, None]
-    offsets = (directions[:, None, None] * distances).expand(-1, module.num_levels, -1, -1)
-    init.zeros_(module.sampling_offsets.weight)
-    init.copy_(module.sampling_offsets.bias, offsets.flatten().to(module.sampling_offsets.bias))
-    init.zeros_(module.attention_weights.weight)
-    init.zeros_(module.attention_weights.bias)
-    for projection in (module.value_proj, module.output_proj):
-        init.xavier_uniform_(projection.weight)
-        init.zeros_(projection.bias)
+    step = torch.exp(torch.rand_like(module.dt_bias, dtype=torch.float32) * (high - low) + low).clamp(min=1e-4)
+    init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus of this is the step
 
 
 class MFuserModel(MFuserPreTrainedModel):
@@ -638,6 +648,7 @@ class MFuserModel(MFuserPreTrainedModel):
 
     def train(self, mode: bool = True):
         super().train(mode)
+        self._class_embeddings_cache = (None, None)
         if self.config.freeze_encoders:
             self.vfm.eval()
             self.vlm.eval()
@@ -647,7 +658,8 @@ class MFuserModel(MFuserPreTrainedModel):
         """
         Class names in the vision-language space, before any image -> (K, E).
 
-        Where no gradient is asked for they are computed once, and again only after a weight changed.
+        Where no gradient is asked for they are computed once, and again only after a weight changed or after
+        `train()` or `eval()`. (Changes through `.data` alone are not seen.)
         """
         if self.prompts is None:
             return self.stored_class_embeddings
@@ -804,9 +816,12 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: index for index, name in enumerate(class_names)}
         config.queries_vote_for_own_class = True
-        for table in (self.pixel_decoder.text_position_embedding, self.decoder.query_position_embedding):
-            table.weight = nn.Parameter(table.weight[nearest], requires_grad=table.weight.requires_grad)
-            table.num_embeddings = len(class_names)
+        for module, name in (
+            (self.pixel_decoder, "text_position_embedding"),
+            (self.decoder, "query_position_embedding"),
+        ):
+            table = getattr(module, name)
+            setattr(module, name, nn.Parameter(table[nearest], requires_grad=table.requires_grad))
         head = self.decoder.predictor.class_head
         rows = torch.cat([nearest, nearest.new_tensor([head.out_features - 1])])  # "no object" stays last
         # classes that share a row share its probability

@@ -70,7 +70,8 @@ def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], r
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type not in classes:
         raise ValueError(
-            f"{name_or_path} is of type {model_type!r}, which can't be the {role}: that must be one of {', '.join(classes)}"
+            f"{name_or_path} is of type {model_type!r}, which can't be the {role}: that must be one of "
+            f"{', '.join(classes)}"
         )
     model, report = classes[model_type].from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:
@@ -104,8 +105,8 @@ def pretrained_config(
     text_length = prompt_length + class_token_length
     if text_length > text_config.max_position_embeddings:
         raise ValueError(
-            f"{prompt_length} context vectors and {class_token_length} class tokens are {text_length} positions; the text "
-            f"encoder has {text_config.max_position_embeddings}"
+            f"{prompt_length} context vectors and {class_token_length} class tokens are {text_length} positions; the "
+            f"text encoder has {text_config.max_position_embeddings}"
         )
     text_config.max_position_embeddings = text_length
     if variant in ("clip", "eva02_clip"):
@@ -203,7 +204,7 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def resample_positions(positions: torch.Tensor, shape: torch.Size, how: Resampled) -> torch.Tensor:
-    """Position embeddings (..., c + g * g, C) of a square grid, at the size that `shape` wants; class positions kept."""
+    """Position embeddings (..., c + g * g, C) of a square grid, at the size of `shape`; class positions kept."""
     table = positions.reshape(positions.shape[-2:])
     grid = math.isqrt(shape[-2] - how.num_class_tokens)
     patches = resample_grid(table[how.num_class_tokens :], (grid, grid), how.mode)

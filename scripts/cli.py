@@ -5,6 +5,10 @@ import sys
 
 COMMANDS = {
     "segment": ("segment", "segment images with a trained model"),
+    "prepare": ("prepare_domain", "turn a dataset's official download into train ids that `datasets` loads"),
+    "train": ("train", "train or fine-tune from a recipe"),
+    "evaluate": ("evaluate", "score a model on any number of domains"),
+    "benchmark": ("benchmark", "time the parts of a model on this machine"),
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }
 

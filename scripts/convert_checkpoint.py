@@ -64,11 +64,12 @@ SHARED_NAMES = {
     rf"backbone\.dinov2\.norm\.{WEIGHT}": r"mfuser.vfm.vision.layernorm.\1",
     # fusion and pyramid
     r"backbone\.adapter\.(\d+)\.conv1d_([xz])\.weight": r"mfuser.fusion_layers.\1.mvfuser.conv_\2.weight",
-    r"backbone\.adapter\.(\d+)\.(A_log|D|scale|[a-z_]+\.(weight|bias))": r"mfuser.fusion_layers.\1.mvfuser.\2",
+    r"backbone\.adapter\.(\d+)\.dt_proj\.bias": r"mfuser.fusion_layers.\1.mvfuser.dt_bias",
+    r"backbone\.adapter\.(\d+)\.(A_log|D|scale|[a-z_]+\.weight)": r"mfuser.fusion_layers.\1.mvfuser.\2",
     rf"backbone\.adapter_proj1\.(\d+)\.{WEIGHT}": r"mfuser.fusion_layers.\1.vfm_in_proj.\2",
     rf"backbone\.adapter_proj2\.(\d+)\.{WEIGHT}": r"mfuser.fusion_layers.\1.vfm_out_proj.\2",
     rf"backbone\.adapter_proj3\.{WEIGHT}": r"mfuser.merge_proj.\1",
-    r"backbone\.fpn1\.([013]\.(weight|bias|running_mean|running_var|num_batches_tracked))": r"mfuser.pyramid.stride4.\1",
+    r"backbone\.fpn1\.([013]\.[a-z_]+)": r"mfuser.pyramid.stride4.\1",
     rf"backbone\.fpn2\.0\.{WEIGHT}": r"mfuser.pyramid.stride8.\1",
     # MTEnhancer
     rf"context_decoder\.memory_proj\.0\.{WEIGHT}": r"mfuser.enhancer.visual_in_norm.\1",
@@ -87,7 +88,8 @@ SHARED_NAMES = {
     r"context_decoder\.decoder\.(\d+)\.cross_attn\.conv1d_([xz])\.weight": (
         r"mfuser.enhancer.layers.\1.mvfuser.conv_\2.weight"
     ),
-    r"context_decoder\.decoder\.(\d+)\.cross_attn\.(A_log|D|scale|[a-z_]+\.(weight|bias))": (
+    r"context_decoder\.decoder\.(\d+)\.cross_attn\.dt_proj\.bias": r"mfuser.enhancer.layers.\1.mvfuser.dt_bias",
+    r"context_decoder\.decoder\.(\d+)\.cross_attn\.(A_log|D|scale|[a-z_]+\.weight)": (
         r"mfuser.enhancer.layers.\1.mvfuser.\2"
     ),
     rf"context_decoder\.decoder\.(\d+)\.norm1\.{WEIGHT}": r"mfuser.enhancer.layers.\1.self_attention_norm.\2",
@@ -121,12 +123,12 @@ SHARED_NAMES = {
         r"pixel_decoder.layers.\1.mlp.layers.1.\2"
     ),
     rf"decode_head\.pixel_decoder\.encoder\.post_norm\.{WEIGHT}": r"pixel_decoder.final_norm.\1",
-    r"decode_head\.pixel_decoder\.level_encoding\.weight": "pixel_decoder.level_embedding.weight",
+    r"decode_head\.pixel_decoder\.level_encoding\.weight": "pixel_decoder.level_embedding",
     rf"decode_head\.pixel_decoder\.(lateral|output)_convs\.0\.conv\.{WEIGHT}": r"pixel_decoder.\1_conv.conv.\2",
     rf"decode_head\.pixel_decoder\.(lateral|output)_convs\.0\.gn\.{WEIGHT}": r"pixel_decoder.\1_conv.norm.\2",
     rf"decode_head\.pixel_decoder\.mask_feature\.{WEIGHT}": r"pixel_decoder.mask_proj.\1",
     rf"decode_head\.pixel_decoder\.text_proj\.{WEIGHT}": r"pixel_decoder.text_proj.\1",
-    r"decode_head\.pixel_decoder\.text_pos_embed\.weight": "pixel_decoder.text_position_embedding.weight",
+    r"decode_head\.pixel_decoder\.text_pos_embed\.weight": "pixel_decoder.text_position_embedding",
     # transformer decoder
     rf"decode_head\.transformer_decoder\.layers\.(\d+)\.attentions\.0\.attn\.in_proj_{WEIGHT}": (
         r"decoder.layers.\1.cross_attention.{}_proj.\2"
@@ -154,10 +156,10 @@ SHARED_NAMES = {
         r"decoder.layers.\1.mlp.layers.1.\2"
     ),
     rf"decode_head\.transformer_decoder\.post_norm\.{WEIGHT}": r"decoder.predictor.norm.\1",
-    r"decode_head\.query_embed\.weight": "decoder.query_position_embedding.weight",
+    r"decode_head\.query_embed\.weight": "decoder.query_position_embedding",
     rf"decode_head\.text_proj\.0\.{WEIGHT}": r"decoder.query_mlp.layers.0.\1",
     rf"decode_head\.text_proj\.2\.{WEIGHT}": r"decoder.query_mlp.layers.1.\1",
-    r"decode_head\.level_embed\.weight": "decoder.level_embedding.weight",
+    r"decode_head\.level_embed\.weight": "decoder.level_embedding",
     rf"decode_head\.cls_embed\.{WEIGHT}": r"decoder.predictor.class_head.\1",
     rf"decode_head\.mask_embed\.0\.{WEIGHT}": r"decoder.predictor.mask_mlp.layers.0.\1",
     rf"decode_head\.mask_embed\.2\.{WEIGHT}": r"decoder.predictor.mask_mlp.layers.1.\1",
@@ -333,7 +335,7 @@ def config_from_state_dict(
         "fusion_conv_kernel": shape("mfuser.fusion_layers.0.mvfuser.conv_x.weight")[1],
         "enhancer_hidden_size": shape("mfuser.enhancer.text_proj.weight")[0],
         "enhancer_num_layers": count(r"mfuser\.enhancer\.layers\.(\d+)\."),
-        "decoder_hidden_size": shape("decoder.query_position_embedding.weight")[1],
+        "decoder_hidden_size": shape("decoder.query_position_embedding")[1],
         "decoder_pixel_layers": count(r"pixel_decoder\.layers\.(\d+)\."),
         "decoder_pixel_feedforward_size": shape("pixel_decoder.layers.0.mlp.layers.0.weight")[0],
         "decoder_num_layers": count(r"decoder\.layers\.(\d+)\."),
@@ -341,7 +343,7 @@ def config_from_state_dict(
     }
     for name, value in (known or {}).items():
         fields[name] = fields[name] | value if isinstance(value, dict) and name.endswith("_config") else value
-    num_classes = shape("decoder.query_position_embedding.weight")[0]
+    num_classes = shape("decoder.query_position_embedding")[0]
     names = fields.setdefault("id2label", dict(enumerate(CITYSCAPES_CLASSES)))
     if len(names) != num_classes:
         raise ValueError(
@@ -469,7 +471,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--siglip",
         default=PUBLISHED_SIGLIP,
-        help="SigLIP variant: the pretrained SigLIP whose tokenizer, logit scale and bias it takes (default %(default)s)",
+        help="SigLIP variant: the pretrained SigLIP, for tokenizer, logit scale and bias (default %(default)s)",
     )
     options = parser.parse_args(arguments)
     if not options.checkpoint.is_file():

@@ -38,8 +38,8 @@ segment = pipeline("image-segmentation", model="{folder}", trust_remote_code=Tru
 segment("street.jpg")
 ```
 
-Images larger than {crop} pixels are segmented by windows of {crop}, {stride} apart. The licences of the encoders and of
-the training data apply beside this one.
+Images larger than {crop} pixels are segmented by windows of {crop}, {stride} apart. The licences of the encoders and
+of the training data apply beside this one.
 """
 
 

@@ -1,0 +1,375 @@
+"""What the model promises, over every pair of encoders."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import CLASSES, PAIRS, tiny_batch, tiny_config, tiny_model, tiny_tokenizer
+from torch.nn import functional as F
+
+from mfuser import MFuserForSemanticSegmentation, MFuserModel
+from mfuser.modeling_mfuser import window_starts
+
+PAIR = pytest.mark.parametrize("pair", PAIRS)
+
+
+@PAIR
+def test_scores_at_the_images_size_and_a_finite_loss(pair):
+    model, batch = tiny_model(pair), tiny_batch((60, 60))
+    outputs = model(**batch)
+    assert outputs.logits.shape == (2, len(CLASSES), 60, 60)
+    assert outputs.logits.isfinite().all() and outputs.logits.min() >= 0
+    assert outputs.loss.isfinite()
+    assert outputs.loss.item() == pytest.approx(sum(loss.item() for loss in outputs.loss_components.values()))
+
+
+@PAIR
+def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(pair):
+    model = tiny_model(pair).train()
+    model(**tiny_batch()).loss.backward()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert frozen and frozen == {name for name in frozen if name.startswith(("mfuser.vfm.", "mfuser.vlm."))}
+    assert reached == {name for name, _ in model.named_parameters()} - frozen
+    unmoved = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.abs().max() > 0]
+    # a constant added to all keys changes no softmax
+    assert [name for name in unmoved if not name.endswith("k_proj.bias")] == []
+
+
+@PAIR
+def test_save_load_save_is_bit_equal(pair, tmp_path):
+    model, batch = tiny_model(pair), tiny_batch()
+    model.save_pretrained(tmp_path / "once")
+    loaded, report = MFuserForSemanticSegmentation.from_pretrained(tmp_path / "once", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    loaded.save_pretrained(tmp_path / "twice")
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("once", "twice")]
+    assert weights[0] == weights[1]
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("once", "twice")]
+    for config in configs:
+        for part in ("vfm_config", "vlm_config", "text_config"):
+            config[part].pop("dtype", None)  # loading notes it for each encoder
+    assert configs[0] == configs[1]
+    with torch.no_grad():
+        assert torch.equal(model(batch["pixel_values"]).logits, loaded(batch["pixel_values"]).logits)
+
+
+@PAIR
+def test_loading_keeps_the_encoders_frozen(pair, tmp_path):
+    model = tiny_model(pair)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(tmp_path)
+    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trainable
+
+
+@PAIR
+def test_large_images_are_the_average_of_their_windows(pair):
+    model = tiny_model(pair)
+    pixel_values = tiny_batch((88, 130))["pixel_values"]
+    crop = model.config.crop_size
+    expected, counts = torch.zeros(2, len(CLASSES), 88, 130), torch.zeros(88, 130)
+    with torch.no_grad():
+        for top in window_starts(88, crop, 42):
+            for left in window_starts(130, crop, 42):
+                window = (..., slice(top, top + crop), slice(left, left + crop))
+                expected[window] += model(pixel_values[window]).logits
+                counts[window] += 1
+        scores = model(pixel_values).logits
+    torch.testing.assert_close(scores, expected / counts, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 48), (17, 100), (64, 64), (48, 200), (300, 64), (65, 64)])
+def test_any_size_from_one_patch_up(size):
+    outputs = tiny_model()(**tiny_batch(size))
+    assert outputs.logits.shape == (2, len(CLASSES), *size)
+    assert outputs.loss.isfinite()
+
+
+def test_the_number_of_windows_computed_together_changes_nothing():
+    scores = []
+    for together in (1, 2, 100):
+        with torch.no_grad():
+            model = tiny_model(windows_per_batch=together)
+            scores.append(model(tiny_batch((88, 130))["pixel_values"]).logits)
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-6)
+
+
+def test_windows_cover_a_side_and_stay_inside():
+    for length in (10, 512, 513, 853, 1024, 2048, 4096):
+        starts = window_starts(length, 512, 341)
+        covered = {pixel for start in starts for pixel in range(start, start + min(512, length))}
+        assert covered == set(range(length))
+    assert window_starts(1024, 512, 341) == [0, 341, 512]
+
+
+def test_batching_changes_nothing():
+    model, pixel_values = tiny_model(), tiny_batch(batch=3)["pixel_values"]
+    with torch.no_grad():
+        together = model(pixel_values).logits
+        alone = torch.cat([model(image[None]).logits for image in pixel_values])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_train_mode_leaves_frozen_encoders_in_eval_mode():
+    model = tiny_model().train()
+    assert model.training and model.mfuser.training and model.decoder.training
+    assert not any(module.training for tower in (model.mfuser.vfm, model.mfuser.vlm) for module in tower.modules())
+
+
+def test_encoders_train_when_asked_to():
+    model = tiny_model(freeze_encoders=False).train()
+    model(**tiny_batch()).loss.backward()
+    for tower in (model.mfuser.vfm, model.mfuser.vlm):
+        assert all(module.training for module in tower.modules())
+        assert tower.vision.embeddings.get_parameter(tower.kernel.name.removeprefix("embeddings.")).grad is not None
+    assert model.mfuser.vlm.text.embeddings.token_embedding.weight.grad.abs().max() > 0
+
+
+def test_stochastic_depth_acts_in_training_alone_and_keeps_the_mean():
+    from mfuser.towers_mfuser import drop_path
+
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(20000, 1, 1), 0.25)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    model, batch = tiny_model(vlm_drop_path_rate=0.9, fusion_dropout=0.0), tiny_batch()
+    with torch.no_grad():
+        first, second = (model.mfuser(batch["pixel_values"]).score_map for _ in range(2))
+        assert torch.equal(first, second)
+        model.mfuser.train()
+        first, second = (model.mfuser(batch["pixel_values"]).score_map for _ in range(2))
+        assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(vlm_drop_path_rate=0.3).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(1)
+        model(**tiny_batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_gradient_checkpointing_keeps_fewer_activations():
+    def saved_elements(checkpointing):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            model.mfuser(tiny_batch()["pixel_values"])
+        return sum(kept)
+
+    assert saved_elements(True) < 0.5 * saved_elements(False)
+
+
+@PAIR
+def test_eager_and_sdpa_attention_agree(pair):
+    scores = []
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model(pair)
+        model.set_attn_implementation(implementation)
+        assert model.mfuser.vlm.vision.config._attn_implementation == implementation
+        with torch.no_grad():
+            scores.append(model(tiny_batch()["pixel_values"]).logits)
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+eva02_clip", "dinov3+siglip2"])
+def test_half_precision_is_near_float32(pair, dtype, tmp_path):
+    model, batch = tiny_model(pair), tiny_batch()
+    model.save_pretrained(tmp_path)
+    half = MFuserForSemanticSegmentation.from_pretrained(tmp_path, dtype=dtype)
+    assert half.mfuser.fusion_layers[0].mvfuser.A_log.dtype == torch.float32
+    assert half.decoder.predictor.class_head.weight.dtype == dtype
+    with torch.no_grad():
+        scores, reference = half(batch["pixel_values"]).logits, model(batch["pixel_values"]).logits
+    assert scores.dtype == torch.float32
+    assert (scores - reference).abs().mean() < 0.05
+    assert half(**batch).loss.isfinite()
+
+
+@PAIR
+def test_loads_on_the_meta_device_with_every_buffer_filled(pair, tmp_path):
+    model = tiny_model(pair)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = MFuserForSemanticSegmentation(tiny_config(pair))
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path, device_map={"": "cpu"})
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, loaded.get_buffer(name)), name
+
+
+def test_weights_offloaded_to_disk_give_the_same_scores(tmp_path):
+    model, batch = tiny_model(), tiny_batch()
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"mfuser": "cpu", "pixel_decoder": "disk", "decoder": "cpu"}
+    loaded = MFuserForSemanticSegmentation.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(batch["pixel_values"]).logits, model(batch["pixel_values"]).logits)
+
+
+def test_start_values_are_the_papers():
+    model = MFuserForSemanticSegmentation(tiny_config())
+    mvfuser = model.mfuser.fusion_layers[0].mvfuser
+    torch.testing.assert_close(mvfuser.A_log.exp(), torch.arange(1.0, 17.0).expand(16, -1))
+    assert torch.equal(mvfuser.D, torch.ones(16))
+    assert mvfuser.scale.item() == pytest.approx(1e-3)
+    assert mvfuser.dt_proj.weight.abs().max() <= mvfuser.time_step_rank**-0.5
+    steps = F.softplus(mvfuser.dt_bias)
+    assert 1e-4 <= steps.min() and steps.max() <= 0.1001
+    gamma = model.mfuser.enhancer.gamma
+    assert 0.3 < gamma.std() < 1.5 and gamma.abs().max() <= 2
+    assert model.pixel_decoder.layers[0].self_attention.sampling_offsets.weight.abs().max() == 0
+
+
+def test_hidden_states_of_both_encoders():
+    model, batch = tiny_model("deeper dinov2+clip"), tiny_batch()
+    outputs = model(batch["pixel_values"], output_hidden_states=True)
+    assert len(outputs.hidden_states) == len(outputs.vfm_hidden_states) == 5
+    assert all(states.shape == (2, 17, 32) for states in outputs.hidden_states + outputs.vfm_hidden_states)
+    assert model(batch["pixel_values"]).hidden_states is None
+    with pytest.raises(ValueError, match="crop by crop"):
+        model(tiny_batch((64, 128))["pixel_values"], output_hidden_states=True)
+
+
+def test_outputs_as_a_tuple():
+    model, batch = tiny_model(), tiny_batch()
+    as_tuple = model(**batch, return_dict=False)
+    torch.manual_seed(0)
+    assert isinstance(as_tuple, tuple) and as_tuple[1].shape == (2, len(CLASSES), 64, 64)
+
+
+def test_class_embeddings_are_computed_once_and_again_after_a_change(monkeypatch):
+    model, batch = tiny_model(), tiny_batch()
+    calls = []
+    encode = model.mfuser.vlm.encode_text
+    monkeypatch.setattr(model.mfuser.vlm, "encode_text", lambda *args: calls.append(1) or encode(*args))
+    with torch.no_grad():
+        before = model(batch["pixel_values"]).logits
+        model(tiny_batch((88, 130))["pixel_values"])
+        assert len(calls) == 1
+        model.mfuser.prompts.add_(1)
+        assert not torch.equal(model(batch["pixel_values"]).logits, before)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+siglip"])
+def test_stored_class_embeddings_replace_the_text_encoder(pair, tmp_path):
+    model, batch = tiny_model(pair), tiny_batch()
+    with torch.no_grad():
+        expected = model(batch["pixel_values"]).logits
+        model.mfuser.store_class_embeddings()
+        assert torch.equal(model(batch["pixel_values"]).logits, expected)
+        model.save_pretrained(tmp_path)
+        loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
+        assert not [name for name, _ in loaded.named_parameters() if ".text" in name and "mfuser.vlm" in name]
+        assert torch.equal(loaded(batch["pixel_values"]).logits, expected)
+    assert not loaded.mfuser.stored_class_embeddings.requires_grad
+
+
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip"])
+def test_new_class_names_without_training(pair, tmp_path):
+    model, batch = tiny_model(pair), tiny_batch()
+    with torch.no_grad():
+        before = model(batch["pixel_values"])
+        rows = model.decoder.predictor.class_head.weight[: len(CLASSES)].clone()
+        model.set_class_names(
+            ["street", "tree", "sky", "car", "person", "light"], tiny_tokenizer("siglip" not in pair)
+        )
+        after = model(batch["pixel_values"])
+        large = model(tiny_batch((88, 100))["pixel_values"])
+    assert after.logits.shape == (2, 6, 64, 64) and large.logits.shape == (2, 6, 88, 100)
+    assert after.score_map.shape[1] == 6 and before.score_map.shape[1] == 4
+    assert model.config.num_labels == 6 and model.config.id2label[1] == "tree"
+    assert all((row == rows).all(1).any() for row in model.decoder.predictor.class_head.weight[:-1])
+    # no two classes look the same, though they share rows of the class head
+    scores = after.logits.transpose(0, 1).flatten(1)
+    assert all(not torch.equal(scores[i], scores[j]) for i in range(6) for j in range(i))
+    model.save_pretrained(tmp_path)
+    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch["pixel_values"]).logits, after.logits)
+    assert loaded(**batch).loss.isfinite()
+
+
+def test_new_class_names_need_a_text_encoder_and_few_tokens():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="'way of life light' needs 6"):
+        model.set_class_names(["way of life light", "car"], tiny_tokenizer())
+    assert model.config.num_labels == len(CLASSES)
+    model.mfuser.store_class_embeddings()
+    with pytest.raises(ValueError, match="no text encoder"):
+        model.set_class_names(["car"], tiny_tokenizer())
+
+
+def test_another_number_of_labels_on_loading_reports_what_is_new(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    names = {0: "road", 1: "sky"}
+    config = tiny_config(id2label=names, label2id={"road": 0, "sky": 1}, class_token_ids=[[5] * 5, [6] * 5])
+    with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
+        MFuserForSemanticSegmentation.from_pretrained(tmp_path, config=config)
+    model, report = MFuserForSemanticSegmentation.from_pretrained(
+        tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {name for name, *_ in report["mismatched_keys"]} == {
+        "decoder.predictor.class_head.weight",
+        "decoder.predictor.class_head.bias",
+        "decoder.query_position_embedding",
+        "pixel_decoder.text_position_embedding",
+    }
+    assert model(tiny_batch()["pixel_values"]).logits.shape[1] == 2
+
+
+def test_labels_that_differ_from_the_token_ids_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="class_token_ids has 4 rows, but the model has 2 labels"):
+        MFuserForSemanticSegmentation.from_pretrained(tmp_path, id2label={0: "road", 1: "sky"})
+
+
+def test_the_base_model_loads_from_the_same_folder(tmp_path):
+    model, batch = tiny_model(), tiny_batch()
+    model.save_pretrained(tmp_path)
+    base = MFuserModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        outputs, expected = base(batch["pixel_values"]), model(batch["pixel_values"])
+    assert torch.equal(outputs.score_map, expected.score_map)
+    assert [tuple(feature.shape[-2:]) for feature in outputs.feature_maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    assert outputs.dense_embedding.shape == (2, 24, 4, 4) and outputs.global_embedding.shape == (2, 1, 24)
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "message"),
+    [
+        (torch.zeros(1, 1, 64, 64), r"shape \(batch, 3, height, width\)"),
+        (torch.zeros(3, 64, 64), r"shape \(batch, 3, height, width\)"),
+        (torch.zeros(1, 3, 15, 64), "holds no patch of 16"),
+    ],
+)
+def test_impossible_pixels_are_refused(pixel_values, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(pixel_values)
+
+
+def test_augmented_scores_average_scales_and_flips():
+    model, pixel_values = tiny_model(), tiny_batch((48, 64))["pixel_values"]
+    with torch.no_grad():
+        plain = model(pixel_values).logits.softmax(1)
+        flipped = model(pixel_values.flip(-1)).logits.softmax(1).flip(-1)
+    torch.testing.assert_close(model.augmented_scores(pixel_values, flip=False), plain)
+    torch.testing.assert_close(model.augmented_scores(pixel_values), (plain + flipped) / 2)
+    scores = model.augmented_scores(pixel_values, scales=(0.5, 1.0, 1.5))
+    assert scores.shape == plain.shape
+    torch.testing.assert_close(scores.sum(1), torch.ones(2, 48, 64))
