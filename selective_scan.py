@@ -31,7 +31,7 @@ __all__ = ["selective_scan"]
 
 # What the states of a chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide.
 _CPU_CHUNK_BYTES = 9 << 18
-_GPU_CHUNK_BYTES = 1 << 26
+_GPU_CHUNK_BYTES = 1 << 27
 _LOG2_E = 1 / math.log(2)
 # Operators are global. A copy of this file that Transformers loads from a model's folder defines its own.
 _NAMESPACE = re.sub(r"\W", "_", __package__)
@@ -178,10 +178,14 @@ def _scan(
     delta_softplus: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state and, if they are to be kept, the states (chunk, batch, state, dim) that enter the chunks."""
+    """y, the last state and, if they are to be kept, the states (chunk, batch, state, dim) that enter the chunks.
+
+    Those are returned as a vector: a captured graph would be bound to having one chunk, or several, by their shape.
+    """
     forward = triton_scan if _uses_triton(u, _compute_dtype(u, delta, A, B, C, D, delta_bias)) else _torch_scan
     with torch.autocast(u.device.type, enabled=False):
-        return forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
+        y, last_state, states = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
+    return y, last_state, states.flatten()
 
 
 @_scan.register_fake
@@ -191,7 +195,7 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
     return (
         _new_like(u),
         u.new_empty(batch, state, dim, dtype=dtype).transpose(1, 2),
-        u.new_empty(_chunk_count(u, A, dtype) if keep_states else 0, batch, state, dim, dtype=dtype),
+        u.new_empty(_chunk_count(u, A, dtype) * batch * state * dim if keep_states else 0, dtype=dtype),
     )
 
 
@@ -211,6 +215,7 @@ def _scan_backward(
     """Gradients of u, delta, A, B, C, D and delta_bias; an absent D or delta_bias gets an empty one."""
     backward = triton_scan_backward if _uses_triton(u, states.dtype) else _torch_scan_backward
     with torch.autocast(u.device.type, enabled=False):
+        states = states.view(-1, u.shape[0], *A.t().shape)
         grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
     inputs = (u, delta, A, B, C, D, delta_bias)
     return tuple(u.new_empty(0) if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True))
