@@ -183,8 +183,7 @@ def _scan(
     Those are returned as a vector: a captured graph would be bound to having one chunk, or several, by their shape.
     """
     forward = triton_scan if _uses_triton(u, _compute_dtype(u, delta, A, B, C, D, delta_bias)) else _torch_scan
-    with torch.autocast(u.device.type, enabled=False):
-        y, last_state, states = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
+    y, last_state, states = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
     return y, last_state, states.flatten()
 
 
@@ -214,9 +213,8 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias; an absent D or delta_bias gets an empty one."""
     backward = triton_scan_backward if _uses_triton(u, states.dtype) else _torch_scan_backward
-    with torch.autocast(u.device.type, enabled=False):
-        states = states.view(-1, u.shape[0], *A.t().shape)
-        grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
+    states = states.view(-1, u.shape[0], *A.t().shape)
+    grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
     inputs = (u, delta, A, B, C, D, delta_bias)
     return tuple(u.new_empty(0) if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True))
 
@@ -346,7 +344,7 @@ def _recur_in_segments(decay, x, entering):
 def _matvec(rows, matrices, out):
     """Row vectors (token, batch, k) times matrices (token, batch, k, m).
 
-    The other order, matrix times column vector, is several times slower on a CPU.
+    The other order, matrix times column vector, is several times slower on a CPU. Autocast leaves `out=` alone.
     """
     torch.bmm(rows.flatten(0, 1).unsqueeze(1), matrices.flatten(0, 1), out=out.flatten(0, 1).unsqueeze(1))
     return out
