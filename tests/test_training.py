@@ -1,0 +1,268 @@
+"""Optimizer, schedule, losses, checkpoints and devices of a training run."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_worker import Samples, step_and_evaluate
+from sklearn.metrics import confusion_matrix
+from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_model
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser.training.augmentation import ShuffledSampler
+from mfuser.training.trainer import (
+    MFuserTrainer,
+    MFuserTrainingArguments,
+    PolynomialSchedule,
+    parameter_groups,
+    restore_weights,
+    synchronise_batch_norm,
+)
+
+torch.set_num_threads(1)
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    with torch.device("meta"):
+        return MFuserForSemanticSegmentation(MFuserConfig())
+
+
+def names_of(model, weights):
+    wanted = {id(weight) for weight in weights}
+    return {name for name, weight in model.named_parameters() if id(weight) in wanted}
+
+
+# --- optimizer and schedule ------------------------------------------------------------------------------------------
+
+
+def test_the_optimizer_trains_what_the_reference_trains(full_size):
+    reference = json.loads((FIXTURES / "full_size_keys_clip.json").read_text())
+    trained = [np.prod(shape) for shape, _, trainable in reference.values() if trainable]
+    groups = parameter_groups(full_size, weight_decay=1e-4)
+    ours = [weight.numel() for group in groups for weight in group["params"]]
+    assert sum(ours) == sum(trained)
+    assert len(ours) == sum(len(list(group["params"])) for group in groups)
+    assert all(weight.requires_grad for group in groups for weight in group["params"])
+    encoders = {*full_size.mfuser.vfm.parameters(), *full_size.mfuser.vlm.parameters()}
+    assert not encoders & {weight for group in groups for weight in group["params"]}
+
+
+@pytest.mark.parametrize("decay_embeddings", [True, False])
+def test_weight_decay_spares_norms_and_if_asked_level_and_query_embeddings(full_size, decay_embeddings):
+    decayed, spared = parameter_groups(full_size, 1e-4, decay_embeddings)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-4, 0.0)
+    spared = names_of(full_size, spared["params"])
+    embeddings = {"decoder.level_embedding", "decoder.query_position_embedding"}
+    assert spared & embeddings == (set() if decay_embeddings else embeddings)
+    norms = {name for name in spared - embeddings if "norm" in name or name.startswith("mfuser.pyramid.stride4.1.")}
+    assert spared - embeddings == norms
+    trainable_norms = {
+        name for name, weight in full_size.named_parameters() if weight.requires_grad and "norm" in name
+    }
+    assert trainable_norms <= spared
+
+
+def test_the_schedule_is_mmcvs_poly_with_linear_warm_up():
+    schedule = PolynomialSchedule(1e-4, 1e-6, 20_000, 1_500)
+    # (1e-4 - 1e-6) * (1 - step / 20000) ** 0.9 + 1e-6, in warm-up times 1 - (1 - step / 1500) * (1 - 1e-6)
+    expected = {0: 1e-10, 1: 6.67636255e-8, 750: 4.8326247e-5, 1499: 9.32340155e-5, 1500: 9.3291723e-5}
+    expected |= {10_000: 5.40527864e-5, 19_999: 1.01332626e-6, 20_000: 1e-6, 20_100: 1e-6}
+    for step, rate in expected.items():
+        assert schedule(step) * 1e-4 == pytest.approx(rate, rel=1e-6)
+
+
+def test_a_schedule_that_would_rise_is_refused():
+    with pytest.raises(ValueError, match="can't fall from 1e-07 to 1e-06"):
+        PolynomialSchedule(1e-7, 1e-6, 10)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def trainer_in(folder, model=None, **fields):
+    defaults = dict(
+        max_steps=4, per_device_train_batch_size=2, save_steps=2, logging_steps=1, report_to="none", use_cpu=True,
+        learning_rate=1e-2, warmup_steps=2,
+    )  # fmt: skip
+    arguments = MFuserTrainingArguments(str(folder), **(defaults | fields))
+    model = tiny_model(freeze_encoders=False) if model is None else model
+    samples = Samples()
+    return MFuserTrainer(
+        model, arguments, samples, ShuffledSampler(len(samples)), Samples(), processing_class=MFuserImageProcessor()
+    )
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_losses_are_logged_in_parts_that_sum_to_the_loss(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2, logging_steps=2, save_strategy="no")
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    parts = [log[f"loss_{kind}"] for kind in ("class", "mask", "dice", "score_map")]
+    assert sum(parts) == pytest.approx(log["loss"], rel=1e-4)
+
+
+def test_void_pixels_do_not_scale_the_loss(tmp_path):
+    trainer = trainer_in(tmp_path, save_strategy="no")
+    batch = tiny_batch()
+    batch["labels"][:, 16:] = 255
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    _, number = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    by_trainer = trainer.training_step(trainer.model, dict(batch), number)
+    torch.manual_seed(0)
+    assert torch.equal(by_trainer, trainer.model(**batch).loss.detach())
+
+
+def test_evaluation_equals_an_independent_mean_iou_and_keeps_no_logits(tmp_path):
+    trainer = trainer_in(tmp_path, save_strategy="no")
+    metrics = trainer.evaluate()
+    batch = Samples().batch
+    with torch.no_grad():
+        predicted = trainer.model.eval()(batch["pixel_values"]).logits.argmax(dim=1)
+    known = batch["labels"] != 255
+    matrix = confusion_matrix(batch["labels"][known], predicted[known], labels=range(len(CLASSES)))
+    iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+    assert metrics["eval_mean_iou"] == pytest.approx(iou.mean())
+    assert metrics["eval_iou_sky"] == pytest.approx(iou[1])
+    assert trainer.predict(trainer.eval_dataset).predictions is None
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def killed_while_saving(folder, step):
+    """A run that is killed when the model of that step is written and its optimizer is not."""
+
+    def run():
+        trainer = trainer_in(folder)
+        save = trainer._save_optimizer_and_scheduler
+
+        def save_or_die(output_dir):
+            if trainer.state.global_step == step:
+                assert any(Path(output_dir).glob("*.safetensors"))
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(output_dir)
+
+        trainer._save_optimizer_and_scheduler = save_or_die
+        trainer.train()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_run_killed_while_saving_continues_bit_equal_from_its_last_whole_checkpoint(tmp_path):
+    whole = trainer_in(tmp_path / "whole")
+    whole.train()
+    assert killed_while_saving(tmp_path / "killed", step=4) == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = trainer_in(tmp_path / "killed", model=tiny_model(seed=1, freeze_encoders=False))
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_best_model_on_the_source_comes_back_whole(tmp_path):
+    trainer = trainer_in(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="mean_iou", greater_is_better=True,
+    )  # fmt: skip
+    scores = iter([0.9, 0.1])
+    at_best = {}
+
+    def evaluation_loop(*args, **kwargs):
+        at_best.setdefault("weights", weights_of(trainer.model))
+        return EvalLoopOutput(None, None, {"eval_mean_iou": next(scores)}, 6)
+
+    trainer.evaluation_loop = evaluation_loop
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / "checkpoint-2"
+    assert_same_weights(weights_of(trainer.model), at_best["weights"])
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]) == tmp_path / "checkpoint-2"
+
+
+def test_a_checkpoint_loads_by_itself_and_holds_its_image_processor(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    model = MFuserForSemanticSegmentation.from_pretrained(checkpoint)
+    assert_same_weights(weights_of(model), weights_of(trainer.model))
+    assert MFuserImageProcessor.from_pretrained(checkpoint).image_mean == MFuserImageProcessor().image_mean
+    assert (checkpoint / "modeling_mfuser.py").is_file()
+
+
+def test_only_what_trains_is_saved_if_asked_and_goes_back_on_top_of_the_encoders(tmp_path):
+    trainer = trainer_in(tmp_path / "part", tiny_model(), max_steps=2, save_trainable_only=True)
+    trainer.train()
+    full = trainer_in(tmp_path / "full", tiny_model(), max_steps=2)
+    full.train()
+    sizes = [(tmp_path / kind / "checkpoint-2" / "model.safetensors").stat().st_size for kind in ("part", "full")]
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    assert 4 * trained < sizes[0] < 4 * trained * 1.1 < sizes[1]
+    fresh = tiny_model(seed=1)
+    fresh.mfuser.vfm.load_state_dict(trainer.model.mfuser.vfm.state_dict())
+    fresh.mfuser.vlm.load_state_dict(trainer.model.mfuser.vlm.state_dict())
+    restore_weights(fresh, tmp_path / "part" / "checkpoint-2")
+    assert_same_weights(weights_of(fresh), weights_of(full.model))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    tiny_model(decoder_num_layers=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not part of the model: decoder\.layers\.2\."):
+        restore_weights(tiny_model(), tmp_path)
+    tiny_model(decoder_num_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"missing: decoder\.layers\.1\."):
+        restore_weights(tiny_model(), tmp_path)
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
+    worker, output = Path(__file__).with_name("distributed_worker.py"), tmp_path / "result.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, output]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    both = torch.load(output)
+    alone = step_and_evaluate(world_size=1)
+    assert sorted(both["seen"][0] + both["seen"][1]) == sorted(alone["seen"])
+    for part in ("loss", "loss_class", "loss_mask", "loss_dice", "loss_score_map"):
+        assert both["log"][part] == pytest.approx(alone["log"][part], rel=1e-5)
+    assert both["gradients"].keys() == alone["gradients"].keys()
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(both["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert both["evaluation"]["eval_mean_iou"] == pytest.approx(alone["evaluation"]["eval_mean_iou"], abs=1e-3)
+
+
+def test_batch_norm_is_synchronised_on_accelerators():
+    model = tiny_model()
+    before = weights_of(model)
+    model = synchronise_batch_norm(model)
+    assert [type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] == [
+        nn.SyncBatchNorm
+    ]
+    assert_same_weights(weights_of(model), before)
+    assert isinstance(model.config, type(tiny_config()))
