@@ -1,5 +1,6 @@
 """Every number of an MFuser model, and the checks that they fit together."""
 
+import difflib
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -74,6 +75,7 @@ TEXT_TOWER_OF = {
 CLIP_TOKENIZED = ("clip_vision_model", "eva02_clip_vision_model")
 VFM_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 OWN_CONFIGS = {config.model_type: config for config in (Eva02ClipVisionConfig, Eva02ClipTextConfig)}
+OWN_FIELDS = ("fusion_", "vlm_", "vfm_", "text_", "enhancer_", "decoder_", "loss_", "crop_", "class_token")  # prefixes
 
 
 def encoder_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
@@ -82,6 +84,9 @@ def encoder_config(value: dict | PreTrainedConfig | None, default: dict) -> PreT
         return value
     value = dict(default if value is None else value)
     model_type = value.pop("model_type", default["model_type"])
+    known = (*VFM_TYPES, *TEXT_TOWER_OF, *TEXT_TOWER_OF.values())
+    if model_type not in known:
+        raise ValueError(f"{model_type!r} is no model_type of an encoder; it must be one of {', '.join(known)}")
     if model_type in OWN_CONFIGS:
         return OWN_CONFIGS[model_type](**value)
     return AutoConfig.for_model(model_type, **value)
@@ -173,9 +178,9 @@ class MFuserConfig(PreTrainedConfig):
     fusion_project_vfm: bool | None = None
     fusion_state_size: int = 16
     fusion_conv_kernel: int = 3
-    fusion_dropout: float = 0.1
-    fusion_initial_scale: float = 1e-3
-    vlm_drop_path_rate: float | None = None
+    fusion_dropout: float | int = 0.1
+    fusion_initial_scale: float | int = 1e-3
+    vlm_drop_path_rate: float | int | None = None
 
     enhancer_hidden_size: int = 256
     enhancer_num_heads: int = 4
@@ -190,17 +195,17 @@ class MFuserConfig(PreTrainedConfig):
     decoder_num_layers: int = 9
     decoder_feedforward_size: int = 2048
 
-    loss_class_weight: float = 2.0
-    loss_mask_weight: float = 5.0
-    loss_dice_weight: float = 5.0
-    loss_score_map_weight: float = 1.0
-    loss_no_object_weight: float = 0.1
+    loss_class_weight: float | int = 2.0
+    loss_mask_weight: float | int = 5.0
+    loss_dice_weight: float | int = 5.0
+    loss_score_map_weight: float | int = 1.0
+    loss_no_object_weight: float | int = 0.1
     loss_num_points: int = 12544
-    loss_oversample_ratio: float = 3.0
-    loss_importance_ratio: float = 0.75
-    loss_temperature: float = 0.07
-    loss_logit_scale: float | None = None
-    loss_logit_bias: float | None = None
+    loss_oversample_ratio: float | int = 3.0
+    loss_importance_ratio: float | int = 0.75
+    loss_temperature: float | int = 0.07
+    loss_logit_scale: float | int | None = None
+    loss_logit_bias: float | int | None = None
     semantic_loss_ignore_index: int = 255
 
     crop_size: int = 512
@@ -208,9 +213,14 @@ class MFuserConfig(PreTrainedConfig):
     windows_per_batch: int | None = None
     queries_vote_for_own_class: bool = False
     freeze_encoders: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
+        for name in kwargs:
+            if name.startswith(OWN_FIELDS):  # all others are Transformers' own, which keeps what it doesn't know
+                nearest = difflib.get_close_matches(name, type(self).__dataclass_fields__, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(f"MFuserConfig has no field {name!r}{hint}")
         for name, default in DEFAULT_ENCODERS.items():
             setattr(self, name, encoder_config(getattr(self, name), default))
         is_clip = self.vlm_config.model_type == "clip_vision_model"
@@ -241,14 +251,13 @@ class MFuserConfig(PreTrainedConfig):
 
     def check(self):
         """Raises `ValueError` for values that can't work together. Models call it too: fields may be set later."""
+        self._check_ranges()
         self._check_encoders()
         self._check_fusion()
         self._check_text()
         self._check_decoder_and_losses()
         if self.crop_size < self.patch_size:
             raise ValueError(f"crop_size is {self.crop_size}; it must hold a patch, {self.patch_size} pixels")
-        if self.windows_per_batch is not None and self.windows_per_batch < 1:
-            raise ValueError(f"windows_per_batch is {self.windows_per_batch}; it must be at least 1, or None")
         if not 1 <= self.crop_stride <= self.crop_size:
             raise ValueError(
                 f"crop_stride is {self.crop_stride}; it must be between 1 and crop_size ({self.crop_size}), "
@@ -258,6 +267,34 @@ class MFuserConfig(PreTrainedConfig):
     @property
     def patch_size(self) -> int:
         return self.vlm_config.patch_size
+
+    def _check_ranges(self):
+        for name in (
+            *("fusion_state_size", "fusion_conv_kernel", "enhancer_hidden_size", "enhancer_num_heads"),
+            *("enhancer_num_layers", "enhancer_mlp_ratio", "decoder_hidden_size", "decoder_num_heads"),
+            *("decoder_num_points", "decoder_pixel_layers", "decoder_pixel_feedforward_size", "decoder_num_layers"),
+            *("decoder_feedforward_size", "loss_num_points", "windows_per_batch"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("loss_class_weight", "loss_mask_weight", "loss_dice_weight", "loss_score_map_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("fusion_dropout", "vlm_drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("loss_temperature", "loss_no_object_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.loss_importance_ratio <= 1:
+            raise ValueError(f"loss_importance_ratio is {self.loss_importance_ratio}; it must be in [0, 1]")
+        if self.loss_oversample_ratio < 1:
+            raise ValueError(f"loss_oversample_ratio is {self.loss_oversample_ratio}; it must be at least 1")
+        if self.text_prompt_length < 0:
+            raise ValueError(f"text_prompt_length is {self.text_prompt_length}; it must not be negative")
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ValueError(f"id2label has the keys {sorted(self.id2label)}; they must be 0 to {self.num_labels - 1}")
 
     def _check_encoders(self):
         vfm, vlm, text = self.vfm_config, self.vlm_config, self.text_config
@@ -278,11 +315,18 @@ class MFuserConfig(PreTrainedConfig):
                 "equal, so that both token grids coincide (from_vfm_vlm_pretrained resamples the patch kernels)"
             )
         for name, encoder in (("vfm_config", vfm), ("vlm_config", vlm), ("text_config", text)):
-            if encoder.hidden_size % encoder.num_attention_heads:
+            if encoder.num_attention_heads < 1 or encoder.hidden_size % encoder.num_attention_heads:
                 raise ValueError(
                     f"{name}.hidden_size ({encoder.hidden_size}) must be divisible by its num_attention_heads "
                     f"({encoder.num_attention_heads})"
                 )
+        if not getattr(vlm, "vision_use_head", True):
+            raise ValueError("this SigLIP has no pooling head (vision_use_head=False), so no space to share with text")
+        if self.use_text_encoder and getattr(text, "projection_size", vlm.hidden_size) != vlm.hidden_size:
+            raise ValueError(
+                f"text_config.projection_size is {text.projection_size}; it must be vlm_config.hidden_size "
+                f"({vlm.hidden_size}), so that text and image share a space"
+            )
 
     def _check_fusion(self):
         vfm, vlm = self.vfm_config, self.vlm_config
@@ -292,15 +336,20 @@ class MFuserConfig(PreTrainedConfig):
                 "fuse after, for example "
                 f"fusion_layer_pairs={evenly_paired(vfm.num_hidden_layers, vlm.num_hidden_layers)}"
             )
-        pairs = self.layer_pairs
         depths = (vfm.num_hidden_layers, vlm.num_hidden_layers)
-        for pair, previous in zip(pairs, [(0, 0), *pairs[:-1]], strict=True):
-            if len(pair) != 2 or not all(0 < last - before for last, before in zip(pair, previous, strict=True)):
-                raise ValueError(f"fusion_layer_pairs must be ascending pairs of 1-based layers; {list(pair)} is not")
-        if not pairs or pairs[-1][0] > depths[0] or pairs[-1][1] > depths[1]:
+        previous = (0, 0)
+        for pair in self.fusion_layer_pairs or ():
+            if not (whole_numbers(pair) and len(pair) == 2 and previous[0] < pair[0] and previous[1] < pair[1]):
+                raise ValueError(f"fusion_layer_pairs must be ascending pairs of 1-based layers; {pair} is not")
+            previous = pair
+        if previous[0] > depths[0] or previous[1] > depths[1]:
             raise ValueError(f"fusion_layer_pairs must stay within the encoders' {depths[0]} and {depths[1]} layers")
-        taps = self.fusion_out_layers
-        if len(taps) != 4 or sorted(set(taps)) != taps or not 1 <= taps[0] <= taps[-1] <= len(pairs):
+        pairs, taps = self.layer_pairs, self.fusion_out_layers
+        if (
+            not whole_numbers(taps)
+            or len(taps) != 4
+            or sorted({0, *taps, len(pairs) + 1}) != [0, *taps, len(pairs) + 1]
+        ):
             raise ValueError(
                 f"fusion_out_layers is {taps}; it must be four ascending numbers from 1 to {len(pairs)}, the number "
                 "of fused layers"
@@ -314,8 +363,6 @@ class MFuserConfig(PreTrainedConfig):
             raise ValueError("vlm_config.hidden_size and enhancer_hidden_size must be even: an MVFuser halves them")
         if self.fusion_conv_kernel % 2 == 0:
             raise ValueError(f"fusion_conv_kernel is {self.fusion_conv_kernel}; it must be odd to keep the length")
-        if not 0 <= self.vlm_drop_path_rate < 1:
-            raise ValueError(f"vlm_drop_path_rate is {self.vlm_drop_path_rate}; it must be in [0, 1)")
 
     def _check_text(self):
         if not self.use_text_encoder:
@@ -331,14 +378,16 @@ class MFuserConfig(PreTrainedConfig):
                 f"class_token_ids has {len(rows)} rows, but the model has {self.num_labels} labels "
                 f"({self._labels()}): give one row for each label, in the order of id2label"
             )
+        for row in rows:
+            if not (whole_numbers(row) and len(row)):
+                raise ValueError(f"class_token_ids must hold a list of token ids for each label; {row!r} is none")
+            if min(row) < 0 or max(row) >= self.text_config.vocab_size:
+                raise ValueError(
+                    f"class_token_ids holds {row}; the vocabulary goes from 0 to {self.text_config.vocab_size - 1}"
+                )
         lengths = {len(row) for row in rows}
         if len(lengths) != 1:
             raise ValueError(f"class_token_ids has rows of {sorted(lengths)} ids; pad them to one length")
-        largest = max(max(row) for row in rows)
-        if largest >= self.text_config.vocab_size:
-            raise ValueError(
-                f"class_token_ids holds {largest}; the vocabulary ends at {self.text_config.vocab_size - 1}"
-            )
         needed = lengths.pop() + self.text_prompt_length
         if needed > self.text_config.max_position_embeddings:
             raise ValueError(
@@ -358,15 +407,8 @@ class MFuserConfig(PreTrainedConfig):
                 f"decoder_hidden_size is {self.decoder_hidden_size}; it must be a multiple of 32 from 64 up, so that "
                 "each of GroupNorm's 32 groups has several channels"
             )
-        if self.loss_temperature <= 0:
-            raise ValueError(f"loss_temperature is {self.loss_temperature}; it must be positive")
         if (self.loss_logit_scale is None) != (self.loss_logit_bias is None):
             raise ValueError("loss_logit_scale and loss_logit_bias go together: give both or neither")
-        if not 0 <= self.loss_importance_ratio <= 1 or self.loss_oversample_ratio < 1 or self.loss_num_points < 1:
-            raise ValueError(
-                "loss_importance_ratio must be in [0, 1], loss_oversample_ratio and loss_num_points at least 1; "
-                f"they are {self.loss_importance_ratio}, {self.loss_oversample_ratio} and {self.loss_num_points}"
-            )
         if 0 <= self.semantic_loss_ignore_index < self.num_labels:
             raise ValueError(
                 f"semantic_loss_ignore_index {self.semantic_loss_ignore_index} is also the label "
@@ -376,6 +418,11 @@ class MFuserConfig(PreTrainedConfig):
     def _labels(self) -> str:
         names = list(self.id2label.values())
         return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def whole_numbers(values) -> bool:
+    """Whether this is a list of ints, as JSON keeps them."""
+    return isinstance(values, (list, tuple)) and all(type(value) is int for value in values)
 
 
 def evenly_paired(vfm_layers: int, vlm_layers: int) -> list[list[int]]:
