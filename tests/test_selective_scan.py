@@ -19,7 +19,7 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 GPU = torch.cuda.is_available()
 # Triton's interpreter has to be chosen before anything imports triton.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PATHS = ["one by one", "in segments"] + (["triton"] if GPU or INTERPRETED else [])
+PATHS = ["one by one", "in pairs"] + (["triton"] if GPU or INTERPRETED else [])
 
 
 def recurrence(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -86,14 +86,14 @@ def assert_equals_recurrence(inputs, delta_softplus=True, tolerance=2e-6):
 def path(request, monkeypatch):
     """Each implementation in turn; chunks of 8 tokens, so that short sequences have several."""
     monkeypatch.setattr(scan_module, "_CPU_CHUNK_BYTES", 0)  # a chunk then has `state` tokens
-    if request.param == "in segments":
+    if request.param == "in pairs":
 
-        class InSegments(scan_module._StateBuffer):
+        class InPairs(scan_module._StateBuffer):
             def __init__(self, *args):
                 super().__init__(*args)
-                self.one_by_one = False
+                self.each = None
 
-        monkeypatch.setattr(scan_module, "_StateBuffer", InSegments)
+        monkeypatch.setattr(scan_module, "_StateBuffer", InPairs)
     elif request.param == "triton":
         kernels = pytest.importorskip("mfuser.selective_scan_triton")
         for module in (kernels, scan_module):
@@ -137,7 +137,7 @@ def test_long_sequence_over_many_chunks_equals_the_recurrence(monkeypatch):
     assert_equals_recurrence(make_inputs(2, 6, 4, 307, scale=0.3))
 
 
-@pytest.mark.parametrize("path", ["one by one", "in segments"], indirect=True)
+@pytest.mark.parametrize("path", ["one by one", "in pairs"], indirect=True)
 def test_gradients_agree_with_finite_differences(path):
     inputs = {name: x.detach().double().requires_grad_() for name, x in make_inputs(2, 3, 2, 5).items()}
     assert selective_scan(**inputs).dtype == torch.float64
