@@ -94,10 +94,11 @@ def _hand_on(
     total_ptr,
     rates_ptr,
     last_ptr,
-    chunks,
+    length,
     dim,
     state,
     REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -106,6 +107,7 @@ def _hand_on(
     d, n, tile, inside = _tile(dim, state, BLOCK_D, BLOCK_N)
     rates = tl.load(rates_ptr + tile, mask=inside, other=0.0)
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    chunks = tl.cdiv(length, CHUNK)
     for i in range(chunks):
         chunk = chunks - 1 - i if REVERSE else i
         row = tl.cast(chunk, tl.int64) * tl.num_programs(2) + batch
@@ -238,20 +240,18 @@ class _Launcher:
             "num_warps": min(8, max(1, block_n * _BLOCK_CHANNELS // 512)),
         }
 
-    def launch(self, kernel, *tensors, **options):
+    def launch(self, kernel, chunks, *tensors, **options):
         with torch.cuda.device_of(self.u):
-            kernel[self.chunks, self.channel_blocks, self.batch](*tensors, **self.sizes, **options)
+            kernel[chunks, self.channel_blocks, self.batch](*tensors, **self.sizes, **options)
 
     def entering_states(self, inflow, weight, reverse):
         """The states that enter the chunks (chunk, batch, state, dim), and the one that leaves the last."""
         states = self.rates.new_empty(self.chunks, self.batch, *self.rates.shape)
         totals = self.rates.new_empty(self.chunks, self.batch, self.rates.shape[1])
         last = torch.empty_like(states[0])
-        self.launch(_chunk_ends, inflow, self.step, self.rates, weight, states, totals, REVERSE=reverse)
-        with torch.cuda.device_of(self.u):
-            _hand_on[1, self.channel_blocks, self.batch](
-                states, totals, self.rates, last, self.chunks, **self.sizes, REVERSE=reverse
-            )
+        ends = (inflow, self.step, self.rates, weight, states, totals)
+        self.launch(_chunk_ends, self.chunks, *ends, REVERSE=reverse)
+        self.launch(_hand_on, 1, states, totals, self.rates, last, REVERSE=reverse)
         return states, last
 
 
@@ -264,7 +264,7 @@ def triton_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
     scan = _Launcher(u, delta, A, B, C, D, delta_bias, delta_softplus)
     states, last_state = scan.entering_states(scan.u, scan.B, reverse=False)
     y = torch.empty_like(scan.u)
-    scan.launch(_outputs, scan.u, scan.step, scan.rates, scan.B, scan.C, scan.D, states, y)
+    scan.launch(_outputs, scan.chunks, scan.u, scan.step, scan.rates, scan.B, scan.C, scan.D, states, y)
     return (
         y.transpose(1, 2),
         last_state.transpose(1, 2),
@@ -282,6 +282,7 @@ def triton_scan_backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplu
     grad_B, grad_C = scan.step.new_empty(2, scan.channel_blocks, *scan.B.shape)
     scan.launch(
         _gradients,
+        scan.chunks,
         *(dy, scan.u, scan.step, scan.rates, scan.B, scan.C, scan.D, states, from_right),
         *(grad_u, grad_step, grad_A, grad_B, grad_C),
     )
