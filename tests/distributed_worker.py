@@ -1,6 +1,6 @@
 """One training step and one evaluation of a tiny model, as every process of a run does them; started by torchrun.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT.pt
+torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT.pt
 """
 
 import sys
@@ -39,7 +39,7 @@ class Gradients(TrainerCallback):
 
 
 def fixed_points(model):
-    """Mask losses at a grid of points and BatchNorm on running statistics: nothing depends on chance or on the batch."""
+    """Mask losses at a grid of points, BatchNorm on running statistics: nothing depends on chance or on the batch."""
     axis = (torch.arange(8) + 0.5) / 8
     points = torch.cartesian_prod(axis, axis)
     model.criterion.draw_points = lambda logits: points.expand(len(logits), -1, -1)

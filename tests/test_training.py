@@ -29,6 +29,7 @@ from mfuser.training.trainer import (
 )
 
 torch.set_num_threads(1)
+ENCODERS = {"vfm": "a-vfm", "vlm": "a-vlm"}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -90,7 +91,7 @@ def test_a_schedule_that_would_rise_is_refused():
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def trainer_in(folder, model=None, **fields):
+def trainer_in(folder, model=None, encoders=None, **fields):
     defaults = dict(
         max_steps=4, per_device_train_batch_size=2, save_steps=2, logging_steps=1, report_to="none", use_cpu=True,
         learning_rate=1e-2, warmup_steps=2,
@@ -99,8 +100,9 @@ def trainer_in(folder, model=None, **fields):
     model = tiny_model(freeze_encoders=False) if model is None else model
     samples = Samples()
     return MFuserTrainer(
-        model, arguments, samples, ShuffledSampler(len(samples)), Samples(), processing_class=MFuserImageProcessor()
-    )
+        model, arguments, samples, ShuffledSampler(len(samples)), Samples(), encoders,
+        processing_class=MFuserImageProcessor(),
+    )  # fmt: skip
 
 
 def weights_of(model):
@@ -214,7 +216,7 @@ def test_a_checkpoint_loads_by_itself_and_holds_its_image_processor(tmp_path):
 
 
 def test_only_what_trains_is_saved_if_asked_and_goes_back_on_top_of_the_encoders(tmp_path):
-    trainer = trainer_in(tmp_path / "part", tiny_model(), max_steps=2, save_trainable_only=True)
+    trainer = trainer_in(tmp_path / "part", tiny_model(), max_steps=2, save_trainable_only=True, encoders=ENCODERS)
     trainer.train()
     full = trainer_in(tmp_path / "full", tiny_model(), max_steps=2)
     full.train()

@@ -2,6 +2,7 @@
 domain, and checkpoints that are whole and come back whole."""
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -15,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.pretrained_mfuser import VFM_CLASSES, VLM_CLASSES, load_encoder, load_towers
 from mfuser.training.augmentation import label_array
 from mfuser.training.metrics import MeanIoU
 
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 # A checkpoint is written here and renamed once whole. The Hub upload leaves out what begins with an underscore.
 UNFINISHED_FOLDER = "_unfinished"
 TRAINER_STATE_FILE = "trainer_state.json"
+# Which pretrained encoders belong to weights that were saved without them.
+ENCODERS_FILE = "encoders.json"
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LEVEL_AND_QUERY_EMBEDDINGS = (".decoder.level_embedding", ".decoder.query_position_embedding")
@@ -167,6 +173,24 @@ def restore_weights(model: PreTrainedModel, folder: str | Path):
     model.load_state_dict(state, strict=False)
 
 
+def load_trained_model(name_or_path: str, **config_fields) -> MFuserForSemanticSegmentation:
+    """A saved model in float32, also one saved with `save_trainable_only`: on top of the encoders that it names.
+
+    Args:
+        name_or_path: folder, or for a model saved whole, Hub id.
+        config_fields: fields of its [`MFuserConfig`] to change.
+    """
+    encoders = Path(name_or_path, ENCODERS_FILE)
+    if not encoders.is_file():
+        return MFuserForSemanticSegmentation.from_pretrained(name_or_path, dtype=torch.float32, **config_fields)
+    names = json.loads(encoders.read_text(encoding="utf-8"))
+    model = MFuserForSemanticSegmentation(MFuserConfig.from_pretrained(name_or_path, **config_fields))
+    vfm = load_encoder(names["vfm"], VFM_CLASSES, "vision foundation model")
+    load_towers(model.mfuser, vfm, load_encoder(names["vlm"], VLM_CLASSES, "vision-language model"))
+    restore_weights(model, name_or_path)
+    return model
+
+
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     """`model` with BatchNorm layers whose statistics, in training, run over all processes. Needs an accelerator."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -188,8 +212,8 @@ class MFuserTrainer(Trainer):
     - AdamW groups and schedule of the published recipe ([`parameter_groups`], [`PolynomialSchedule`]).
     - The parts of the loss are logged, as means since the last log: `loss_class`, `loss_mask`, `loss_dice`, summed
       over the decoder's predictions, and `loss_score_map`.
-    - Evaluation streams a confusion matrix: `eval_mean_iou`, `eval_overall_accuracy` and `eval_iou_<class>`, exact over
-      several processes, image by image; logits are never collected.
+    - Evaluation streams a confusion matrix, image by image, exact over several processes: `eval_mean_iou`,
+      `eval_overall_accuracy`, `eval_iou_<class>`. Logits are never collected.
     - A checkpoint folder has its name only once it is whole, and resuming, like loading the best model, restores every
       tensor ([`restore_weights`]).
     - BatchNorm is synchronised where several accelerators train together.
@@ -201,21 +225,26 @@ class MFuserTrainer(Trainer):
         train_sampler: yields the draws, [`~mfuser.training.augmentation.ShuffledSampler`] or
             [`~mfuser.training.rare_class_sampling.RareClassSampler`].
         eval_dataset ([`ValidationDataset`], *optional*): of the source domain, for it selects the best checkpoint.
+        encoders (`dict`, *optional*): folder or Hub id of the pretrained `vfm` and `vlm`; saved beside weights that
+            are saved without them.
         kwargs: as for [`Trainer`].
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: MFuserForSemanticSegmentation,
         args: MFuserTrainingArguments,
         train_dataset: Dataset | None = None,
         train_sampler=None,
         eval_dataset: Dataset | None = None,
+        encoders: dict[str, str] | None = None,
         **kwargs,
     ):
+        if args.save_trainable_only and encoders is None and model.config.freeze_encoders:
+            raise ValueError("save_trainable_only leaves out the frozen encoders: say which they are (vfm and vlm)")
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = synchronise_batch_norm(model)
-        self.train_sampler = train_sampler
+        self.train_sampler, self.encoders = train_sampler, encoders
         self._staging_folder = None
         self._loss_sums, self._loss_count = {}, 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -360,6 +389,9 @@ class MFuserTrainer(Trainer):
             state_dict = model.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
         super()._save(output_dir, state_dict)
+        if self.args.save_trainable_only and self.encoders and self.args.should_save:
+            names = json.dumps(self.encoders, indent=2) + "\n"
+            Path(output_dir or self.args.output_dir, ENCODERS_FILE).write_text(names, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -385,6 +417,7 @@ __all__ = [
     "MFuserTrainingArguments",
     "PolynomialSchedule",
     "ValidationDataset",
+    "load_trained_model",
     "parameter_groups",
     "restore_weights",
     "synchronise_batch_norm",

@@ -1,0 +1,192 @@
+"""`mfuser train`: recipes, settings, and runs from a command line to a folder that loads."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
+from transformers import AutoModelForSemanticSegmentation, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
+
+from mfuser import MFuserForSemanticSegmentation
+from mfuser.scripts import train
+from mfuser.training.augmentation import TrainingAugmentation
+from mfuser.training.trainer import load_trained_model
+
+torch.set_num_threads(1)
+RECIPES = Path(__file__).parents[1] / "recipes"
+PUBLISHED = ["gta5_clip", "gta5_eva02", "gta5_siglip", "cityscapes_clip", "cityscapes_eva02", "cityscapes_siglip"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Parquet files of eight street scenes that four classes cut into strips, and their names."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 6), ("validation", 2)):
+        rows = {"image": [], "label": []}
+        for _ in range(number):
+            label = np.sort(generator.integers(0, len(CLASSES), size=(72, 96)), axis=0).astype(np.uint8)
+            label[0] = 255
+            pixels = np.stack([label * 60] * 3, axis=-1) + generator.integers(0, 20, (72, 96, 3), dtype=np.uint8)
+            rows["image"].append(Image.fromarray(pixels))
+            rows["label"].append(Image.fromarray(label))
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    (folder / "id2label.json").write_text(json.dumps(dict(enumerate(CLASSES))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Folders of a small DINOv2 and a small CLIP with tokenizer."""
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    fields = {name: value for name, value in DINOV2.items() if name != "model_type"}
+    Dinov2Model(Dinov2Config(**fields)).save_pretrained(folder / "vfm")
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(max_position_embeddings=16, bos_token_id=49406, eos_token_id=49407)
+    CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=24)).save_pretrained(folder / "vlm")
+    tiny_tokenizer().save_pretrained(folder / "vlm")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, data):
+    settings = {
+        "model_config": {
+            "vfm_config": DINOV2, "vlm_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 24},
+            "use_text_encoder": False, "freeze_encoders": False, "fusion_out_layers": [1, 2, 3, 4],
+            "enhancer_hidden_size": 32, "decoder_hidden_size": 64, "decoder_num_heads": 4, "decoder_pixel_layers": 1,
+            "decoder_pixel_feedforward_size": 64, "decoder_num_layers": 2, "decoder_feedforward_size": 64,
+            "loss_num_points": 64, "crop_size": 64, "crop_stride": 42,
+        },
+        "train_data": str(data), "validation_data": str(data), "rare_class_min_pixels": 100,
+        "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1, "report_to": "none",
+        "use_cpu": True, "learning_rate": 1e-3, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_is_laid_over_the_recipe(recipe):
+    settings = train.read_settings(
+        [
+            str(recipe),
+            "--learning_rate",
+            "1e-4",
+            "max_steps=7",
+            "model_config.crop_size=96",
+            "--resume",
+            "true",
+            "eval_strategy=no",
+        ]
+    )
+    assert (
+        settings["eval_strategy"] == "no"
+        and settings["learning_rate"] == 1e-4
+        and settings["max_steps"] == 7
+        and settings["resume"] is True
+    )
+    assert settings["model_config"]["crop_size"] == 96 and settings["model_config"]["crop_stride"] == 42
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "synthia_eva02"])
+def test_the_published_recipes_hold_the_published_numbers(name):
+    settings = train.read_settings([str(RECIPES / f"{name}.yaml")])
+    known = {item.name for kind in (train.ModelArguments, train.DataArguments, train.TrainArguments)
+             for item in dataclasses.fields(kind)}  # fmt: skip
+    assert set(settings) <= known
+    clip = name.endswith("clip")
+    wanted = {
+        "learning_rate": 1e-4, "weight_decay": 1e-4 if clip else 1e-5, "decay_embeddings": clip, "max_steps": 20_000,
+        "warmup_steps": 1_500, "warmup_start": 1e-6, "schedule_power": 0.9, "min_learning_rate": 1e-6, "seed": 2023,
+        "per_device_train_batch_size": 2, "rare_class_sampling": True, "rare_class_temperature": 100,
+        "rare_class_min_pixels": 3000, "max_grad_norm": 0, "train_data": f"data/{name.split('_')[0]}",
+    }  # fmt: skip
+    assert {key: settings[key] for key in wanted} == wanted
+    assert settings["model_config"] == {"crop_size": 512, "crop_stride": 341}
+    assert TrainingAugmentation(crop_size=512).scale_range == (0.5, 2.0) and "augmentation" not in settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.yaml"], "no.yaml is no file"),
+        (["--learning_rat", "1"], "no such setting: learning_rat"),
+        (["--learning_rate"], "--learning_rate needs a value"),
+        (["max_steps=1", "output_dir=x"], "say what to train on"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_said(arguments, message, capsys):
+    assert train.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_must_be_named_in_one_way(recipe, capsys):
+    assert train.main([str(recipe), "model=a", "vfm=b", "vlm=c"]) == 1
+    assert "give either `model`" in capsys.readouterr().err
+
+
+def test_what_trains_cannot_be_saved_alone_without_knowing_the_encoders(recipe, capsys):
+    assert train.main([str(recipe), "save_trainable_only=true", "model_config.freeze_encoders=true"]) == 1
+    assert "say which they are" in capsys.readouterr().err
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_trains_a_model_that_loads_with_its_card_and_continues(recipe, tmp_path, data):
+    assert train.main([str(recipe)]) == 0
+    run = tmp_path / "run"
+    card = (run / "README.md").read_text()
+    assert "2 steps of 2 crops of 64 pixels" in card and "Mean IoU on the split validation" in card
+    config = json.loads((run / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation"}
+    image = Image.new("RGB", (96, 72))
+    parts = pipeline("image-segmentation", model=str(run), trust_remote_code=True)(image)
+    assert {part["label"] for part in parts} <= set(CLASSES)
+
+    weights = AutoModelForSemanticSegmentation.from_pretrained(run, trust_remote_code=True).state_dict()
+    assert train.main([str(recipe), "--resume", "true"]) == 0  # done already: nothing changes
+    again = MFuserForSemanticSegmentation.from_pretrained(run).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in again.items())
+    further = ["model=" + str(run), "model_config={}", f"output_dir={tmp_path / 'further'}", "max_steps=1"]
+    assert train.main([str(recipe), *further]) == 0
+    assert (tmp_path / "further" / "model.safetensors").is_file()
+
+
+def test_fine_tuning_pretrained_encoders_saves_what_trains_and_names_the_rest(recipe, tmp_path, encoders, data):
+    settings = yaml.safe_load(recipe.read_text())
+    fields = {name: value for name, value in settings["model_config"].items()
+              if name.split("_")[0] in ("fusion", "enhancer", "decoder", "loss", "crop")}  # fmt: skip
+    settings |= {"model_config": fields, "vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm")}
+    recipe.write_text(yaml.safe_dump(settings | {"save_trainable_only": True}))
+    assert train.main([str(recipe)]) == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "encoders.json").read_text()) == {key: settings[key] for key in ("vfm", "vlm")}
+    model = load_trained_model(run)
+    pretrained = Dinov2Model.from_pretrained(encoders / "vfm").state_dict()
+    for name, value in model.mfuser.vfm.vision.encoder.state_dict().items():
+        assert torch.equal(value, pretrained[f"encoder.{name}"]), name
+    saved = load_trained_model(run / "checkpoint-2").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    assert not any(weight.requires_grad for weight in model.mfuser.vfm.parameters())
+
+
+def test_data_with_other_classes_than_the_models_is_refused(recipe, tmp_path, data, capsys):
+    assert train.main([str(recipe), "max_steps=1", "save_strategy=no"]) == 0
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(dict(enumerate(["a", "b", "c", "d"]))))
+    arguments = [str(recipe), f"model={tmp_path / 'run'}", "model_config={}", f"id2label={other}"]
+    assert train.main(arguments) == 1
+    assert "has the classes road, sky" in capsys.readouterr().err
