@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 
 import datasets
@@ -14,7 +16,7 @@ from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
 from transformers import AutoModelForSemanticSegmentation, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
 
 from mfuser import MFuserForSemanticSegmentation
-from mfuser.scripts import train
+from mfuser.scripts import cli, train
 from mfuser.training.augmentation import TrainingAugmentation
 from mfuser.training.trainer import load_trained_model
 
@@ -75,28 +77,20 @@ def recipe(tmp_path, data):
     return path
 
 
+def small_parts(recipe):
+    """The fields of the recipe's model that are not its encoders."""
+    fields = yaml.safe_load(recipe.read_text())["model_config"]
+    return {name: value for name, value in fields.items() if "config" not in name and "encoder" not in name}
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_is_laid_over_the_recipe(recipe):
-    settings = train.read_settings(
-        [
-            str(recipe),
-            "--learning_rate",
-            "1e-4",
-            "max_steps=7",
-            "model_config.crop_size=96",
-            "--resume",
-            "true",
-            "eval_strategy=no",
-        ]
-    )
-    assert (
-        settings["eval_strategy"] == "no"
-        and settings["learning_rate"] == 1e-4
-        and settings["max_steps"] == 7
-        and settings["resume"] is True
-    )
+    arguments = ["--learning_rate", "1e-4", "max_steps=7", "model_config.crop_size=96", "--resume", "true"]
+    settings = train.read_settings([str(recipe), *arguments, "eval_strategy=no"])
+    assert settings["learning_rate"] == 1e-4 and settings["max_steps"] == 7
+    assert settings["resume"] is True and settings["eval_strategy"] == "no"
     assert settings["model_config"]["crop_size"] == 96 and settings["model_config"]["crop_stride"] == 42
 
 
@@ -166,10 +160,8 @@ def test_a_recipe_trains_a_model_that_loads_with_its_card_and_continues(recipe, 
 
 
 def test_fine_tuning_pretrained_encoders_saves_what_trains_and_names_the_rest(recipe, tmp_path, encoders, data):
-    settings = yaml.safe_load(recipe.read_text())
-    fields = {name: value for name, value in settings["model_config"].items()
-              if name.split("_")[0] in ("fusion", "enhancer", "decoder", "loss", "crop")}  # fmt: skip
-    settings |= {"model_config": fields, "vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm")}
+    settings = yaml.safe_load(recipe.read_text()) | {"model_config": small_parts(recipe)}
+    settings |= {"vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm")}
     recipe.write_text(yaml.safe_dump(settings | {"save_trainable_only": True}))
     assert train.main([str(recipe)]) == 0
     run = tmp_path / "run"
@@ -190,3 +182,39 @@ def test_data_with_other_classes_than_the_models_is_refused(recipe, tmp_path, da
     arguments = [str(recipe), f"model={tmp_path / 'run'}", "model_config={}", f"id2label={other}"]
     assert train.main(arguments) == 1
     assert "has the classes road, sky" in capsys.readouterr().err
+
+
+# --- docs/fine_tuning.md ---------------------------------------------------------------------------------------------
+
+
+def steps_of(document: Path) -> dict[str, str]:
+    """The code blocks that follow `<!-- step: NAME -->`, by name."""
+    return dict(re.findall(r"<!-- step: (\w+) -->\n```\w+\n(.*?)```", document.read_text(), flags=re.DOTALL))
+
+
+def test_the_walk_through_of_fine_tuning_works(recipe, encoders, tmp_path, monkeypatch):
+    steps = steps_of(Path(__file__).parents[1] / "docs" / "fine_tuning.md")
+    assert list(steps) == ["pack", "recipe", "train", "evaluate", "segment"]
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 4), ("validation", 2)):
+        for kind in ("images", "labels"):
+            Path("street", split, kind).mkdir(parents=True)
+        for index in range(number):
+            label = np.sort(generator.integers(0, len(CLASSES), size=(72, 96)), axis=0).astype(np.uint8)
+            Image.fromarray(label).save(Path("street", split, "labels", f"{index:04}.png"))
+            Image.fromarray(np.stack([label * 60] * 3, axis=-1)).save(
+                Path("street", split, "images", f"{index:04}.jpg")
+            )
+    exec(steps["pack"], {})
+
+    settings = yaml.load(steps["recipe"], train.SettingsLoader)
+    settings |= {"vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm"), "model_config": small_parts(recipe), "use_cpu": True,
+                 "max_steps": 2, "eval_steps": 1, "save_steps": 1, "rare_class_min_pixels": 100, "report_to": "none",
+                 "warmup_steps": 1}  # fmt: skip
+    Path("street.yaml").write_text(yaml.safe_dump(settings))
+    for step in ("train", "evaluate", "segment"):
+        program, *arguments = shlex.split(steps[step])
+        assert program == "mfuser" and cli.main(arguments) == 0, step
+    assert "street:validation" in Path("street.json").read_text()
+    assert len(list(Path("segmented").rglob("*.png"))) >= 2
