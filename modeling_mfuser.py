@@ -195,10 +195,10 @@ class MFuserAttention(nn.Module):
 class MFuserMLP(nn.Module):
     """Linear layers with an activation between them."""
 
-    def __init__(self, sizes: list[int], activation: type[nn.Module]):
+    def __init__(self, sizes: list[int], activation: nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        self.activation = activation()
+        self.activation = activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:
@@ -217,7 +217,7 @@ class MTEnhancerLayer(nn.Module):
         self.mvfuser_norm = nn.LayerNorm(size)
         self.mvfuser = MVFuser(config, size)
         self.mlp_norm = nn.LayerNorm(size)
-        self.mlp = MFuserMLP([size, size * config.enhancer_mlp_ratio, size], nn.GELU)
+        self.mlp = MFuserMLP([size, size * config.enhancer_mlp_ratio, size], nn.GELU())
 
     def forward(self, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         normed = self.self_attention_norm(text)
@@ -347,7 +347,7 @@ class MFuserPixelDecoderLayer(GradientCheckpointingLayer):
         self.self_attention_norm = nn.LayerNorm(size)
         self.text_attention = MFuserAttention(size, config.decoder_num_heads)
         self.text_attention_norm = nn.LayerNorm(size)
-        self.mlp = MFuserMLP([size, config.decoder_pixel_feedforward_size, size], nn.ReLU)
+        self.mlp = MFuserMLP([size, config.decoder_pixel_feedforward_size, size], nn.ReLU(inplace=True))
         self.mlp_norm = nn.LayerNorm(size)
 
     def forward(self, pixels, positions, text, text_positions, centres, shapes):
@@ -430,7 +430,7 @@ class MFuserDecoderLayer(GradientCheckpointingLayer):
         self.cross_attention_norm = nn.LayerNorm(size)
         self.self_attention = MFuserAttention(size, config.decoder_num_heads)
         self.self_attention_norm = nn.LayerNorm(size)
-        self.mlp = MFuserMLP([size, config.decoder_feedforward_size, size], nn.ReLU)
+        self.mlp = MFuserMLP([size, config.decoder_feedforward_size, size], nn.ReLU(inplace=True))
         self.mlp_norm = nn.LayerNorm(size)
 
     def forward(self, queries, query_positions, memory, memory_positions, mask):
@@ -449,7 +449,7 @@ class MFuserMaskPredictor(nn.Module):
         size = config.decoder_hidden_size
         self.norm = nn.LayerNorm(size)
         self.class_head = nn.Linear(size, config.num_labels + 1)
-        self.mask_mlp = MFuserMLP([size, size, size, size], nn.ReLU)
+        self.mask_mlp = MFuserMLP([size, size, size, size], nn.ReLU(inplace=True))
 
     def forward(self, queries: torch.Tensor, mask_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """queries (B, K, C), mask features (B, C, h, w) -> class logits (B, K, K + 1), mask logits (B, K, h, w)."""
@@ -463,7 +463,7 @@ class MFuserDecoder(nn.Module):
     def __init__(self, config: MFuserConfig, embedding_size: int):
         super().__init__()
         size = config.decoder_hidden_size
-        self.query_mlp = MFuserMLP([embedding_size, size, size], nn.ReLU)
+        self.query_mlp = MFuserMLP([embedding_size, size, size], nn.ReLU(inplace=True))
         self.query_position_embedding = nn.Parameter(torch.empty(config.num_labels, size))
         self.level_embedding = nn.Parameter(torch.empty(config.num_levels, size))
         self.layers = nn.ModuleList(MFuserDecoderLayer(config) for _ in range(config.decoder_num_layers))
