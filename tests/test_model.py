@@ -373,3 +373,15 @@ def test_augmented_scores_average_scales_and_flips():
     scores = model.augmented_scores(pixel_values, scales=(0.5, 1.0, 1.5))
     assert scores.shape == plain.shape
     torch.testing.assert_close(scores.sum(1), torch.ones(2, 48, 64))
+
+
+@pytest.mark.parametrize(
+    ("pair", "size"),
+    [("dinov2+clip", (88, 100)), ("dinov3+siglip2", (64, 64)), ("dinov2_with_registers+eva02_clip", (64, 64))],
+)
+def test_the_eval_forward_is_one_graph_without_breaks(pair, size):
+    model, pixel_values = tiny_model(pair), tiny_batch(size)["pixel_values"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, rtol=1e-4, atol=1e-5)
