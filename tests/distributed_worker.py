@@ -1,6 +1,6 @@
-"""One training step and one evaluation of a tiny model, as every process of a run does them; started by torchrun.
+"""What every process of a run over several does, on a tiny model.
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT.pt
+Started as `torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT.pt LAYERS_TO_SHARD`.
 """
 
 import sys
@@ -8,11 +8,13 @@ import tempfile
 
 import torch
 from tiny_models import tiny_batch, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from mfuser.training.augmentation import ShuffledSampler
-from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments, without_scalars
 
 BATCH = 4  # of all processes together
 
@@ -67,13 +69,38 @@ def step_and_evaluate(world_size: int) -> dict:
     return {"gradients": callback.of, "log": log, "seen": trained_on, "evaluation": evaluation}
 
 
+def sharded_step(layers: list[str]) -> dict[bool, tuple[float, float]]:
+    """Loss and gradient norm of this process's sample, whole and with `layers` sharded as FSDP shards them."""
+    sample = {name: value[torch.distributed.get_rank()][None] for name, value in Samples().batch.items()}
+    results = {}
+    for shard in (False, True):
+        model = fixed_points(tiny_model(fusion_dropout=0.0, vlm_drop_path_rate=0.5)).train()
+        if shard:
+            without_scalars(model)
+            mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+            for module in [*(part for part in model.modules() if type(part).__name__ in layers), model]:
+                fully_shard(module, mesh=mesh)
+        torch.manual_seed(0)
+        loss = model(**sample).loss
+        loss.backward()
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if not shard:
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient)
+                gradient /= torch.distributed.get_world_size()
+        norm = torch.stack([(g.full_tensor() if shard else g).square().sum() for g in gradients]).sum().sqrt()
+        results[shard] = (loss.item(), norm.item())
+    return results
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     world_size = torch.distributed.get_world_size()
     result = step_and_evaluate(world_size)
+    sharded = sharded_step(sys.argv[2].split(","))
     everyone = [None] * world_size
     torch.distributed.all_gather_object(everyone, result["seen"])
     if torch.distributed.get_rank() == 0:
-        torch.save(result | {"seen": everyone}, sys.argv[1])
+        torch.save(result | {"seen": everyone, "sharded": sharded}, sys.argv[1])
     torch.distributed.destroy_process_group()

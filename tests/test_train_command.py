@@ -209,9 +209,9 @@ def test_the_walk_through_of_fine_tuning_works(recipe, encoders, tmp_path, monke
     exec(steps["pack"], {})
 
     settings = yaml.load(steps["recipe"], train.SettingsLoader)
-    settings |= {"vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm"), "model_config": small_parts(recipe), "use_cpu": True,
-                 "max_steps": 2, "eval_steps": 1, "save_steps": 1, "rare_class_min_pixels": 100, "report_to": "none",
-                 "warmup_steps": 1}  # fmt: skip
+    settings |= {"vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm"), "model_config": small_parts(recipe)}
+    settings |= {"max_steps": 2, "warmup_steps": 1, "eval_steps": 1, "save_steps": 1, "rare_class_min_pixels": 100}
+    settings |= {"use_cpu": True, "report_to": "none"}
     Path("street.yaml").write_text(yaml.safe_dump(settings))
     for step in ("train", "evaluate", "segment"):
         program, *arguments = shlex.split(steps[step])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from distributed_worker import Samples, step_and_evaluate
 from sklearn.metrics import confusion_matrix
 from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_model
@@ -242,13 +243,20 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 # --- devices ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    worker, output = Path(__file__).with_name("distributed_worker.py"), tmp_path / "result.pt"
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What two processes did together."""
+    worker, output = Path(__file__).with_name("distributed_worker.py"), tmp_path_factory.mktemp("both") / "result.pt"
+    fsdp = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, output]
+    command.append(fsdp["fsdp_transformer_layer_cls_to_wrap"])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    both = torch.load(output)
+    return torch.load(output)
+
+
+def test_two_processes_give_the_loss_and_gradients_of_one(both):
     alone = step_and_evaluate(world_size=1)
     assert sorted(both["seen"][0] + both["seen"][1]) == sorted(alone["seen"])
     for part in ("loss", "loss_class", "loss_mask", "loss_dice", "loss_score_map"):
@@ -257,6 +265,10 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(both["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     assert both["evaluation"]["eval_mean_iou"] == pytest.approx(alone["evaluation"]["eval_mean_iou"], abs=1e-3)
+
+
+def test_layers_sharded_as_the_fsdp_recipe_says_give_the_same_loss_and_gradients(both):
+    assert both["sharded"][True] == pytest.approx(both["sharded"][False], rel=1e-5)
 
 
 def test_batch_norm_is_synchronised_on_accelerators():

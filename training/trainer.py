@@ -196,6 +196,17 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def without_scalars(model: nn.Module) -> list[str]:
+    """Gives `model`'s scalar parameters one dimension, for FSDP shards no scalars. Returns their names."""
+    names = [name for name, weight in model.named_parameters() if weight.dim() == 0]
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        weight = getattr(model.get_submodule(module), attribute)
+        one_dimensional = nn.Parameter(weight.detach().reshape(1), requires_grad=weight.requires_grad)
+        setattr(model.get_submodule(module), attribute, one_dimensional)
+    return names
+
+
 class _SetEpoch(TrainerCallback):
     """Tells the sampler of each new epoch, whatever data loaders are wrapped around it."""
 
@@ -217,6 +228,8 @@ class MFuserTrainer(Trainer):
     - A checkpoint folder has its name only once it is whole, and resuming, like loading the best model, restores every
       tensor ([`restore_weights`]).
     - BatchNorm is synchronised where several accelerators train together.
+    - Under FSDP (recipes/fsdp.yaml) there is no evaluation: images of different size would make processes wait for
+      each other for ever.
 
     Args:
         model ([`MFuserForSemanticSegmentation`])
@@ -248,6 +261,9 @@ class MFuserTrainer(Trainer):
         self._staging_folder = None
         self._loss_sums, self._loss_count = {}, 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if self.is_fsdp_enabled and eval_dataset is not None:
+            raise ValueError("under FSDP nothing can be evaluated in training: leave validation_data out")
+        self._scalars = without_scalars(self.model) if self.is_fsdp_enabled else []
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
 
@@ -383,6 +399,8 @@ class MFuserTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._scalars and state_dict is not None:
+            state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
         if self.args.save_trainable_only:
             model = self.accelerator.unwrap_model(self.model)
             frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
