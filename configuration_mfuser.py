@@ -87,6 +87,8 @@ def encoder_config(value: dict | PreTrainedConfig | None, default: dict) -> PreT
     known = (*VFM_TYPES, *TEXT_TOWER_OF, *TEXT_TOWER_OF.values())
     if model_type not in known:
         raise ValueError(f"{model_type!r} is no model_type of an encoder; it must be one of {', '.join(known)}")
+    if value.get("num_attention_heads", 1) < 1:
+        raise ValueError(f"the {model_type} has {value['num_attention_heads']} attention heads; it must have some")
     if model_type in OWN_CONFIGS:
         return OWN_CONFIGS[model_type](**value)
     return AutoConfig.for_model(model_type, **value)

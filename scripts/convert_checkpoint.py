@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, SiglipModel
 
 from mfuser.configuration_mfuser import (
@@ -28,7 +28,7 @@ from mfuser.configuration_mfuser import (
 )
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.pretrained_mfuser import class_token_ids
+from mfuser.pretrained_mfuser import class_token_ids, load_encoder
 from mfuser.scripts import convert_eva02_clip
 from mfuser.scripts.convert_eva02_clip import (
     convert_text_tensor,
@@ -37,6 +37,7 @@ from mfuser.scripts.convert_eva02_clip import (
     eva02_clip_text_config_from_state_dict,
     eva02_clip_vision_config_from_state_dict,
     is_eva02_clip_state_dict,
+    read_state_dict,
 )
 from mfuser.scripts.model_card import write_model_card
 
@@ -252,7 +253,7 @@ def _placed(name: str, tensor: torch.Tensor) -> StateDict:
     """A tensor in the shape that our model keeps it in."""
     if "{}" in name:
         parts = ("query", "key", "value") if "vfm.vision" in name else "qkv"
-        chunks = tensor.chunk(3)
+        chunks = tensor.tensor_split(3)
         return {name.format(part): chunk.clone() for part, chunk in zip(parts, chunks, strict=True)}
     if re.search(r"conv_[xz]\.weight$", name):
         tensor = tensor.squeeze(1)  # (C, 1, taps)
@@ -286,9 +287,14 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], variant: str) -> 
     if variant == "clip":
         # the published CLIP adds its class embedding twice: once as the token, once to the token's position
         embeddings = "mfuser.vlm.vision.embeddings."
-        position = converted[f"{embeddings}position_embedding.weight"].clone()
-        position[0] += converted[f"{embeddings}class_embedding"]
-        converted[f"{embeddings}position_embedding.weight"] = position
+        positions, token = (
+            converted.get(f"{embeddings}{name}") for name in ("position_embedding.weight", "class_embedding")
+        )
+        # tensors that don't fit are listed with all others once the model is there
+        if positions is not None and token is not None and positions.shape[1:] == token.shape:
+            folded = positions.clone()
+            folded[0] += token
+            converted[f"{embeddings}position_embedding.weight"] = folded
     return converted
 
 
@@ -307,43 +313,45 @@ def config_from_state_dict(
         ValueError: a tensor that tells a size is missing, or sizes don't fit together.
     """
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, dimensions: int) -> torch.Size:
         if name not in converted:
             raise ValueError(f"the sizes of the model can't be told without {name}")
+        if converted[name].dim() != dimensions:
+            raise ValueError(f"{name} has shape {tuple(converted[name].shape)}, not {dimensions} dimensions")
         return converted[name].shape
 
     def count(pattern: str) -> int:
         return len({match[1] for match in map(re.compile(pattern).match, converted) if match})
 
     vfm = "mfuser.vfm.vision"
-    width, _, patch, _ = shape(f"{vfm}.embeddings.patch_embeddings.projection.weight")
-    grid = round((shape(f"{vfm}.embeddings.position_embeddings")[1] - 1) ** 0.5)
+    width, _, patch, _ = shape(f"{vfm}.embeddings.patch_embeddings.projection.weight", 4)
+    grid = round((shape(f"{vfm}.embeddings.position_embeddings", 3)[1] - 1) ** 0.5)
     fields = {
         "vfm_config": {
             "model_type": "dinov2",
             "hidden_size": width,
             "num_hidden_layers": count(r"mfuser\.vfm\.vision\.encoder\.layer\.(\d+)\."),
             "num_attention_heads": width // HEAD_WIDTH,
-            "mlp_ratio": shape(f"{vfm}.encoder.layer.0.mlp.fc1.weight")[0] // width,
+            "mlp_ratio": shape(f"{vfm}.encoder.layer.0.mlp.fc1.weight", 2)[0] // width,
             "image_size": grid * patch,
             "patch_size": patch,
             "use_mask_token": False,
         },
         **_vlm_fields(converted, variant, known or {}, shape, count),
-        "text_prompt_length": shape("mfuser.prompts")[1],
-        "fusion_state_size": shape("mfuser.fusion_layers.0.mvfuser.A_log")[1],
-        "fusion_conv_kernel": shape("mfuser.fusion_layers.0.mvfuser.conv_x.weight")[1],
-        "enhancer_hidden_size": shape("mfuser.enhancer.text_proj.weight")[0],
+        "text_prompt_length": shape("mfuser.prompts", 3)[1],
+        "fusion_state_size": shape("mfuser.fusion_layers.0.mvfuser.A_log", 2)[1],
+        "fusion_conv_kernel": shape("mfuser.fusion_layers.0.mvfuser.conv_x.weight", 2)[1],
+        "enhancer_hidden_size": shape("mfuser.enhancer.text_proj.weight", 2)[0],
         "enhancer_num_layers": count(r"mfuser\.enhancer\.layers\.(\d+)\."),
-        "decoder_hidden_size": shape("decoder.query_position_embedding")[1],
+        "decoder_hidden_size": shape("decoder.query_position_embedding", 2)[1],
         "decoder_pixel_layers": count(r"pixel_decoder\.layers\.(\d+)\."),
-        "decoder_pixel_feedforward_size": shape("pixel_decoder.layers.0.mlp.layers.0.weight")[0],
+        "decoder_pixel_feedforward_size": shape("pixel_decoder.layers.0.mlp.layers.0.weight", 2)[0],
         "decoder_num_layers": count(r"decoder\.layers\.(\d+)\."),
-        "decoder_feedforward_size": shape("decoder.layers.0.mlp.layers.0.weight")[0],
+        "decoder_feedforward_size": shape("decoder.layers.0.mlp.layers.0.weight", 2)[0],
     }
     for name, value in (known or {}).items():
         fields[name] = fields[name] | value if isinstance(value, dict) and name.endswith("_config") else value
-    num_classes = shape("decoder.query_position_embedding")[0]
+    num_classes = shape("decoder.query_position_embedding", 2)[0]
     names = fields.setdefault("id2label", dict(enumerate(CITYSCAPES_CLASSES)))
     if len(names) != num_classes:
         raise ValueError(
@@ -364,8 +372,8 @@ def _vlm_fields(converted: Mapping[str, torch.Tensor], variant: str, known: dict
             names.sub(r"\1_model.", key).removeprefix("mfuser.vlm."): tensor for key, tensor in converted.items()
         }
         vision_heads, text_heads = (known.get(part, {}).get("num_attention_heads") for part in ENCODER_PARTS[1:])
-        width = shape("mfuser.vlm.vision.embeddings.class_embedding")[0]
-        text_width = shape("mfuser.vlm.text.final_layer_norm.weight")[0]
+        width = shape("mfuser.vlm.vision.embeddings.class_embedding", 1)[0]
+        text_width = shape("mfuser.vlm.text.final_layer_norm.weight", 1)[0]
         return {
             "vlm_config": eva02_clip_vision_config_from_state_dict(
                 towers, width // vision_heads if vision_heads else HEAD_WIDTH
@@ -375,16 +383,16 @@ def _vlm_fields(converted: Mapping[str, torch.Tensor], variant: str, known: dict
             ).to_dict(),
         }
     vision, text = "mfuser.vlm.vision", "mfuser.vlm.text"
-    width, _, patch, _ = shape(f"{vision}.embeddings.patch_embedding.weight")
-    vocabulary, text_width = shape(f"{text}.embeddings.token_embedding.weight")
+    width, _, patch, _ = shape(f"{vision}.embeddings.patch_embedding.weight", 4)
+    vocabulary, text_width = shape(f"{text}.embeddings.token_embedding.weight", 2)
     class_tokens = 1 if variant == "clip" else 0
     vlm_config = {
         "model_type": f"{variant}_vision_model",
         "hidden_size": width,
-        "intermediate_size": shape(f"{vision}.encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape(f"{vision}.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": count(r"mfuser\.vlm\.vision\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": width // HEAD_WIDTH,
-        "image_size": round((shape(f"{vision}.embeddings.position_embedding.weight")[0] - class_tokens) ** 0.5)
+        "image_size": round((shape(f"{vision}.embeddings.position_embedding.weight", 2)[0] - class_tokens) ** 0.5)
         * patch,
         "patch_size": patch,
     }
@@ -392,23 +400,23 @@ def _vlm_fields(converted: Mapping[str, torch.Tensor], variant: str, known: dict
         "model_type": f"{variant}_text_model",
         "vocab_size": vocabulary,
         "hidden_size": text_width,
-        "intermediate_size": shape(f"{text}.encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape(f"{text}.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": count(r"mfuser\.vlm\.text\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": text_width // HEAD_WIDTH,
-        "max_position_embeddings": shape(f"{text}.embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": shape(f"{text}.embeddings.position_embedding.weight", 2)[0],
     }
     if variant == "clip":
-        projection = shape("mfuser.vlm.visual_projection.weight")[0]
+        projection = shape("mfuser.vlm.visual_projection.weight", 2)[0]
         vlm_config["projection_dim"] = text_config["projection_dim"] = projection
         text_config |= {"bos_token_id": CLIP_START_TOKEN, "eos_token_id": CLIP_END_TOKEN}
     else:
-        text_config["projection_size"] = shape(f"{text}.head.weight")[0]
+        text_config["projection_size"] = shape(f"{text}.head.weight", 2)[0]
     return {"vlm_config": vlm_config, "text_config": text_config}
 
 
 def siglip_fields(model: str, class_names: list[str]) -> dict:
     """What the SigLIP variant takes from the pretrained SigLIP: token ids of class names, logit scale and bias."""
-    siglip = SiglipModel.from_pretrained(model)
+    siglip = load_encoder(model, {"siglip": SiglipModel}, "pretrained SigLIP")
     return {
         "class_token_ids": class_token_ids(class_names, AutoTokenizer.from_pretrained(model)),
         "loss_logit_scale": siglip.logit_scale.item(),
@@ -449,14 +457,6 @@ def convert_checkpoint(
     return model.eval()
 
 
-def load_checkpoint(path: Path) -> StateDict:
-    """The tensors of a `.pth` or `.safetensors` file, taken out of `state_dict`; pickles are read as weights only."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded.get("state_dict", loaded)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mfuser convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -476,15 +476,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.checkpoint.is_file():
         parser.error(f"{options.checkpoint} is no file")
-    known = json.loads(options.config.read_text(encoding="utf-8")) if options.config else None
-
-    state_dict = load_checkpoint(options.checkpoint)
-    if is_eva02_clip_state_dict(state_dict):
-        return convert_eva02_clip.main([str(options.checkpoint), str(options.output)])
     try:
+        state_dict = read_state_dict(options.checkpoint)
+        if is_eva02_clip_state_dict(state_dict):
+            return convert_eva02_clip.main([str(options.checkpoint), str(options.output)])
+        known = json.loads(options.config.read_text(encoding="utf-8")) if options.config else None
         variant = detect_variant(state_dict)
         model = convert_checkpoint(state_dict, known, options.siglip)
-    except ValueError as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         print(f"mfuser convert: {error}", file=sys.stderr)
         return 1
     save_converted(model, options.output, options.checkpoint.name)

@@ -3,6 +3,7 @@ github.com/baaivision/EVA) to a folder that `Eva02ClipModel.from_pretrained` loa
 
 import argparse
 import json
+import pickle
 import re
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
@@ -242,22 +244,45 @@ def eva02_clip_config_from_state_dict(
     )
 
 
+def read_state_dict(path: Path) -> StateDict:
+    """
+    The tensors of a `.safetensors` file or of a pickle (read as weights only), taken out of what wraps them.
+
+    Raises:
+        ValueError: the file is none of these, holds Python objects, or no tensors.
+    """
+    try:
+        state_dict = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no file of tensors alone, or a damaged one. A pickle of other objects can run code and is not "
+            "read; if you trust its source, load it with torch.load(..., weights_only=False) and save its state_dict "
+            f"alone. ({str(error).splitlines()[0]})"
+        ) from None
+    except (EOFError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from None
+    for wrapper in ("model", "module", "state_dict"):
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
+            state_dict = state_dict[wrapper]
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in state_dict.values()
+    ):
+        raise ValueError(f"{path} holds no state_dict: names with a tensor each")
+    return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+
+
 def load_eva02_clip_state_dict(path: str | Path) -> StateDict:
     """
-    The tensors of a published checkpoint file (`.pt` or `.safetensors`), taken out of what wraps them.
+    The tensors of a published checkpoint file (`.pt` or `.safetensors`).
 
     Raises:
         ValueError: the file holds no EVA02-CLIP.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state_dict = load_file(path)
-    else:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("model", "module", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-    state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    state_dict = read_state_dict(Path(path))
     if not is_eva02_clip_state_dict(state_dict):
         raise ValueError(
             f"{path} is no EVA02-CLIP-B/16 or L/14: it has no tensor {SIGNATURE}, but "
