@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, dynamic_module_utils
+from transformers import AutoConfig, AutoModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -350,8 +350,7 @@ def test_one_tower_loads_from_the_folder_of_both(model, inputs, tmp_path):
 
 
 @torch.no_grad()
-def test_saved_folder_loads_as_remote_code(model, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_saved_folder_loads_as_remote_code(model, inputs, tmp_path):
     folder = tmp_path / "eva02-clip.tiny"
     model.save_pretrained(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
