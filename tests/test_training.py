@@ -150,6 +150,13 @@ def test_evaluation_equals_an_independent_mean_iou_and_keeps_no_logits(tmp_path)
     assert trainer.predict(trainer.eval_dataset).predictions is None
 
 
+def test_the_sampler_hears_of_each_epoch_whatever_data_loader_is_around_it(tmp_path):
+    trainer = trainer_in(tmp_path, save_strategy="no")
+    trainer.state.epoch = 1.5  # resumed in the middle of the second
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.train_sampler.epoch == 1
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
