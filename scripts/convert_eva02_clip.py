@@ -264,7 +264,7 @@ def read_state_dict(path: Path) -> StateDict:
             f"alone. ({str(error).splitlines()[0]})"
         ) from None
     except (EOFError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is damaged, or no checkpoint: {error or 'it ends too soon'}") from None
     for wrapper in ("model", "module", "state_dict"):
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
