@@ -123,6 +123,25 @@ def test_losses_are_logged_in_parts_that_sum_to_the_loss(tmp_path):
     assert sum(parts) == pytest.approx(log["loss"], rel=1e-4)
 
 
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(tmp_path):
+    logs = []
+    for checkpointing in (False, True):
+        fields = dict(max_steps=1, save_strategy="no", gradient_checkpointing=checkpointing)
+        trainer = trainer_in(tmp_path, tiny_model(fusion_dropout=0.0, vlm_drop_path_rate=0.0), **fields)
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+        assert trainer.model.mfuser.gradient_checkpointing == checkpointing
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-6)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5)
+
+
+def test_a_model_card_that_is_there_is_kept_when_the_model_is_shared(tmp_path):
+    trainer = trainer_in(tmp_path, save_strategy="no")
+    (tmp_path / "README.md").write_text("ours")
+    trainer.create_model_card(model_name="a")
+    assert (tmp_path / "README.md").read_text() == "ours"
+
+
 def test_void_pixels_do_not_scale_the_loss(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
     batch = tiny_batch()

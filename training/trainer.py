@@ -280,6 +280,9 @@ class MFuserTrainer(Trainer):
         share = range(self.args.process_index, len(eval_dataset), self.args.world_size)
         return DataLoader(Subset(eval_dataset, share), batch_size=1, num_workers=self.args.dataloader_num_workers)
 
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
     # --- optimization ------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
