@@ -30,7 +30,7 @@ except ImportError:
 __all__ = ["selective_scan"]
 
 # What the states of a chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide. The odd
-# 2.25 MiB are 72 tokens of 512 channels of 16 states: torch shares work between threads above 32768 = 64 * 512 numbers.
+# 2.25 MiB are 72 tokens of 512 channels of 16 states: torch uses its threads above 32768 = 64 * 512 numbers.
 _CPU_CHUNK_BYTES = 9 << 18
 _GPU_CHUNK_BYTES = 1 << 27
 _LOG2_E = 1 / math.log(2)
