@@ -240,6 +240,8 @@ def shortfalls(title: str, result: dict[str, Any]) -> list[str]:
 def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """Runs the whole evaluation and returns the report it has written."""
     leader = accelerator.is_main_process
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
+        raise RuntimeError(f"{started} processes were started but don't find each other; on the CPU, add --device cpu")
     if parsed.device is not None and accelerator.num_processes > 1 and parsed.device != "cpu":
         raise ValueError("in several processes each has a device of its own: leave out --device")
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
@@ -318,8 +320,10 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
+    # Without being told "cpu", Accelerate takes the processes of a machine without accelerator for runs of their own.
+    cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
     # Precision is what --dtype says, not what an Accelerate configuration on this machine happens to.
-    accelerator = Accelerator(cpu=parsed.device == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     try:
         parsed.output.parent.mkdir(parents=True, exist_ok=True)
         report = evaluate(parsed, accelerator)
