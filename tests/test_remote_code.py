@@ -1,0 +1,159 @@
+"""A saved folder works where MFuser is not installed, from its own code, and gives the same scores to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import CLASSES, tiny_model
+
+from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
+
+# Run by a fresh interpreter: what is not a dependency of the model can't be imported, MFuser least of all.
+STRANGER = """
+import sys
+from importlib.machinery import PathFinder
+
+BLOCKED = {"mfuser", "einops", "scipy", "datasets", "evaluate", "mamba_ssm", "causal_conv1d", "torchvision", "timm"}
+
+class Stranger:
+    finders = list(sys.meta_path)
+    find_distributions = staticmethod(PathFinder.find_distributions)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in BLOCKED:
+            return next((spec for finder in self.finders if (spec := finder.find_spec(name, path, target))), None)
+
+sys.meta_path[:] = [Stranger()]
+
+import json
+import numpy, torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+torch.set_num_threads(1)
+
+def load(folder, output):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = Image.open(f"{folder}/image.png")
+    inputs = processor(image, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        score_map = base(inputs["pixel_values"][..., :64, :64]).score_map
+        outputs = model(inputs["pixel_values"][..., :64, :64], labels=torch.zeros(1, 64, 64, dtype=torch.long))
+    ignored = ["loss", *model.config.keys_to_ignore_at_inference]
+    segments = pipeline("image-segmentation", model=folder, trust_remote_code=True, device="cpu")(image)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    again = AutoModelForSemanticSegmentation.from_pretrained(output, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits_again = again(**inputs).logits
+    return {
+        "pixel_values": inputs["pixel_values"],
+        "logits": logits,
+        "logits_again": logits_again,
+        "score_map": score_map,
+        "modules": [type(part).__module__.split(".")[0] for part in (config, model, base, processor, again)],
+        "segments": {segment["label"]: torch.from_numpy(numpy.array(segment["mask"])) for segment in segments},
+        "gathered": [name for name in outputs if name not in ignored],
+        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "imported": [name for name in BLOCKED if name in sys.modules],
+    }
+
+for folder in sys.argv[1:]:
+    output = f"{folder}.again"
+    found = load(folder, output)
+    torch.save(found, f"{output}/found.pt")
+"""
+PAIRS = ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip", "dinov3+siglip2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of every pair, loaded and saved again by one fresh interpreter elsewhere, offline, with own caches."""
+    workspace = tmp_path_factory.mktemp("stranger")
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8)
+    for index, pair in enumerate(PAIRS):
+        folder = workspace / f"my.model-{index}"
+        model = tiny_model(pair)
+        model.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
+        model.save_pretrained(folder)
+        MFuserImageProcessor().save_pretrained(folder)
+        Image.fromarray(pixels).save(folder / "image.png")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
+    environment |= {"HF_HOME": str(workspace / "hub"), "HF_HUB_OFFLINE": "1"}
+    (workspace / "elsewhere").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER, *(str(workspace / f"my.model-{index}") for index in range(len(PAIRS)))],
+        cwd=workspace / "elsewhere",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return workspace
+
+
+@pytest.fixture(params=PAIRS)
+def stranger(request, folders):
+    """(model, folder it was saved to, folder the stranger saved it to, what the stranger found)"""
+    folder, output = (folders / f"my.model-{PAIRS.index(request.param)}{again}" for again in ("", ".again"))
+    # from the file as well: where weights lie in memory decides how products round
+    model = MFuserForSemanticSegmentation.from_pretrained(folder)
+    return model, folder, output, torch.load(output / "found.pt")
+
+
+def test_auto_classes_give_the_same_scores_to_the_bit(stranger):
+    model, folder, _, found = stranger
+    pixel_values = MFuserImageProcessor()(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(found["pixel_values"], pixel_values)
+    with torch.no_grad():
+        assert torch.equal(found["logits"], model(pixel_values).logits)
+        assert torch.equal(found["score_map"], model.mfuser(pixel_values[..., :64, :64]).score_map)
+
+
+def test_the_code_is_the_folders_own(stranger):
+    _, _, _, found = stranger
+    assert found["modules"] == ["transformers_modules"] * 5
+    assert found["imported"] == []
+
+
+def test_the_pipeline_returns_the_classes_masks(stranger):
+    _, _, _, found = stranger
+    prediction = found["logits"].argmax(1)[0]
+    expected = {CLASSES[index]: (prediction == index) for index in prediction.unique().tolist()}
+    assert found["segments"].keys() == expected.keys()
+    for name, mask in found["segments"].items():
+        assert torch.equal(mask > 0, expected[name]), name
+
+
+def test_trainers_gather_logits_alone_and_encoders_stay_frozen(stranger):
+    model, _, _, found = stranger
+    assert found["gathered"] == ["logits"]
+    assert found["trainable"] == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_saving_what_was_loaded_copies_the_code(stranger):
+    _, folder, output, found = stranger
+    code = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert {"configuration_mfuser.py", "modeling_mfuser.py", "image_processing_mfuser.py"} <= code.keys()
+    assert {path.name: path.read_text() for path in output.glob("*.py")} == code
+    assert (output / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    maps = [json.loads((place / "config.json").read_text())["auto_map"] for place in (folder, output)]
+    assert maps[0] == maps[1]
+    assert torch.equal(found["logits_again"], found["logits"])
+
+
+def test_what_a_stranger_saved_loads_with_the_class_itself(stranger):
+    _, _, output, found = stranger
+    loaded = MFuserForSemanticSegmentation.from_pretrained(output)
+    with torch.no_grad():
+        assert torch.equal(loaded(found["pixel_values"]).logits, found["logits"])
