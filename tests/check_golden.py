@@ -98,7 +98,8 @@ class Recorder:
         return hook
 
     def features(self, module, args, output):
-        self.found |= {f"feature.{index}": feature for index, feature in enumerate(output.feature_maps)}
+        features = module.pyramid(output.fused_maps)
+        self.found |= {f"feature.{index}": feature for index, feature in enumerate(features)}
         self.found["global_embedding"] = output.global_embedding
         self.found["visual_embedding"] = output.dense_embedding
         self.found["text_embedding"] = output.text_embeddings
