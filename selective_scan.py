@@ -23,11 +23,16 @@ except ImportError:
     mamba_ssm_scan = None
 
 try:
+    from transformers.integrations.hub_kernels import get_kernel
+except ImportError:
+    get_kernel = None
+
+try:
     from .selective_scan_triton import TRITON_CHUNK_TOKENS, triton_scan, triton_scan_backward
 except ImportError:
     triton_scan = None
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "use_hub_kernel"]
 
 # What the states of a chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide. The odd
 # 2.25 MiB are 72 tokens of 512 channels of 16 states: torch uses its threads above 32768 = 64 * 512 numbers.
@@ -52,8 +57,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
-    On CUDA the kernel of mamba_ssm runs where its compiled extension is installed, else a Triton kernel; plain torch
-    runs everywhere else. While compiling or exporting, the scan is one operator, with a Triton or plain torch kernel.
+    On CUDA the kernel of mamba_ssm runs where its compiled extension is installed (or [`use_hub_kernel`] brought it),
+    else a Triton kernel; plain torch runs everywhere else. While compiling or exporting, the scan is one operator, with a Triton or plain torch kernel.
 
     Args:
         u: (batch, dim, length), the input.
@@ -91,6 +96,20 @@ def selective_scan(
         if z is not None:
             y = (y * F.silu(z.to(y.dtype))).to(u.dtype)
     return (y, last_state.detach()) if return_last_state else y
+
+
+def use_hub_kernel(repository: str = "kernels-community/mamba-ssm", version: int = 4):
+    """Take mamba_ssm's kernel prebuilt from the Hub, for CUDA machines without mamba_ssm and without a compiler.
+
+    Needs the package `kernels` and, the first time, the network; hence not done unasked.
+
+    Raises:
+        ImportError: `kernels` is not installed.
+    """
+    global mamba_ssm_scan
+    if get_kernel is None:
+        raise ImportError("this version of transformers brings no kernels from the Hub; install mamba_ssm instead")
+    mamba_ssm_scan = get_kernel(repository, version=version).selective_scan_fn
 
 
 def _check_inputs(u, delta, A, B, C, D, z, delta_bias):

@@ -426,3 +426,13 @@ def test_scan_on_a_gpu_equals_the_recurrence(triton, monkeypatch):
 def test_unfit_input_is_named_with_what_would_fit(name, bad, error, message):
     with pytest.raises(error, match=message):
         selective_scan(**{**make_inputs(2, 3, 4, 10), name: bad})
+
+
+def test_the_hub_kernel_is_asked_for_by_name_and_then_used(monkeypatch):
+    asked = []
+    kernel = types.SimpleNamespace(selective_scan_fn=object())
+    monkeypatch.setattr(scan_module, "get_kernel", lambda *args, **kwargs: asked.append((args, kwargs)) or kernel)
+    monkeypatch.setattr(scan_module, "mamba_ssm_scan", None)
+    scan_module.use_hub_kernel()
+    assert asked == [(("kernels-community/mamba-ssm",), {"version": 4})]  # as in Transformers' own table
+    assert scan_module.mamba_ssm_scan is kernel.selective_scan_fn
