@@ -58,8 +58,8 @@ def selective_scan(
     """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
     On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
-    else a Triton kernel; plain torch runs everywhere else. While compiling or exporting, the scan is one operator, with
-    a Triton or plain torch kernel.
+    else a Triton kernel; plain torch runs everywhere else. While compiling or exporting, the scan is one operator,
+    with a Triton or plain torch kernel.
 
     Args:
         u: (batch, dim, length), the input.

@@ -12,6 +12,8 @@ COMMANDS = {
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }
 
+TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "yaml")  # of the extra [train]
+
 
 def usage() -> str:
     commands = "\n".join(f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items())
@@ -26,5 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"mfuser: no command {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"mfuser.scripts.{COMMANDS[arguments[0]][0]}")
+    try:
+        module = importlib.import_module(f"mfuser.scripts.{COMMANDS[arguments[0]][0]}")
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_PACKAGES:
+            raise
+        print(f'mfuser {arguments[0]} needs {error.name}: pip install "mfuser[train]"', file=sys.stderr)
+        return 2
     return module.main(arguments[1:])
