@@ -102,6 +102,15 @@ def folders(tmp_path_factory):
     return workspace
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the stranger's process: how sums are shared out decides how they round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=PAIRS)
 def stranger(request, folders):
     """(model, folder it was saved to, folder the stranger saved it to, what the stranger found)"""
