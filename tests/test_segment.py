@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_model
 from transformers import SegformerConfig
 
-from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser import MFuserImageProcessor
 from mfuser.scripts import cli, palettes, segment
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
@@ -203,30 +204,6 @@ def test_without_a_model_the_demonstration_checkpoint_is_taken(model, tmp_path, 
 
 
 # With a real model
-
-
-def tiny_model():
-    encoder = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = MFuserConfig(
-        vfm_config={"model_type": "dinov2", "mlp_ratio": 2, **encoder},
-        vlm_config={"model_type": "clip_vision_model", "intermediate_size": 32, "projection_dim": 16, **encoder},
-        text_config={"model_type": "clip_text_model", "projection_dim": 16, "vocab_size": 9, **text}
-        | {"bos_token_id": 7, "eos_token_id": 8, "max_position_embeddings": 10},
-        id2label=dict(enumerate(CLASS_NAMES)),
-        class_token_ids=[[7, index, 8, 0, 0] for index in (1, 2, 3)],
-        fusion_out_layers=[1, 2, 3, 4],
-        enhancer_hidden_size=32,
-        decoder_hidden_size=32,
-        decoder_pixel_layers=1,
-        decoder_pixel_feedforward_size=32,
-        decoder_num_layers=2,
-        decoder_feedforward_size=32,
-        crop_size=64,
-        crop_stride=42,
-    )
-    torch.manual_seed(0)
-    return MFuserForSemanticSegmentation(config).eval()
 
 
 def noise_image():
