@@ -811,7 +811,7 @@ class MFuserModel(MFuserPreTrainedModel):
                 In place of [`~MFuserModel.class_embeddings`].
             output_feature_maps (`bool`): whether to make the pyramid of the fused maps.
         """
-        self._check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         if class_embeddings is None:
             class_embeddings = self.class_embeddings()
         if output_hidden_states is None:
@@ -854,7 +854,8 @@ class MFuserModel(MFuserPreTrainedModel):
         vfm_states = torch.cat([vfm_states[:, : self.vlm.num_class_tokens], vfm_states[:, -num_patches:]], dim=1)
         return self.vlm.merge(vlm_states, self.merge_proj(vfm_states))
 
-    def _check_pixels(self, pixel_values: torch.Tensor):
+    def check_pixels(self, pixel_values: torch.Tensor):
+        """Raises `ValueError` for what is no batch of images, or for images without a whole patch."""
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
                 f"pixel_values must have shape (batch, 3, height, width), not {tuple(pixel_values.shape)}"
@@ -945,6 +946,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         >>> maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
         ```
         """
+        self.mfuser.check_pixels(pixel_values)
         class_embeddings = self.mfuser.class_embeddings()
         if not self.training and max(pixel_values.shape[-2:]) > self.config.crop_size:
             return self._forward_by_windows(pixel_values, labels, class_embeddings, output_hidden_states)
@@ -986,6 +988,11 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             raise ValueError(
                 f"an image of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} is segmented by crops of "
                 f"{self.config.crop_size}, which have hidden states of their own: ask for them crop by crop"
+            )
+        if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
+            raise ValueError(
+                f"labels of {tuple(labels.shape[-2:])} don't lie on an image of {tuple(pixel_values.shape[-2:])}, "
+                "which is cut into crops: give both in one size"
             )
         batch, _, height, width = pixel_values.shape
         crop_height, crop_width = min(height, self.config.crop_size), min(width, self.config.crop_size)

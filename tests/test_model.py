@@ -360,12 +360,28 @@ def test_the_base_model_loads_from_the_same_folder(tmp_path):
     [
         (torch.zeros(1, 1, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 64, 64), r"shape \(batch, 3, height, width\)"),
+        (torch.zeros(3, 100, 100), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(1, 3, 15, 64), "holds no patch of 16"),
     ],
 )
 def test_impossible_pixels_are_refused(pixel_values, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("size", "labels", "message"),
+    [
+        ((64, 64), torch.full((2, 64, 64), 4), r"labels hold \[4\]; they must be class ids from 0 to 3, or 255"),
+        ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]"),
+        ((64, 64), torch.zeros(2, 64, 64), "integers, not torch.float32"),
+        ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(2, height, width\)"),
+        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "give both in one size"),
+    ],
+)
+def test_impossible_labels_are_refused(size, labels, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(tiny_batch(size)["pixel_values"], labels=labels)
 
 
 def test_augmented_scores_average_scales_and_flips():

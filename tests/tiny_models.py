@@ -59,6 +59,9 @@ PAIRS = {
     "patch 14 clip": dict(
         vfm_config=DINOV2 | PATCH14, crop_size=60, **(CLIP | dict(vlm_config=CLIP["vlm_config"] | PATCH14))
     ),
+    "patch 14 siglip": dict(
+        vfm_config=DINOV2 | PATCH14, crop_size=60, **(SIGLIP | dict(vlm_config=SIGLIP["vlm_config"] | PATCH14))
+    ),
 }
 
 

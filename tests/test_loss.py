@@ -1,0 +1,105 @@
+"""The training objective, beyond what the reference's numbers show."""
+
+import pytest
+import torch
+from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_model
+from torch.nn import functional as F
+
+from mfuser.loss_mfuser import MFuserLoss, sample_points
+
+
+def objective(**fields) -> MFuserLoss:
+    return MFuserLoss(tiny_config(**fields))
+
+
+def predictions(num: int = 2, batch: int = 2, size: int = 16) -> dict[str, torch.Tensor]:
+    classes = len(CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "class_logits": torch.randn(num, batch, classes, classes + 1, generator=generator),
+        "mask_logits": torch.randn(num, batch, classes, size, size, generator=generator),
+        "score_map": torch.rand(batch, classes, 4, 4, generator=generator) * 2 - 1,
+    }
+
+
+@pytest.mark.parametrize("labels", [torch.full((2, 64, 64), 255), torch.full((2, 64, 64), 2)])
+def test_images_without_labels_or_with_one_class_give_finite_numbers_and_gradients(labels):
+    model = tiny_model().train()
+    outputs = model(tiny_batch()["pixel_values"], labels=labels)
+    assert all(loss.isfinite() for loss in outputs.loss_components.values())
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_an_image_that_is_ignored_whole_trains_no_mask():
+    losses = objective()(**predictions(), labels=torch.full((2, 64, 64), 255))
+    assert losses["mask_0"] == losses["dice_1"] == losses["score_map"] == 0
+    assert losses["class_0"] > 0  # every query should say "no object"
+
+
+def test_ignored_pixels_are_background_in_every_mask_and_zero_in_the_mean_of_the_score_map():
+    inputs = predictions()
+    labels = torch.zeros(2, 64, 64, dtype=torch.long)
+    labels[:, 32:] = 255
+    criterion = objective(loss_score_map_weight=1.0)
+    full = F.interpolate(inputs["score_map"] / 0.07, size=(64, 64), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(full, labels, ignore_index=255, reduction="sum") / labels.numel()
+    torch.testing.assert_close(criterion.score_map_loss(inputs["score_map"], labels), expected)
+    losses = []
+    for ignored in (-50.0, 50.0):
+        masks = torch.where(labels == 0, 50.0, ignored)[None, :, None].expand(1, -1, len(CLASSES), -1, -1)
+        losses.append(criterion(inputs["class_logits"][:1], masks, inputs["score_map"], labels)["mask_0"])
+    assert losses[0] < 0.2 * losses[1]
+
+
+def test_each_query_is_matched_to_its_own_class_if_the_image_holds_it():
+    labels = torch.full((1, 8, 8), 255)
+    labels[0, 0, :2] = torch.tensor([1, 3])
+    logits = torch.full((1, 1, 4, 5), -20.0)
+    for query, target in enumerate([4, 1, 4, 3]):  # "no object" is number 4
+        logits[0, 0, query, target] = 20.0
+    inputs = predictions(1, 1)
+    losses = objective()(logits, inputs["mask_logits"], inputs["score_map"], labels)
+    assert losses["class_0"] < 1e-6
+
+
+def test_points_are_drawn_where_the_prediction_is_unsure():
+    torch.manual_seed(0)
+    logits = torch.linspace(-9, 9, 64).expand(1, 64, 64)  # unsure in the middle, ever surer to both sides
+    points = objective(loss_num_points=400).draw_points(logits)
+    assert points.shape == (1, 400, 2) and 0 <= points.min() and points.max() <= 1
+    unsure, fresh = sample_points(logits, points)[0].abs().split([300, 100])
+    assert unsure.max() < 3  # of 1,200 candidates the least sure 300: the quarter around the middle
+    assert fresh.max() > 7 and abs(points[0, 300:, 0].mean().item() - 0.5) < 0.1
+
+
+def test_points_outside_a_map_read_zero_and_cells_are_read_at_their_centres():
+    maps = torch.arange(1.0, 5.0).view(1, 2, 2)
+    points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [2.0, 0.5]]])
+    torch.testing.assert_close(sample_points(maps, points), torch.tensor([[1.0, 2.0, 3.0, 2.5, 0.0]]))
+
+
+def test_the_weights_of_the_losses_scale_them():
+    labels = tiny_batch()["labels"]
+    torch.manual_seed(0)
+    plain = objective(loss_class_weight=1.0, loss_mask_weight=1.0, loss_dice_weight=1.0)(
+        **predictions(), labels=labels
+    )
+    torch.manual_seed(0)
+    weighted = objective(loss_class_weight=2.0, loss_mask_weight=3.0, loss_dice_weight=4.0, loss_score_map_weight=5.0)(
+        **predictions(), labels=labels
+    )
+    for name, factor in (("class_0", 2), ("mask_1", 3), ("dice_0", 4), ("score_map", 5)):
+        torch.testing.assert_close(weighted[name], factor * plain[name])
+
+
+def test_siglips_scale_and_bias_stand_in_for_the_temperature():
+    inputs, labels = predictions(), tiny_batch()["labels"]
+    logits = inputs["score_map"] * torch.tensor(1.5).exp() - 2.0
+    expected = F.cross_entropy(
+        F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False),
+        labels,
+        ignore_index=255,
+        reduction="none",
+    ).mean()
+    torch.testing.assert_close(objective(pair="dinov2+siglip").score_map_loss(inputs["score_map"], labels), expected)
