@@ -1,0 +1,155 @@
+"""The training objective: fixed matching of queries to classes, point-sampled mask losses, and the score map's."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_mfuser import MFuserConfig
+
+
+def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear values of maps (M, H, W) at points (M, P, 2), x and y in [0, 1], zeros outside -> (M, P)."""
+    grid = 2 * points[:, None] - 1  # (M, 1, P, 2)
+    return F.grid_sample(maps[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, 0]
+
+
+class MFuserLoss(nn.Module):
+    """
+    The losses of every prediction of the decoder, and of the score map (paper, section 3.4, after Mask2Former).
+
+    Query k stands for class k: it is matched to class k where the image holds it, else to "no object". All layers
+    and images are computed at once, and masks of absent classes are weighted 0, so that nothing waits for the device.
+    """
+
+    def __init__(self, config: MFuserConfig):
+        super().__init__()
+        self.config = config
+
+    def draw_points(self, mask_logits: torch.Tensor) -> torch.Tensor:
+        """
+        Points for the mask losses: most where the prediction is unsure, the rest anywhere.
+
+        Args:
+            mask_logits (`torch.Tensor` of shape `(M, h, w)`)
+
+        Returns:
+            `torch.Tensor` of shape `(M, loss_num_points, 2)`: x and y in [0, 1].
+        """
+        config = self.config
+        count = config.loss_num_points
+        unsure = int(config.loss_importance_ratio * count)
+        drawn = int(config.loss_oversample_ratio * count)
+        candidates = torch.rand(mask_logits.shape[0], drawn, 2, device=mask_logits.device)
+        certainty = sample_points(mask_logits, candidates).abs()
+        chosen = certainty.topk(unsure, dim=1, largest=False, sorted=False).indices
+        chosen = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        fresh = torch.rand(mask_logits.shape[0], count - unsure, 2, device=mask_logits.device)
+        return torch.cat([chosen, fresh], dim=1)
+
+    def forward(
+        self,
+        class_logits: torch.Tensor,
+        mask_logits: torch.Tensor,
+        score_map: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            class_logits (`torch.Tensor` of shape `(I, B, K, K + 1)`): of I predictions, "no object" last.
+            mask_logits (`torch.Tensor` of shape `(I, B, K, h, w)`)
+            score_map (`torch.Tensor` of shape `(B, K, h', w')`): cosine similarities.
+            labels (`torch.Tensor` of shape `(B, H, W)`): class ids, `semantic_loss_ignore_index` where unknown.
+
+        Returns:
+            `dict[str, torch.Tensor]`: weighted scalars `class_i`, `mask_i`, `dice_i` for each prediction i (0 is the
+            one before the first layer) and `score_map`; their sum is the loss.
+
+        Raises:
+            ValueError: labels of a wrong shape, or holding an id that is no class.
+        """
+        labels = self.checked(labels, class_logits.shape[1], class_logits.shape[2])
+        num_classes = class_logits.shape[2]
+        classes = torch.arange(num_classes, device=labels.device)
+        targets = (labels[:, None] == classes[:, None, None]).float()  # (B, K, H, W)
+        present = targets.flatten(2).any(dim=-1)  # (B, K)
+        mask_losses = self.mask_losses(mask_logits.float(), targets, present)
+        components = {}
+        for index, class_loss in enumerate(self.class_losses(class_logits.float(), classes, present)):
+            components[f"class_{index}"] = class_loss
+            components[f"mask_{index}"], components[f"dice_{index}"] = (loss[index] for loss in mask_losses)
+        components["score_map"] = self.score_map_loss(score_map.float(), labels)
+        return components
+
+    def checked(self, labels: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
+        if labels.dim() != 3 or labels.shape[0] != batch_size:
+            raise ValueError(f"labels must have shape ({batch_size}, height, width), not {tuple(labels.shape)}")
+        if labels.is_floating_point():
+            raise ValueError(f"labels must hold class ids as integers, not {labels.dtype}")
+        labels = labels.long()
+        if not torch.compiler.is_compiling():
+            strange = labels[
+                ((labels < 0) | (labels >= num_classes)) & (labels != self.config.semantic_loss_ignore_index)
+            ]
+            if strange.numel():
+                raise ValueError(
+                    f"labels hold {sorted(set(strange.tolist()))[:5]}; they must be class ids from 0 to "
+                    f"{num_classes - 1}, or {self.config.semantic_loss_ignore_index} where ignored"
+                )
+        return labels
+
+    def class_losses(self, logits: torch.Tensor, classes: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy over all queries of each prediction -> (I,)."""
+        no_object = len(classes)
+        matched = torch.where(present, classes, no_object)  # (B, K)
+        weight = torch.ones(no_object + 1, device=logits.device)
+        weight[no_object] = self.config.loss_no_object_weight
+        entropy = F.cross_entropy(
+            logits.flatten(0, 2), matched.expand(logits.shape[:3]).flatten(), weight=weight, reduction="none"
+        )
+        entropy = entropy.view(len(logits), -1).sum(dim=1) / weight[matched].sum()
+        return self.config.loss_class_weight * entropy
+
+    def mask_losses(
+        self, logits: torch.Tensor, targets: torch.Tensor, present: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Binary cross-entropy and dice at sampled points, of the masks of present classes -> (I,), (I,)."""
+        predictions, batch_size, num_classes = logits.shape[:3]
+        logits = logits.flatten(0, 2)  # (I * B * K, h, w)
+        with torch.no_grad():
+            points = self.draw_points(logits)  # (I * B * K, P, 2)
+            # the target of a mask is one for all predictions: its points are sampled together
+            by_mask = points.view(predictions, batch_size * num_classes, -1, 2).transpose(0, 1)
+            truth = sample_points(targets.flatten(0, 1), by_mask.flatten(1, 2))  # (B * K, I * P)
+            truth = truth.view(batch_size * num_classes, predictions, -1).transpose(0, 1)  # (I, B * K, P)
+        sampled = sample_points(logits, points).view_as(truth)
+        present = present.flatten().float()
+        num_masks = self.num_masks(present)
+        entropy = F.binary_cross_entropy_with_logits(sampled, truth, reduction="none").mean(dim=-1)
+        probability = sampled.sigmoid()
+        overlap = 2 * (probability * truth).sum(dim=-1) + 1
+        dice = 1 - overlap / (probability.sum(dim=-1) + truth.sum(dim=-1) + 1)  # (I, B * K)
+        return (
+            self.config.loss_mask_weight * (entropy @ present) / num_masks,
+            self.config.loss_dice_weight * (dice @ present) / num_masks,
+        )
+
+    def num_masks(self, present: torch.Tensor) -> torch.Tensor:
+        """Masks in the batch, averaged over devices, at least 1."""
+        count = present.sum()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(count)
+            count = count / torch.distributed.get_world_size()
+        return count.clamp(min=1)
+
+    def score_map_loss(self, score_map: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the score map at label size; the mean runs over ignored pixels too."""
+        config = self.config
+        if config.loss_logit_scale is None:
+            logits = score_map / config.loss_temperature
+        else:
+            logits = score_map * math.exp(config.loss_logit_scale) + config.loss_logit_bias
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        entropy = F.cross_entropy(logits, labels, ignore_index=config.semantic_loss_ignore_index, reduction="none")
+        return config.loss_score_map_weight * entropy.mean()
