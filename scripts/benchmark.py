@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.initialization import no_init_weights
 
 from mfuser.configuration_mfuser import MFuserConfig
-from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.modeling_mfuser import MFuserForSemanticSegmentation, window_starts
 from mfuser.selective_scan import mamba_ssm_scan, selective_scan
 from mfuser.training.augmentation import TrainingAugmentation
 from mfuser.training.metrics import MeanIoU
@@ -66,10 +66,12 @@ def synchronise(device: str):
         torch.cuda.synchronize(device)
 
 
-def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each candidate, all of them run once in every round, after one round that doesn't count."""
+def in_turns(
+    candidates: dict[str, Callable[[], object]], rounds: int, device: str, warm_up: bool = True
+) -> dict[str, float]:
+    """Median seconds of each candidate, all run once in every round; with `warm_up` the first doesn't count."""
     seconds = defaultdict(list)
-    for counted in [False] + [True] * rounds:
+    for counted in [False] * warm_up + [True] * rounds:
         for name, run in candidates.items():
             gc.collect()
             synchronise(device)
@@ -300,14 +302,28 @@ def benchmark_image(options) -> list[dict]:
     """Images of 1, 4 and 18 windows: the time a window should not grow with their number."""
     dtype = getattr(torch, options.dtype)
     model = random_model(options.device, options.dtype)
-    rows = []
+    images = {
+        size: torch.randn(1, 3, *size, device=options.device, dtype=dtype)
+        for size in ((512, 512), (853, 853), (1024, 2048))
+    }
     with torch.no_grad():
-        for windows, size in ((1, (512, 512)), (4, (853, 853)), (18, (1024, 2048))):
-            pixels = torch.randn(1, 3, *size, device=options.device, dtype=dtype)
-            seconds = in_turns({"image": lambda pixels=pixels: model(pixels)}, options.rounds, options.device)["image"]
-            rows.append({"image": "x".join(map(str, size)), "windows": windows, "s": seconds})
-            rows[-1]["s a window"] = seconds / windows
-    return rows
+        model(images[512, 512])
+        candidates = {size: partial(model, pixels) for size, pixels in images.items()}
+        seconds = in_turns(candidates, options.rounds, options.device, warm_up=options.device.startswith("cuda"))
+    return [
+        {
+            "image": "x".join(map(str, size)),
+            "windows": count_windows(size, model.config),
+            "s": value,
+            "s a window": value / count_windows(size, model.config),
+        }
+        for size, value in seconds.items()
+    ]
+
+
+def count_windows(size: tuple[int, int], config: MFuserConfig) -> int:
+    rows, columns = (len(window_starts(side, config.crop_size, config.crop_stride)) for side in size)
+    return rows * columns
 
 
 def train_step(crop: int, batch: int, device: str, dtype: str, rounds: int) -> dict:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +18,12 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser.scripts.convert_checkpoint import (
+    config_from_state_dict,
+    convert_state_dict,
+    convert_tensor,
+    dropped_reason,
+)
 from mfuser.training.augmentation import ShuffledSampler
 from mfuser.training.trainer import (
     MFuserTrainer,
@@ -48,16 +53,22 @@ def names_of(model, weights):
 # --- optimizer and schedule ------------------------------------------------------------------------------------------
 
 
-def test_the_optimizer_trains_what_the_reference_trains(full_size):
-    reference = json.loads((FIXTURES / "full_size_keys_clip.json").read_text())
-    trained = [np.prod(shape) for shape, _, trainable in reference.values() if trainable]
-    groups = parameter_groups(full_size, weight_decay=1e-4)
-    ours = [weight.numel() for group in groups for weight in group["params"]]
-    assert sum(ours) == sum(trained)
-    assert len(ours) == sum(len(list(group["params"])) for group in groups)
-    assert all(weight.requires_grad for group in groups for weight in group["params"])
-    encoders = {*full_size.mfuser.vfm.parameters(), *full_size.mfuser.vlm.parameters()}
-    assert not encoders & {weight for group in groups for weight in group["params"]}
+@pytest.mark.parametrize("variant", ["clip", "eva02_clip", "siglip"])
+def test_the_optimizer_trains_exactly_what_the_reference_trains(variant):
+    reference = json.loads((FIXTURES / f"full_size_keys_{variant}.json").read_text())
+    tensors = {key: torch.empty(shape, device="meta") for key, (shape, _, _) in reference.items()}
+    siglip = {"class_token_ids": [[1] * 5] * 19, "loss_logit_scale": 1.0, "loss_logit_bias": 0.0}
+    converted = convert_state_dict(tensors, variant)
+    with torch.device("meta"):
+        config = config_from_state_dict(converted, variant, siglip if variant == "siglip" else None)
+        model = MFuserForSemanticSegmentation(config)
+    expected = set()
+    for key, (_, _, trainable) in reference.items():
+        if trainable and dropped_reason(key, variant) is None:
+            expected |= set(convert_tensor(key, tensors[key], variant))
+    groups = parameter_groups(model, weight_decay=1e-4)
+    assert names_of(model, [weight for group in groups for weight in group["params"]]) == expected
+    assert sum(len(group["params"]) for group in groups) == len(expected)  # each once
 
 
 @pytest.mark.parametrize("decay_embeddings", [True, False])
