@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CLASSES, tiny_batch, tiny_tokenizer
+from tiny_models import CLASSES, FUSION, tiny_batch, tiny_tokenizer
 from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
@@ -63,18 +63,6 @@ VLMS = {
         Siglip2Config(text_config=SIGLIP_TEXT, vision_config=TOWER | dict(num_patches=9, patch_size=14) | values)
     ),
 }
-FUSION = dict(
-    enhancer_hidden_size=32,
-    enhancer_num_heads=2,
-    decoder_hidden_size=64,
-    decoder_num_heads=4,
-    decoder_pixel_layers=1,
-    decoder_pixel_feedforward_size=64,
-    decoder_num_layers=2,
-    decoder_feedforward_size=64,
-    loss_num_points=64,
-    fusion_out_layers=[1, 2, 3, 4],
-)
 
 
 @pytest.fixture(scope="module")

@@ -65,24 +65,29 @@ PAIRS = {
 }
 
 
+# Fusion, decoder and losses at the smallest size that still has all their parts.
+FUSION = dict(
+    fusion_out_layers=[1, 2, 3, 4],
+    enhancer_hidden_size=32,
+    enhancer_num_heads=2,
+    decoder_hidden_size=64,
+    decoder_num_heads=4,
+    decoder_pixel_layers=1,
+    decoder_pixel_feedforward_size=64,
+    decoder_num_layers=2,
+    decoder_feedforward_size=64,
+    loss_num_points=64,
+)
+
+
 def tiny_config(pair: str = "dinov2+clip", **fields) -> MFuserConfig:
     common = dict(
         id2label=dict(enumerate(CLASSES)),
         label2id={name: index for index, name in enumerate(CLASSES)},
-        fusion_out_layers=[1, 2, 3, 4],
-        enhancer_hidden_size=32,
-        enhancer_num_heads=2,
-        decoder_hidden_size=64,
-        decoder_num_heads=4,
-        decoder_pixel_layers=1,
-        decoder_pixel_feedforward_size=64,
-        decoder_num_layers=2,
-        decoder_feedforward_size=64,
-        loss_num_points=64,
         crop_size=64,
         crop_stride=42,
     )
-    return MFuserConfig(**(common | PAIRS[pair] | fields))
+    return MFuserConfig(**(FUSION | common | PAIRS[pair] | fields))
 
 
 def tiny_model(pair: str = "dinov2+clip", seed: int = 0, **fields) -> MFuserForSemanticSegmentation:
