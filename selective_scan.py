@@ -32,6 +32,11 @@ try:
 except ImportError:
     triton_scan = None
 
+try:
+    from .selective_scan_numba import NUMBA_CHUNK_TOKENS, numba_scan, numba_scan_backward
+except ImportError:
+    numba_scan = None
+
 __all__ = ["selective_scan", "use_hub_kernel"]
 
 # What the states of a chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide. The odd
@@ -58,8 +63,8 @@ def selective_scan(
     """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
     On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
-    else a Triton kernel; plain torch runs everywhere else. While compiling or exporting, the scan is one operator,
-    with a Triton or plain torch kernel.
+    else a Triton kernel; on a CPU machine code runs where numba is installed. Plain torch runs everywhere else. While
+    compiling or exporting, the scan is one operator, with any of these kernels but mamba_ssm's.
 
     Args:
         u: (batch, dim, length), the input.
@@ -176,10 +181,16 @@ def _uses_triton(u, dtype):
     return triton_scan is not None and u.is_cuda and dtype == torch.float32
 
 
+def _uses_numba(u, dtype):
+    return numba_scan is not None and u.device.type == "cpu" and dtype == torch.float32
+
+
 def _chunk_count(u, A, dtype):
     (batch, dim, length), state = u.shape, A.shape[1]
     if _uses_triton(u, dtype):
         tokens = TRITON_CHUNK_TOKENS
+    elif _uses_numba(u, dtype):
+        tokens = NUMBA_CHUNK_TOKENS
     else:
         # At least `state` tokens: the states that are kept then take no more room than `u`.
         room = _CPU_CHUNK_BYTES if u.device.type == "cpu" else _GPU_CHUNK_BYTES
@@ -203,7 +214,8 @@ def _scan(
 
     Those are returned as a vector: a captured graph would be bound to having one chunk, or several, by their shape.
     """
-    forward = triton_scan if _uses_triton(u, _compute_dtype(u, delta, A, B, C, D, delta_bias)) else _torch_scan
+    dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
+    forward = triton_scan if _uses_triton(u, dtype) else numba_scan if _uses_numba(u, dtype) else _torch_scan
     y, last_state, states = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
     return y, last_state, states.flatten()
 
@@ -233,7 +245,10 @@ def _scan_backward(
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias; an absent D or delta_bias gets an empty one."""
-    backward = triton_scan_backward if _uses_triton(u, states.dtype) else _torch_scan_backward
+    if _uses_triton(u, states.dtype):
+        backward = triton_scan_backward
+    else:
+        backward = numba_scan_backward if _uses_numba(u, states.dtype) else _torch_scan_backward
     states = states.view(-1, u.shape[0], *A.t().shape)
     grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
     inputs = (u, delta, A, B, C, D, delta_bias)

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.initialization import no_init_weights
 
+from mfuser import selective_scan as scan_module
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation, window_starts
 from mfuser.selective_scan import mamba_ssm_scan, selective_scan
@@ -114,6 +115,8 @@ def mamba_ssm(u, delta, A, B, C, D, delta_bias):
 
 
 SCANS = {"step loop": step_loop, "ours": ours}
+if scan_module.numba_scan is not None:
+    SCANS["ours, without numba"] = ours
 if mamba_ssm_scan is not None:
     SCANS["mamba_ssm"] = mamba_ssm
 
@@ -135,11 +138,16 @@ def scan_inputs(device: str, batch: int, dim: int, length: int, state: int) -> l
 
 
 def run_scan(name: str, inputs: list[torch.Tensor], backward: bool):
-    if not backward:
-        with torch.no_grad():
-            return SCANS[name](*inputs)
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    return SCANS[name](*leaves).sum().backward()
+    numba_scan = scan_module.numba_scan
+    if name == "ours, without numba":
+        scan_module.numba_scan = None
+    try:
+        with torch.set_grad_enabled(backward):
+            y = SCANS[name](*(tensor.detach().requires_grad_(backward) for tensor in inputs))
+        if backward:
+            y.sum().backward()
+    finally:
+        scan_module.numba_scan = numba_scan
 
 
 def scan_peak_mebibytes(name: str, backward: bool, device: str) -> float:

@@ -19,7 +19,7 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 GPU = torch.cuda.is_available()
 # Triton's interpreter has to be chosen before anything imports triton.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PATHS = ["one by one", "in pairs"] + (["triton"] if GPU or INTERPRETED else [])
+PATHS = ["one by one", "in pairs", "numba"] + (["triton"] if GPU or INTERPRETED else [])
 
 
 def recurrence(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -82,9 +82,18 @@ def assert_equals_recurrence(inputs, delta_softplus=True, tolerance=2e-6):
         assert relative_error(grad, expected_grad) < tolerance, name
 
 
+@pytest.fixture
+def plain_torch(monkeypatch):
+    monkeypatch.setattr(scan_module, "numba_scan", None)
+
+
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    """Each implementation in turn; chunks of 8 tokens, so that short sequences have several."""
+    """Each implementation in turn; where it can be set, chunks of few tokens: short sequences then have several."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        return request.param
+    monkeypatch.setattr(scan_module, "numba_scan", None)
     monkeypatch.setattr(scan_module, "_CPU_CHUNK_BYTES", 0)  # a chunk then has `state` tokens
     if request.param == "in pairs":
 
@@ -122,8 +131,8 @@ def load_copy(name, package):
 # ------------------------------------------------------------------------------------------------ right results
 @pytest.mark.parametrize(
     "shape",
-    [(1, 3, 1, 1), (2, 18, 5, 11), (1, 2, 8, 8), (1, 4, 3, 14)],
-    ids=["one token", "two blocks of channels", "one full chunk", "ragged chunks"],
+    [(1, 3, 1, 1), (2, 18, 5, 11), (1, 2, 8, 8), (1, 4, 3, 14), (2, 70, 3, 75)],
+    ids=["one token", "two blocks of channels", "one full chunk", "ragged chunks", "blocks and chunks of numba"],
 )
 def test_output_state_and_gradients_equal_the_recurrence(path, shape):
     assert_equals_recurrence(make_inputs(*shape))
@@ -131,7 +140,7 @@ def test_output_state_and_gradients_equal_the_recurrence(path, shape):
 
 @pytest.mark.parametrize("absent", [("D", "z", "delta_bias"), ("D",), ("z",), ("delta_bias",)], ids=str)
 @pytest.mark.parametrize("delta_softplus", [True, False])
-def test_every_option_can_be_left_out(absent, delta_softplus):
+def test_every_option_can_be_left_out(path, absent, delta_softplus):
     inputs = make_inputs(2, 3, 4, 9, scale=0.3)
     assert_equals_recurrence(without(inputs, *absent), delta_softplus)
 
@@ -140,7 +149,7 @@ def test_large_steps_and_fast_decays_stay_finite(path):
     assert_equals_recurrence(make_inputs(1, 4, 4, 12, scale=30.0), tolerance=1e-5)
 
 
-def test_long_sequence_over_many_chunks_equals_the_recurrence(monkeypatch):
+def test_long_sequence_over_many_chunks_equals_the_recurrence(plain_torch, monkeypatch):
     monkeypatch.setattr(scan_module, "_CPU_CHUNK_BYTES", 4 * 2 * 6 * 4 * 20)  # 20 tokens a chunk
     assert_equals_recurrence(make_inputs(2, 6, 4, 307, scale=0.3))
 
@@ -170,7 +179,7 @@ def test_half_precision_in_and_out_with_float32_inside(path, dtype):
         assert relative_error(grad, expected_grad) < 2 * torch.finfo(dtype).eps
 
 
-def test_parameters_may_stay_in_float32_beside_half_precision_tokens():
+def test_parameters_may_stay_in_float32_beside_half_precision_tokens(path):
     inputs = make_inputs(1, 4, 4, 9)
     low = {name: x.bfloat16() if name in ("u", "B", "C") else x for name, x in inputs.items()}
     y = selective_scan(**low, delta_softplus=True)
@@ -202,7 +211,7 @@ def test_any_strides_give_the_same_numbers(path):
     torch.testing.assert_close(selective_scan(**shared, delta_softplus=True)[0], expected[0])
 
 
-def test_channels_of_output_and_gradients_are_adjacent_in_memory():
+def test_channels_of_output_and_gradients_are_adjacent_in_memory(path):
     inputs = make_inputs(2, 4, 4, 9)
     y = selective_scan(**inputs)
     assert y.transpose(1, 2).is_contiguous()
@@ -210,7 +219,7 @@ def test_channels_of_output_and_gradients_are_adjacent_in_memory():
     assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
 
 
-def test_last_state_is_where_a_following_scan_would_begin():
+def test_last_state_is_where_a_following_scan_would_begin(path):
     inputs = make_inputs(1, 3, 4, 10)
     y, last_state = selective_scan(**without(inputs, "z"), return_last_state=True)
     assert last_state.shape == (1, 3, 4) and last_state.dtype == torch.float32
@@ -255,21 +264,25 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_memory_is_that_of_the_inputs_not_of_the_states(monkeypatch):
+@pytest.mark.parametrize("path", ["one by one", "numba"], indirect=True)
+def test_memory_is_that_of_the_inputs_not_of_the_states(path):
     batch, dim, state, length = 2, 32, 16, 600
-    monkeypatch.setattr(scan_module, "_CPU_CHUNK_BYTES", 0)
+    if path == "numba":
+        forward_scan, backward_scan = scan_module.numba_scan, scan_module.numba_scan_backward
+    else:
+        forward_scan, backward_scan = scan_module._torch_scan, scan_module._torch_scan_backward
     arguments = [make_inputs(batch, dim, state, length, requires_grad=False)[name] for name in NAMES if name != "z"]
     size_of_u = 4 * batch * dim * length
     with Allocations() as forward:
-        *_, states = scan_module._torch_scan(*arguments, True, True)
+        *_, states = forward_scan(*arguments, True, True)
     with Allocations() as backward:
-        scan_module._torch_scan_backward(torch.ones(batch, dim, length), *arguments, True, states)
+        backward_scan(torch.ones(batch, dim, length), *arguments, True, states)
     assert forward.largest <= 1.1 * size_of_u and forward.total <= 5 * size_of_u
     assert backward.largest <= 1.1 * size_of_u and backward.total <= 8 * size_of_u
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_states_are_kept_only_where_a_gradient_may_follow(mode, monkeypatch):
+def test_states_are_kept_only_where_a_gradient_may_follow(mode, plain_torch, monkeypatch):
     kept = []
     real = scan_module._torch_scan
     monkeypatch.setattr(scan_module, "_torch_scan", lambda *args: kept.append(args[-1]) or real(*args))
@@ -291,8 +304,9 @@ def scans_in(graph):
     return [node for node in graph.nodes if "selective_scan" in str(node.target)]
 
 
+@pytest.mark.parametrize("path", ["one by one", "numba"], indirect=True)
 @pytest.mark.parametrize("keep_states", [True, False])
-def test_operator_meets_the_contract_of_custom_operators(keep_states):
+def test_operator_meets_the_contract_of_custom_operators(keep_states, path):
     inputs = make_inputs(2, 3, 4, 10)
     arguments = [inputs[name] for name in NAMES if name != "z"]
     torch.library.opcheck(torch.ops.mfuser.selective_scan.default, (*arguments, True, keep_states))
@@ -353,13 +367,79 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_two_copies_of_the_code_live_in_one_process():
+def test_two_copies_of_the_code_live_in_one_process(plain_torch):
     copy = load_copy("selective_scan", "transformers_modules.a_model.0f3")
     inputs = make_inputs(1, 3, 4, 10)
     y = copy.selective_scan(**inputs)
     copy._torch_scan = copy._torch_scan_backward = None  # each calls its own
     assert torch.equal(selective_scan(**inputs), y)
     selective_scan(**inputs).sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------ numba
+@pytest.fixture
+def kernels():
+    return pytest.importorskip("mfuser.selective_scan_numba")
+
+
+def output_and_gradients(inputs):
+    y = selective_scan(**inputs, delta_softplus=True)
+    return [y, *torch.autograd.grad(y.sum(), inputs.values())]
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_threads_share_the_work_and_change_only_the_order_of_sums(openmp, kernels, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(kernels, "_openmp_parallel", lambda: None)
+    elif kernels._openmp_parallel() is None:
+        pytest.skip("this build of torch has another OpenMP")
+    inputs = make_inputs(2, 150, 4, 40, scale=0.3)
+    shares = []
+    real = kernels._run_shares
+    monkeypatch.setattr(kernels, "_run_shares", lambda run, count: shares.append(count) or real(run, count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = output_and_gradients(inputs)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    together, again = output_and_gradients(inputs), output_and_gradients(inputs)
+    assert shares == [1, 1, 4, 4, 4, 4]
+    assert all(map(torch.equal, together, again))
+    for name, one, four in zip(["y", *inputs], alone, together, strict=True):
+        # B and C alone have sums over channels
+        assert torch.equal(one, four) if name not in "BC" else relative_error(one, four) < 1e-6, name
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_failure_on_any_thread_is_raised(openmp, kernels, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(kernels, "_openmp_parallel", lambda: None)
+
+    def run(share):
+        if share == 2:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        kernels._run_shares(run, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_not_a_number_is_passed_on(name, path):
+    inputs = make_inputs(1, 3, 4, 9, requires_grad=False)
+    inputs[name].flatten()[0] = float("nan")
+    assert selective_scan(**inputs, delta_softplus=True)[0, 0].isnan().any()
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(kernels, monkeypatch):
+    real, tried = kernels.njit, []
+
+    def njit(*args, cache=False, **options):
+        tried.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*args, **options)
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    kernel = kernels._compiled.__wrapped__(kernels._forward_blocks)
+    assert tried == [True, False] and kernel.nopython_signatures
 
 
 # ------------------------------------------------------------------------------------------------ mamba_ssm
