@@ -10,6 +10,8 @@ CVPR 2022), its text queries tqdm (Pak et al., ECCV 2024).
 """
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +74,33 @@ class MFuserForSemanticSegmentationOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     vfm_hidden_states: tuple[torch.Tensor, ...] | None = None
     loss_components: dict[str, torch.Tensor] | None = None
+
+
+class WeightsCache:
+    """
+    A value that is made of weights alone: made once, and again only after one of them changed.
+
+    With gradients, or while compiling, it is made every time. Changes through `.data` alone are not seen.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.weights, self.key, self.value = [], None, None
+
+    def get(self, weights: list[torch.Tensor], make: Callable[[], object], *others):
+        """`make()`, of `weights` and `others` as they are now."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        device = weights[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = [autocast, *others]
+        key += [(w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for w in weights]
+        # the weights are held: of those that are let go, an address could come back with others
+        if len(weights) != len(self.weights) or any(map(operator.is_not, weights, self.weights)) or key != self.key:
+            self.weights, self.key, self.value = list(weights), key, make()
+        return self.value
 
 
 # --- fusion ----------------------------------------------------------------------------------------------------------
@@ -161,6 +190,12 @@ class MFuserPyramid(nn.Module):
             nn.ConvTranspose2d(channels, channels, 2, stride=2),
         )
         self.stride8 = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self._projected_upsampling = [WeightsCache(), WeightsCache()]
+
+    def train(self, mode: bool = True):
+        for cache in self._projected_upsampling:
+            cache.clear()
+        return super().train(mode)
 
     def forward(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Fused maps (B, Dv + D, h, w) of the four taps -> features, stride 4 first."""
@@ -176,8 +211,8 @@ class MFuserPyramid(nn.Module):
         for layer in first:
             fine = layer(fine)
         return [
-            project_upsampled(fine, last, projections[0]),
-            project_upsampled(maps[1], self.stride8, projections[1]),
+            project_upsampled(fine, last, projections[0], self._projected_upsampling[0]),
+            project_upsampled(maps[1], self.stride8, projections[1], self._projected_upsampling[1]),
             projections[2](maps[2]),
             projections[3](self.pooled(maps[3])),
         ]
@@ -188,15 +223,22 @@ class MFuserPyramid(nn.Module):
         return F.max_pool2d(maps, [min(2, side) for side in maps.shape[-2:]])
 
 
-def project_upsampled(maps: torch.Tensor, upsample: nn.ConvTranspose2d, projection: nn.Conv2d) -> torch.Tensor:
+def project_upsampled(
+    maps: torch.Tensor, upsample: nn.ConvTranspose2d, projection: nn.Conv2d, cache: WeightsCache
+) -> torch.Tensor:
     """projection(upsample(maps)) as one transposed convolution to the projection's channels: both are linear."""
-    if upsample.weight.is_meta or projection.weight.is_meta:
+    weights = [parameter for layer in (upsample, projection) for parameter in layer.parameters()]
+    if any(weight.is_meta for weight in weights):
         return projection(upsample(maps))  # offloaded weights come with the call of their module alone
-    matrix = projection.weight.flatten(1)  # (out, channels)
-    weight = torch.einsum("oc,icyx->ioyx", matrix, upsample.weight)
-    bias = matrix @ upsample.bias
-    if projection.bias is not None:
-        bias = bias + projection.bias
+
+    def combine():
+        matrix = projection.weight.flatten(1)  # (out, channels)
+        bias = matrix @ upsample.bias
+        if projection.bias is not None:
+            bias = bias + projection.bias
+        return torch.einsum("oc,icyx->ioyx", matrix, upsample.weight), bias
+
+    weight, bias = cache.get(weights, combine)
     return F.conv_transpose2d(maps, weight, bias, stride=upsample.stride)
 
 
@@ -730,14 +772,14 @@ class MFuserModel(MFuserPreTrainedModel):
         else:
             self.stored_class_embeddings = nn.Parameter(torch.empty(config.num_labels, embedding_size))
         self.gradient_checkpointing = False
-        self._class_embeddings_cache = (None, None)
+        self._class_embeddings_cache = WeightsCache()
         self.post_init()
         if config.freeze_encoders:
             self.freeze_encoders()
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self._class_embeddings_cache = (None, None)
+        self._class_embeddings_cache.clear()
         if self.config.freeze_encoders:
             self.vfm.eval()
             self.vlm.eval()
@@ -747,19 +789,13 @@ class MFuserModel(MFuserPreTrainedModel):
         """
         Class names in the vision-language space, before any image -> (K, E).
 
-        Where no gradient is asked for they are computed once, and again only after a weight changed or after
-        `train()` or `eval()`. (Changes through `.data` alone are not seen.)
+        Where no gradient is asked for they are computed once, and again only after a weight changed (see
+        [`WeightsCache`]) or after `train()` or `eval()`.
         """
         if self.prompts is None:
             return self.stored_class_embeddings
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._encode_classes()
         weights = [self.prompts, *self.vlm.parameters()]
-        key = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
-        key.append(self.config.class_token_ids)
-        if self._class_embeddings_cache[0] != key:
-            self._class_embeddings_cache = (key, self._encode_classes())
-        return self._class_embeddings_cache[1]
+        return self._class_embeddings_cache.get(weights, self._encode_classes, self.config.class_token_ids)
 
     @torch.no_grad()
     def store_class_embeddings(self):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny_models import CLASSES, PAIRS, tiny_batch, tiny_config, tiny_model, tiny_tokenizer
+from torch import nn
 from torch.nn import functional as F
 
 from mfuser import MFuserForSemanticSegmentation, MFuserModel
@@ -269,6 +270,38 @@ def test_class_embeddings_are_computed_once_and_again_after_a_change(monkeypatch
         model.mfuser.prompts.add_(1)
         assert not torch.equal(model(batch["pixel_values"]).logits, before)
     assert len(calls) == 2
+
+
+def test_weights_that_change_are_seen_by_the_next_image():
+    model, pixel_values = tiny_model(), tiny_batch()["pixel_values"]
+    changes = {
+        "in place": lambda weight: weight.mul_(2),
+        "moved": lambda weight: setattr(weight, "data", weight.data * 2),
+        "replaced": lambda weight: model.mfuser.pyramid.stride8.register_parameter("weight", nn.Parameter(weight * 2)),
+    }
+    with torch.no_grad():
+        for change in changes.values():
+            model(pixel_values)
+            change(model.mfuser.pyramid.stride8.weight)
+            cached = model(pixel_values).logits
+            torch.testing.assert_close(cached, model.train().eval()(pixel_values).logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(pixel_values).logits
+        assert not torch.equal(low, model(pixel_values).logits)
+        assert torch.equal(cached, model(pixel_values).logits)
+
+
+def test_weights_combined_for_inference_are_combined_once(monkeypatch):
+    model, pixel_values = tiny_model(), tiny_batch()["pixel_values"]
+    made = []
+    einsum = torch.einsum
+    monkeypatch.setattr(torch, "einsum", lambda *args: made.append(args[0]) or einsum(*args))
+    with torch.no_grad():
+        model(pixel_values)
+        model(pixel_values)
+    assert made.count("oc,icyx->ioyx") == 2
+    model(pixel_values)  # with gradients
+    assert made.count("oc,icyx->ioyx") == 4
 
 
 @pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+siglip"])
