@@ -182,7 +182,8 @@ def benchmark_scan(options) -> list[dict]:
                 row = {"scan": name, "tokens": length, "pass": "forward + backward" if backward else "forward"}
                 row["ms"] = seconds * 1e3
                 if length == SCAN_SHAPE["length"]:
-                    row["peak MiB"] = in_own_process("scan_peak_mebibytes", name, backward, options.device)
+                    arguments = (name, backward, options.device)
+                    row["peak MiB"] = in_own_process("scan_peak_mebibytes", *arguments, keep_freed=False)
                 rows.append(row)
     loops = {row["pass"]: row["ms"] for row in rows if row["scan"] == "step loop"}
     for row in rows:
@@ -191,15 +192,20 @@ def benchmark_scan(options) -> list[dict]:
     return rows
 
 
-def in_own_process(function: str, *arguments):
-    """Result of a function of this module in a fresh process, where nothing else has touched memory."""
+def in_own_process(function: str, *arguments, keep_freed: bool = True):
+    """
+    Result of a function of this module in a fresh process, where nothing else has touched memory.
+
+    Without `keep_freed` memory goes back to the system at once: peaks are exact then, but allocation is slow.
+    """
     code = (
         "import json, torch, mfuser.scripts.benchmark as b;"
         f"torch.set_num_threads({torch.get_num_threads()});"
         f"print(json.dumps(b.{function}(*json.loads({json.dumps(json.dumps(arguments))}))))"
     )
-    # large blocks go back to the system at once, so that the peak is what is in use
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = dict(os.environ)
+    if not keep_freed:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -207,11 +213,12 @@ def in_own_process(function: str, *arguments):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def random_model(device: str, dtype: str, **fields) -> MFuserForSemanticSegmentation:
-    """The full-size CLIP variant with random weights, in eval mode."""
+def random_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticSegmentation:
+    """The full-size CLIP variant with random weights, in eval mode; larger images than `crop` are cut into windows."""
     torch.manual_seed(0)
     with no_init_weights():
-        model = MFuserForSemanticSegmentation(MFuserConfig(**fields)).to(getattr(torch, dtype))
+        config = MFuserConfig(crop_size=crop, crop_stride=crop * 2 // 3)
+        model = MFuserForSemanticSegmentation(config).to(getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
@@ -261,7 +268,7 @@ class PartTimer:
 def benchmark_forward(options) -> list[dict]:
     """One crop, whole and by part, beside the time that its matrix products would take at the rate of a large one."""
     dtype = getattr(torch, options.dtype)
-    model = random_model(options.device, options.dtype)
+    model = random_model(options.device, options.dtype, options.crop)
     pixels = torch.randn(1, 3, options.crop, options.crop, device=options.device, dtype=dtype)
     product, product_flops = gemm(options.device, dtype)
     parts = defaultdict(list)
@@ -289,7 +296,7 @@ def benchmark_forward(options) -> list[dict]:
 
 def forward_peak_gibibytes(crop: int, device: str, dtype: str) -> float:
     """Memory of a process that holds a full-size model and segments one crop."""
-    model = random_model(device, dtype)
+    model = random_model(device, dtype, crop)
     with torch.no_grad():
         model(torch.randn(1, 3, crop, crop, device=device, dtype=getattr(torch, dtype)))
     return peak_gibibytes(device)
@@ -336,7 +343,7 @@ def count_windows(size: tuple[int, int], config: MFuserConfig) -> int:
 
 def train_step(crop: int, batch: int, device: str, dtype: str, rounds: int) -> dict:
     """A training step of the full-size model with gradient checkpointing, its optimizer included."""
-    model = random_model(device, "float32", crop_size=crop, crop_stride=crop)
+    model = random_model(device, "float32", crop)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
