@@ -236,7 +236,8 @@ def project_upsampled(
         bias = matrix @ upsample.bias
         if projection.bias is not None:
             bias = bias + projection.bias
-        return torch.einsum("oc,icyx->ioyx", matrix, upsample.weight), bias
+        # channels last in memory, as tokens are
+        return torch.einsum("oc,icyx->iyxo", matrix, upsample.weight).permute(0, 3, 1, 2), bias
 
     weight, bias = cache.get(weights, combine)
     return F.conv_transpose2d(maps, weight, bias, stride=upsample.stride)

@@ -225,6 +225,11 @@ def random_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticS
     return model.to(device).eval()
 
 
+def inference_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticSegmentation:
+    """As `mfuser segment` and `mfuser evaluate` lay it out in memory."""
+    return random_model(device, dtype, crop).to(memory_format=torch.channels_last)
+
+
 def part_modules(model: MFuserForSemanticSegmentation) -> dict[str, list[torch.nn.Module]]:
     base = model.mfuser
     return {
@@ -268,7 +273,7 @@ class PartTimer:
 def benchmark_forward(options) -> list[dict]:
     """One crop, whole and by part, beside the time that its matrix products would take at the rate of a large one."""
     dtype = getattr(torch, options.dtype)
-    model = random_model(options.device, options.dtype, options.crop)
+    model = inference_model(options.device, options.dtype, options.crop)
     pixels = torch.randn(1, 3, options.crop, options.crop, device=options.device, dtype=dtype)
     product, product_flops = gemm(options.device, dtype)
     parts = defaultdict(list)
@@ -296,7 +301,7 @@ def benchmark_forward(options) -> list[dict]:
 
 def forward_peak_gibibytes(crop: int, device: str, dtype: str) -> float:
     """Memory of a process that holds a full-size model and segments one crop."""
-    model = random_model(device, dtype, crop)
+    model = inference_model(device, dtype, crop)
     with torch.no_grad():
         model(torch.randn(1, 3, crop, crop, device=device, dtype=getattr(torch, dtype)))
     return peak_gibibytes(device)
@@ -316,7 +321,7 @@ def benchmark_memory(options) -> list[dict]:
 def benchmark_image(options) -> list[dict]:
     """Images of 1, 4 and 18 windows: the time a window should not grow with their number."""
     dtype = getattr(torch, options.dtype)
-    model = random_model(options.device, options.dtype)
+    model = inference_model(options.device, options.dtype)
     images = {
         size: torch.randn(1, 3, *size, device=options.device, dtype=dtype)
         for size in ((512, 512), (853, 853), (1024, 2048))

@@ -117,7 +117,8 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
-    return model.to(device).eval(), processor
+    # tokens are maps with channels last already
+    return model.to(device, memory_format=torch.channels_last).eval(), processor
 
 
 def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path], list[str]]:

@@ -236,6 +236,15 @@ def test_a_saved_model_gives_its_own_arg_max(saved_model, tmp_path):
     assert np.array_equal(written, arg_max(model, noise_image()))
 
 
+@torch.no_grad()
+def test_a_loaded_model_has_channels_last_and_the_same_scores(saved_model):
+    model, folder = saved_model
+    loaded, processor = segment.load_model(str(folder), None, torch.device("cpu"), None)
+    assert loaded.mfuser.pyramid.stride8.weight.is_contiguous(memory_format=torch.channels_last)
+    inputs = processor(noise_image(), return_tensors="pt")
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_precision_can_be_chosen(saved_model):
     _, folder = saved_model
     model, _ = segment.load_model(str(folder), None, torch.device("cpu"), "bfloat16")
