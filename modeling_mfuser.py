@@ -87,7 +87,7 @@ class WeightsCache:
         self.clear()
 
     def clear(self):
-        self.weights, self.key, self.value = [], None, None
+        self.entry = [], None, None
 
     def get(self, weights: list[torch.Tensor], make: Callable[[], object], *others):
         """`make()`, of `weights` and `others` as they are now."""
@@ -97,10 +97,12 @@ class WeightsCache:
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = [autocast, *others]
         key += [(w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for w in weights]
-        # the weights are held: of those that are let go, an address could come back with others
-        if len(weights) != len(self.weights) or any(map(operator.is_not, weights, self.weights)) or key != self.key:
-            self.weights, self.key, self.value = list(weights), key, make()
-        return self.value
+        held, held_key, value = self.entry  # at once: replicas of a model on several devices share the cache
+        if len(weights) != len(held) or any(map(operator.is_not, weights, held)) or key != held_key:
+            value = make()
+            # the weights are held: of those that are let go, an address could come back with others
+            self.entry = list(weights), key, value
+        return value
 
 
 # --- fusion ----------------------------------------------------------------------------------------------------------
