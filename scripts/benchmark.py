@@ -16,8 +16,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import evaluate
@@ -138,16 +140,11 @@ def scan_inputs(device: str, batch: int, dim: int, length: int, state: int) -> l
 
 
 def run_scan(name: str, inputs: list[torch.Tensor], backward: bool):
-    numba_scan = scan_module.numba_scan
-    if name == "ours, without numba":
-        scan_module.numba_scan = None
-    try:
-        with torch.set_grad_enabled(backward):
-            y = SCANS[name](*(tensor.detach().requires_grad_(backward) for tensor in inputs))
+    without_numba = patch.object(scan_module, "numba_scan", None) if name == "ours, without numba" else nullcontext()
+    with without_numba, torch.set_grad_enabled(backward):
+        y = SCANS[name](*(tensor.detach().requires_grad_(backward) for tensor in inputs))
         if backward:
             y.sum().backward()
-    finally:
-        scan_module.numba_scan = numba_scan
 
 
 def scan_peak_mebibytes(name: str, backward: bool, device: str) -> float:
