@@ -177,21 +177,19 @@ def _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 
 
 # ------------------------------------------------------------------------------------------------ the operator
-def _uses_triton(u, dtype):
-    return triton_scan is not None and u.is_cuda and dtype == torch.float32
-
-
-def _uses_numba(u, dtype):
-    return numba_scan is not None and u.device.type == "cpu" and dtype == torch.float32
+def _implementation(u, dtype):
+    """Forward, backward, and the tokens of a chunk, or None where those depend on the sizes."""
+    if triton_scan is not None and u.is_cuda and dtype == torch.float32:
+        return triton_scan, triton_scan_backward, TRITON_CHUNK_TOKENS
+    if numba_scan is not None and u.device.type == "cpu" and dtype == torch.float32:
+        return numba_scan, numba_scan_backward, NUMBA_CHUNK_TOKENS
+    return _torch_scan, _torch_scan_backward, None
 
 
 def _chunk_count(u, A, dtype):
     (batch, dim, length), state = u.shape, A.shape[1]
-    if _uses_triton(u, dtype):
-        tokens = TRITON_CHUNK_TOKENS
-    elif _uses_numba(u, dtype):
-        tokens = NUMBA_CHUNK_TOKENS
-    else:
+    *_, tokens = _implementation(u, dtype)
+    if tokens is None:
         # At least `state` tokens: the states that are kept then take no more room than `u`.
         room = _CPU_CHUNK_BYTES if u.device.type == "cpu" else _GPU_CHUNK_BYTES
         tokens = torch.sym_max(state, room // (4 * batch * dim * state))
@@ -214,8 +212,7 @@ def _scan(
 
     Those are returned as a vector: a captured graph would be bound to having one chunk, or several, by their shape.
     """
-    dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
-    forward = triton_scan if _uses_triton(u, dtype) else numba_scan if _uses_numba(u, dtype) else _torch_scan
+    forward, *_ = _implementation(u, _compute_dtype(u, delta, A, B, C, D, delta_bias))
     y, last_state, states = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
     return y, last_state, states.flatten()
 
@@ -245,10 +242,7 @@ def _scan_backward(
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias; an absent D or delta_bias gets an empty one."""
-    if _uses_triton(u, states.dtype):
-        backward = triton_scan_backward
-    else:
-        backward = numba_scan_backward if _uses_numba(u, states.dtype) else _torch_scan_backward
+    _, backward, _ = _implementation(u, states.dtype)
     states = states.view(-1, u.shape[0], *A.t().shape)
     grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
     inputs = (u, delta, A, B, C, D, delta_bias)

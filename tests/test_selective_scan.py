@@ -1,6 +1,5 @@
 """The selective scan: right on every path, small in memory, one node in a captured graph."""
 
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -106,9 +105,11 @@ def path(request, monkeypatch):
         monkeypatch.setattr(scan_module, "_StateBuffer", InPairs)
     elif request.param == "triton":
         kernels = pytest.importorskip("mfuser.selective_scan_triton")
-        for module in (kernels, scan_module):
-            monkeypatch.setattr(module, "TRITON_CHUNK_TOKENS", 4)
-        monkeypatch.setattr(scan_module, "_uses_triton", lambda u, dtype: dtype == torch.float32)
+        monkeypatch.setattr(kernels, "TRITON_CHUNK_TOKENS", 4)
+        triton, other = (kernels.triton_scan, kernels.triton_scan_backward, 4), scan_module._implementation
+        monkeypatch.setattr(
+            scan_module, "_implementation", lambda u, dtype: triton if dtype == torch.float32 else other(u, dtype)
+        )
         real = kernels._Launcher.launch
 
         def launch(self, kernel, chunks, *tensors, **options):
