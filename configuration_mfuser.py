@@ -6,30 +6,15 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig
 
+from .class_names_mfuser import (
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_CLIP_TOKENS,
+    CLIP_END_TOKEN,
+    CLIP_START_TOKEN,
+    IGNORE_INDEX,
+    clip_token_row,
+)
 from .configuration_eva02_clip import Eva02ClipTextConfig, Eva02ClipVisionConfig
-
-CITYSCAPES_CLASSES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
-
-# The same names through CLIP's tokenizer (EVA02-CLIP shares it), one tuple of ids a name, without start and end.
-CITYSCAPES_CLIP_TOKENS = (
-    (1759,), (23278,), (2307,), (2569,), (12679,), (8170,), (3399, 1395), (3399, 2292), (33947,), (20184,),
-    (2390,), (2533,), (9707,), (1615,), (4629,), (2840,), (3231,), (10297,), (11652,),
-)  # fmt: skip
-
-CLIP_START_TOKEN, CLIP_END_TOKEN, CLIP_PADDING = 49406, 49407, 0
-CLASS_TOKEN_LENGTH = 5  # start, name, end, padding: the published models reserve five positions a class name
-
-
-def clip_token_row(name_tokens: tuple[int, ...] | list[int], length: int = CLASS_TOKEN_LENGTH) -> list[int]:
-    """Start, name, end and zero padding, as CLIP and EVA02-CLIP take a class name."""
-    row = [CLIP_START_TOKEN, *name_tokens, CLIP_END_TOKEN]
-    if len(row) > length:
-        raise ValueError(f"a class name of {len(name_tokens)} tokens needs class_token_length >= {len(row)}")
-    return row + [CLIP_PADDING] * (length - len(row))
-
 
 # The full-size CLIP variant of the paper: DINOv2-L and CLIP ViT-L/14-336, both at patch 16 on crops of 512.
 DEFAULT_ENCODERS = {
@@ -208,7 +193,7 @@ class MFuserConfig(PreTrainedConfig):
     loss_temperature: float | int = 0.07
     loss_logit_scale: float | int | None = None
     loss_logit_bias: float | int | None = None
-    semantic_loss_ignore_index: int = 255
+    semantic_loss_ignore_index: int = IGNORE_INDEX
 
     crop_size: int = 512
     crop_stride: int = 341

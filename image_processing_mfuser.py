@@ -20,9 +20,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, logging
 
-logger = logging.get_logger(__name__)
+from .class_names_mfuser import IGNORE_INDEX
 
-IGNORE_INDEX = 255
+logger = logging.get_logger(__name__)
 
 SUPPORTED_SIZES = (
     {"shortest_edge", "longest_edge"},

@@ -23,9 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mfuser import CITYSCAPES_CLASSES, MFuserConfig
+from .class_names_mfuser import CITYSCAPES_CLASSES, class_token_ids
+from .configuration_mfuser import MFuserConfig
 from .loss_mfuser import MFuserLoss
-from .pretrained_mfuser import build_from_pretrained, class_token_ids
+from .pretrained_mfuser import build_from_pretrained
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
 

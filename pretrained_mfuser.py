@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .configuration_mfuser import CLASS_TOKEN_LENGTH, MFuserConfig, evenly_paired
+from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids
+from .configuration_mfuser import MFuserConfig, evenly_paired
 from .modeling_eva02_clip import Eva02ClipModel
 from .towers_mfuser import Resampled, resample_grid
 
@@ -33,31 +34,6 @@ VFM_CLASSES = {
 VLM_CLASSES = {"clip": CLIPModel, "siglip": SiglipModel, "siglip2": Siglip2Model, "eva02_clip": Eva02ClipModel}
 PROMPT_LENGTH = {"eva02_clip": 8}  # context vectors in the paper's models; 5 for all others
 PATCH_SIZE = 16  # of the paper's CLIP and SigLIP variants; its EVA02-CLIP keeps its own
-
-
-def class_token_ids(class_names: list[str], tokenizer, length: int = CLASS_TOKEN_LENGTH) -> list[list[int]]:
-    """
-    One row of token ids a class name: start (where the tokenizer has one), name, end, padding.
-
-    CLIP's rows are padded with 0 as in the published models; text after the end token is never looked at. SigLIP reads
-    its embedding off the last position, padding or not, so there it is the tokenizer's own padding.
-
-    Raises:
-        ValueError: names that need more than `length` tokens, with what they need.
-    """
-    rows = [list(tokenizer(name)["input_ids"]) for name in class_names]
-    needed = max(len(row) for row in rows)
-    if needed > length:
-        longest = [
-            f"{name!r} needs {len(row)}" for name, row in zip(class_names, rows, strict=True) if len(row) > length
-        ]
-        raise ValueError(
-            f"class names longer than {length} tokens: {', '.join(longest)}; give shorter names or "
-            f"class_token_length={needed}"
-        )
-    starts_alike = all(row[0] == tokenizer.bos_token_id for row in rows)
-    padding = 0 if starts_alike else tokenizer.pad_token_id
-    return [row + [padding] * (length - len(row)) for row in rows]
 
 
 def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], role: str) -> PreTrainedModel:

@@ -18,17 +18,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, SiglipModel
 
-from mfuser.configuration_mfuser import (
+from mfuser.class_names_mfuser import (
     CITYSCAPES_CLASSES,
     CITYSCAPES_CLIP_TOKENS,
     CLIP_END_TOKEN,
     CLIP_START_TOKEN,
-    MFuserConfig,
+    class_token_ids,
     clip_token_row,
 )
+from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.pretrained_mfuser import class_token_ids, load_encoder
+from mfuser.pretrained_mfuser import load_encoder
 from mfuser.scripts import convert_eva02_clip
 from mfuser.scripts.convert_eva02_clip import (
     convert_text_tensor,

@@ -27,9 +27,9 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
 from mfuser import __version__
+from mfuser.data.domains import DOMAINS, MAPILLARY
+from mfuser.evaluation.scoring import PROTOCOLS, check_classes, evaluate_domain, open_domain, prediction_files
 from mfuser.scripts.segment import load_model
-from mfuser.training.domains import DOMAINS, MAPILLARY
-from mfuser.training.evaluation import PROTOCOLS, check_classes, evaluate_domain, open_domain, prediction_files
 
 # What resizes an image to the protocol's size, as mmcv did it for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"

@@ -36,9 +36,9 @@ from huggingface_hub import HfApi
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from mfuser.training.domains import (
+from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.data.domains import (
     DOMAINS,
-    IGNORE_INDEX,
     PREPARATION_FILE,
     SPLIT_ALIASES,
     Domain,

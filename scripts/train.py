@@ -22,12 +22,12 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.data.augmentation import AugmentedDataset, ShuffledSampler, TrainingAugmentation
+from mfuser.data.domains import load_domain
+from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.model_card import write_model_card
-from mfuser.training.augmentation import AugmentedDataset, ShuffledSampler, TrainingAugmentation
-from mfuser.training.domains import load_domain
-from mfuser.training.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.training.trainer import (
     ENCODERS_FILE,
     TRAINER_STATE_FILE,

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from mfuser.training.augmentation import ShuffledSampler
+from mfuser.data.augmentation import ShuffledSampler
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments, without_scalars
 
 BATCH = 4  # of all processes together

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mfuser.training import augmentation as module
-from mfuser.training.augmentation import (
+from mfuser.data import augmentation as module
+from mfuser.data.augmentation import (
     AugmentedDataset,
     Draw,
     ResizedWindow,

@@ -12,7 +12,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import CLIP, CLIP_TOKENS, DINOV2, EVA02, PAIRS, SIGLIP, TEXT, VISION, tiny_config
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation
-from mfuser.configuration_mfuser import CITYSCAPES_CLASSES, evenly_paired
+from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
+from mfuser.configuration_mfuser import evenly_paired
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENCODERS = ("vfm_config", "vlm_config", "text_config")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfuser.training import domains
-from mfuser.training.domains import (
+from mfuser.data import domains
+from mfuser.data.domains import (
     ACDC,
     BDD100K,
     CAMVID,

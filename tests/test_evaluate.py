@@ -20,11 +20,12 @@ from sklearn.metrics import confusion_matrix
 from tiny_models import tiny_model
 
 from mfuser import MFuserImageProcessor
+from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
+from mfuser.data.domains import CITYSCAPES, DOMAINS, EvaluationSize
+from mfuser.evaluation import scoring as evaluation
+from mfuser.evaluation.scoring import evaluate_domain, label_map_of_scores, open_domain, prediction_files
 from mfuser.scripts import evaluate as command
 from mfuser.scripts.prepare_domain import prepare
-from mfuser.training import evaluation
-from mfuser.training.domains import CITYSCAPES, CITYSCAPES_CLASSES, DOMAINS, EvaluationSize
-from mfuser.training.evaluation import evaluate_domain, label_map_of_scores, open_domain, prediction_files
 
 NAMES = {0: "road", 1: "sky", 2: "car", 3: "person"}
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix
 
-from mfuser.training.metrics import MeanIoU
+from mfuser.evaluation.metrics import MeanIoU
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,7 +163,7 @@ def test_bad_input_is_named():
 TWO_PROCESSES = """
 import numpy as np, torch
 from accelerate import Accelerator
-from mfuser.training.metrics import MeanIoU
+from mfuser.evaluation.metrics import MeanIoU
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -205,7 +205,7 @@ def test_loads_through_evaluate_offline_and_streams(tmp_path, monkeypatch):
 
     module_cache = loading.init_dynamic_modules(hf_modules_cache=str(tmp_path / "modules"))
     monkeypatch.setattr(loading, "init_dynamic_modules", lambda *_: module_cache)
-    script = str(ROOT / "training" / "domain_mean_iou.py")
+    script = str(ROOT / "evaluation" / "domain_mean_iou.py")
     ours = evaluate.load(script, num_labels=19, cache_dir=str(tmp_path))
 
     smooth = np.kron(np.random.default_rng(0).integers(0, 19, (2, 16, 32)), np.ones((64, 64), int))

@@ -14,9 +14,9 @@ import filelock
 import numpy as np
 import pytest
 
+from mfuser.data.domains import DOMAINS, MAPILLARY, PREPARATION_FILE, LabelMap, load_domain
 from mfuser.scripts import prepare_domain
 from mfuser.scripts.prepare_domain import main, prepare
-from mfuser.training.domains import DOMAINS, MAPILLARY, PREPARATION_FILE, LabelMap, load_domain
 
 run = functools.partial(prepare, workers=1, shard_size=2)
 

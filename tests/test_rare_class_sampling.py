@@ -10,9 +10,9 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mfuser.training import rare_class_sampling
-from mfuser.training.augmentation import AugmentedDataset, Draw, TrainingAugmentation
-from mfuser.training.rare_class_sampling import RareClassSampler, class_probabilities, count_class_pixels
+from mfuser.data import rare_class_sampling
+from mfuser.data.augmentation import AugmentedDataset, Draw, TrainingAugmentation
+from mfuser.data.rare_class_sampling import RareClassSampler, class_probabilities, count_class_pixels
 
 # Five images of 10,000 pixels; class 3 never occurs, class 4 nowhere often enough.
 PIXELS = np.array(

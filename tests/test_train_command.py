@@ -16,8 +16,8 @@ from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
 from transformers import AutoModelForSemanticSegmentation, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
 
 from mfuser import MFuserForSemanticSegmentation
+from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.scripts import cli, train
-from mfuser.training.augmentation import TrainingAugmentation
 from mfuser.training.trainer import load_trained_model
 
 torch.set_num_threads(1)

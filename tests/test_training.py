@@ -18,13 +18,13 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser.data.augmentation import ShuffledSampler
 from mfuser.scripts.convert_checkpoint import (
     config_from_state_dict,
     convert_state_dict,
     convert_tensor,
     dropped_reason,
 )
-from mfuser.training.augmentation import ShuffledSampler
 from mfuser.training.trainer import (
     MFuserTrainer,
     MFuserTrainingArguments,

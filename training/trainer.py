@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.data.augmentation import label_array
+from mfuser.evaluation.metrics import MeanIoU
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.pretrained_mfuser import VFM_CLASSES, VLM_CLASSES, load_encoder, load_towers
-from mfuser.training.augmentation import label_array
-from mfuser.training.metrics import MeanIoU
 
 logger = logging.getLogger(__name__)
 
@@ -234,9 +234,9 @@ class MFuserTrainer(Trainer):
     Args:
         model ([`MFuserForSemanticSegmentation`])
         args ([`MFuserTrainingArguments`])
-        train_dataset ([`~mfuser.training.augmentation.AugmentedDataset`])
-        train_sampler: yields the draws, [`~mfuser.training.augmentation.ShuffledSampler`] or
-            [`~mfuser.training.rare_class_sampling.RareClassSampler`].
+        train_dataset ([`~mfuser.data.augmentation.AugmentedDataset`])
+        train_sampler: yields the draws, [`~mfuser.data.augmentation.ShuffledSampler`] or
+            [`~mfuser.data.rare_class_sampling.RareClassSampler`].
         eval_dataset ([`ValidationDataset`], *optional*): of the source domain, for it selects the best checkpoint.
         encoders (`dict`, *optional*): folder or Hub id of the pretrained `vfm` and `vlm`; saved beside weights that
             are saved without them.

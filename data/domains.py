@@ -20,39 +20,19 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from PIL import Image
 
+from mfuser.class_names_mfuser import CITYSCAPES_CLASSES, IGNORE_INDEX
+
 try:
     import datasets
 except ImportError:
     datasets = None
 
 
-IGNORE_INDEX = 255
 EXIF_ORIENTATION = 0x0112
 # Written beside a prepared dataset; names its domain, classes and label map, and what was skipped and why.
 PREPARATION_FILE = "mfuser_preparation.json"
 SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
 
-CITYSCAPES_CLASSES = (
-    "road",
-    "sidewalk",
-    "building",
-    "wall",
-    "fence",
-    "pole",
-    "traffic light",
-    "traffic sign",
-    "vegetation",
-    "terrain",
-    "sky",
-    "person",
-    "rider",
-    "car",
-    "truck",
-    "bus",
-    "train",
-    "motorcycle",
-    "bicycle",
-)
 CAMVID_CLASSES = (
     "sky",
     "building",

@@ -1,4 +1,4 @@
-"""`MeanIoU` as a metric of the `evaluate` library: `evaluate.load("training/domain_mean_iou.py")`, offline."""
+"""`MeanIoU` as a metric of the `evaluate` library: `evaluate.load("evaluation/domain_mean_iou.py")`, offline."""
 
 import datasets
 import evaluate

@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mfuser.training.augmentation import ResizedWindow
-from mfuser.training.domains import (
+from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.data.augmentation import ResizedWindow
+from mfuser.data.domains import (
     DOMAINS,
-    IGNORE_INDEX,
     SPLIT_ALIASES,
     Domain,
     EvaluationSize,
@@ -37,7 +37,7 @@ from mfuser.training.domains import (
     pick_split,
     read_label,
 )
-from mfuser.training.metrics import MeanIoU
+from mfuser.evaluation.metrics import MeanIoU
 
 PROTOCOLS = ("P1", "P2")
 DEFAULT_SPLIT = "validation"
@@ -142,7 +142,7 @@ def open_domain(
     """Finds the images of a domain.
 
     Args:
-        name (`str`): a domain of `training/domains.py`, or any other name for a dataset of one's own.
+        name (`str`): a domain of `data/domains.py`, or any other name for a dataset of one's own.
         source (`str` or `Path`): the domain's official download, whose labels are then mapped on the fly, or anything
             that `load_domain` opens.
         split (`str`, *optional*): default: "validation" if there is one, else the only one.

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from mfuser.training.domains import IGNORE_INDEX, check_sizes, label_ids
+from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.data.domains import check_sizes, label_ids
 
 # Rejected crops are drawn anew this often; the last draw is kept unseen, as the reference does.
 REDRAWS = 10
@@ -324,7 +325,7 @@ class AugmentedDataset(Dataset):
         if missing:
             raise ValueError(
                 f"The dataset lacks the column(s) {', '.join(sorted(missing))}; it has "
-                f"{', '.join(dataset.column_names)}. mfuser.training.domains.load_domain renames columns."
+                f"{', '.join(dataset.column_names)}. mfuser.data.domains.load_domain renames columns."
             )
         self.dataset = dataset.select_columns(["image", "label"])
         self.augmentation = augmentation
