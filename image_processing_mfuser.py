@@ -43,6 +43,11 @@ class MFuserImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels: bool | None
 
 
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(height, width) times `scale`, rounded half up as mmcv's `imrescale` rounds, at least 1 pixel each."""
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
 def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
     """(height, width) in pixels to which an image of `height` x `width` is resized under `size`.
 
@@ -59,7 +64,7 @@ def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tu
         (size.max_width, width),
     )
     scale = min(limit / length for limit, length in limits if limit is not None)
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+    return scaled_size(height, width, scale)
 
 
 class MFuserImageProcessor(PilBackend):

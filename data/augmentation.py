@@ -18,6 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.domains import check_sizes, label_ids
+from mfuser.image_processing_mfuser import scaled_size
 
 # Rejected crops are drawn anew this often; the last draw is kept unseen, as the reference does.
 REDRAWS = 10
@@ -188,7 +189,7 @@ class TrainingAugmentation:
 def resized_shape(height: int, width: int, factor: float) -> tuple[int, int]:
     """(height, width) of an image resized by `factor`, rounded as MMSegmentation rounds it."""
     factor = min(int(height * factor) / height, int(width * factor) / width)
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+    return scaled_size(height, width, factor)
 
 
 class ResizedWindow(NamedTuple):

@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from PIL import Image
 
 from mfuser.class_names_mfuser import CITYSCAPES_CLASSES, IGNORE_INDEX
+from mfuser.image_processing_mfuser import scaled_size
 
 try:
     import datasets
@@ -132,7 +133,7 @@ class EvaluationSize:
         if self.fit is None:
             return height, width
         scale = min(max(self.fit) / max(height, width), min(self.fit) / min(height, width))
-        return int(height * scale + 0.5), int(width * scale + 0.5)
+        return scaled_size(height, width, scale)
 
 
 @dataclass(frozen=True)
