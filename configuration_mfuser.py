@@ -236,6 +236,12 @@ class MFuserConfig(PreTrainedConfig):
             return [tuple(pair) for pair in self.fusion_layer_pairs]
         return [(layer, layer) for layer in range(1, self.vfm_config.num_hidden_layers + 1)]
 
+    def vlm_drop_path_rates(self, training: bool) -> list[float]:
+        """Rate of stochastic depth for each layer of the vision-language model: from 0 to `vlm_drop_path_rate`."""
+        layers = self.vlm_config.num_hidden_layers
+        rate = self.vlm_drop_path_rate if training else 0.0
+        return [rate * layer / max(layers - 1, 1) for layer in range(layers)]
+
     def check(self):
         """Raises `ValueError` for values that can't work together. Models call it too: fields may be set later."""
         self._check_ranges()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mfuser import MFuserForSemanticSegmentation, MFuserModel
-from mfuser.modeling_mfuser import window_starts
+from mfuser.windows_mfuser import window_starts
 
 PAIR = pytest.mark.parametrize("pair", PAIRS)
 
