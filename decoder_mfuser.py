@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_mfuser import MFuserConfig
+from .configuration_mfuser import GROUP_NORM_GROUPS, MFuserConfig
 from .initialization_mfuser import fill_with_directions, initialised
 from .layers_mfuser import MFuserAttention, MFuserMLP
 
@@ -259,7 +259,7 @@ class MFuserConvNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-        self.norm = nn.GroupNorm(32, out_channels)
+        self.norm = nn.GroupNorm(GROUP_NORM_GROUPS, out_channels)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(maps))

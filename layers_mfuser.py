@@ -1,8 +1,13 @@
-"""Layers that the MTEnhancer and the decoders share."""
+"""The plain layers of MVFuser, MTEnhancer and decoders: attention, MLP, depth-wise convolution."""
+
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
+
+from .initialization_mfuser import initialised
 
 
 class MFuserAttention(nn.Module):
@@ -40,3 +45,18 @@ class MFuserMLP(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = self.activation(layer(hidden_states))
         return self.layers[-1](hidden_states)
+
+
+class MFuserDepthwiseConv(nn.Module):
+    """Depth-wise 'same' convolution along tokens without bias, as shifted products, which are faster than conv1d."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        bound = kernel_size**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        initialised(self, weight=partial(init.uniform_, a=-bound, b=bound))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        length, taps = hidden_states.shape[1], self.weight.shape[1]
+        padded = F.pad(hidden_states, (0, 0, taps // 2, taps // 2))  # (B, taps - 1 + L, C)
+        return sum(padded[:, tap : tap + length] * self.weight[:, tap] for tap in range(taps))

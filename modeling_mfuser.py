@@ -27,7 +27,7 @@ from .class_names_mfuser import CITYSCAPES_CLASSES, class_token_ids, nearest_cla
 from .configuration_mfuser import MFuserConfig
 from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
 from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
-from .layers_mfuser import MFuserAttention, MFuserMLP
+from .layers_mfuser import MFuserAttention, MFuserDepthwiseConv, MFuserMLP
 from .loss_mfuser import MFuserLoss
 from .outputs_mfuser import MFuserEncoderOutput, MFuserForSemanticSegmentationOutput, MFuserModelOutput
 from .pretrained_mfuser import load_pretrained_encoders, load_towers
@@ -40,21 +40,6 @@ logger = logging.get_logger(__name__)
 
 
 # --- MVFuser and the fusion of two encoders --------------------------------------------------------------------------
-
-
-class MFuserDepthwiseConv(nn.Module):
-    """Depth-wise 'same' convolution along tokens without bias, as shifted products, which are faster than conv1d."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__()
-        bound = kernel_size**-0.5
-        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
-        initialised(self, weight=partial(init.uniform_, a=-bound, b=bound))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        length, taps = hidden_states.shape[1], self.weight.shape[1]
-        padded = F.pad(hidden_states, (0, 0, taps // 2, taps // 2))  # (B, taps - 1 + L, C)
-        return sum(padded[:, tap : tap + length] * self.weight[:, tap] for tap in range(taps))
 
 
 class MVFuser(nn.Module):
@@ -220,14 +205,8 @@ class MFuserPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        "vfm_hidden_states": [
-            OutputRecorder(None, class_name="vfm"),
-            OutputRecorder(MFuserFusionLayer, index=0),
-        ],
-        "vlm_hidden_states": [
-            OutputRecorder(None, class_name="vlm"),
-            OutputRecorder(MFuserFusionLayer, index=1),
-        ],
+        "vfm_hidden_states": [OutputRecorder(None, class_name="vfm"), OutputRecorder(MFuserFusionLayer, index=0)],
+        "vlm_hidden_states": [OutputRecorder(None, class_name="vlm"), OutputRecorder(MFuserFusionLayer, index=1)],
     }
 
     @classmethod
@@ -246,12 +225,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_vfm_vlm_pretrained(
-        cls,
-        vfm: str,
-        vlm: str,
-        class_names: list[str] = CITYSCAPES_CLASSES,
-        tokenizer=None,
-        **kwargs,
+        cls, vfm: str, vlm: str, class_names: list[str] = CITYSCAPES_CLASSES, tokenizer=None, **kwargs
     ) -> "MFuserPreTrainedModel":
         """
         Builds a model of two pretrained encoders; its fusion and decoder have initial values and need training.

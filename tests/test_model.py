@@ -349,7 +349,7 @@ def test_new_class_names_need_a_text_encoder_and_few_tokens():
         model.set_class_names(["way of life light", "car"], tiny_tokenizer())
     assert model.config.num_labels == len(CLASSES)
     model.mfuser.store_class_embeddings()
-    with pytest.raises(ValueError, match="no text encoder"):
+    with pytest.raises(ValueError, match="needs a text encoder"):
         model.set_class_names(["car"], tiny_tokenizer())
 
 
@@ -394,7 +394,7 @@ def test_the_base_model_loads_from_the_same_folder(tmp_path):
         (torch.zeros(1, 1, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 100, 100), r"shape \(batch, 3, height, width\)"),
-        (torch.zeros(1, 3, 15, 64), "holds no patch of 16"),
+        (torch.zeros(1, 3, 15, 64), "both sides must be at least one patch, 16 pixels"),
     ],
 )
 def test_impossible_pixels_are_refused(pixel_values, message):
@@ -409,7 +409,7 @@ def test_impossible_pixels_are_refused(pixel_values, message):
         ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]"),
         ((64, 64), torch.zeros(2, 64, 64), "integers, not torch.float32"),
         ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(2, height, width\)"),
-        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "give both in one size"),
+        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "needs labels of its own size"),
     ],
 )
 def test_impossible_labels_are_refused(size, labels, message):
