@@ -124,9 +124,14 @@ class MFuserConfig(PreTrainedConfig):
         vlm_drop_path_rate (`float`, *optional*):
             Stochastic depth of the vision-language model in training; the rate rises linearly from 0 at the first
             layer. Defaults to 0.1 with CLIP, as in the paper, else to 0.
+        vlm_drop_path_axis (`str`, *optional*, defaults to `"token"`):
+            What stochastic depth drops: `"token"` for token positions, the same for the whole batch, as the published
+            code does (by accident, it seems), or `"sample"` for samples, as in the literature.
         enhancer_hidden_size, enhancer_num_heads, enhancer_num_layers, enhancer_mlp_ratio (`int`, *optional*):
             The MTEnhancer: width, attention heads, layers, and width of its MLP relative to `enhancer_hidden_size`.
             Default to 256, 4, 1, 4.
+        enhancer_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout on the output of its self-attention, and after the activation and on the output of its MLP.
         decoder_hidden_size, decoder_num_heads, decoder_num_points (`int`, *optional*):
             Width and attention heads of both decoders, and sampling points per head and level of the deformable
             attention. Default to 256, 8, 4.
@@ -200,11 +205,13 @@ class MFuserConfig(PreTrainedConfig):
     fusion_dropout: float | int = 0.1
     fusion_initial_scale: float | int = 1e-3
     vlm_drop_path_rate: float | int | None = None
+    vlm_drop_path_axis: str = "token"
 
     enhancer_hidden_size: int = 256
     enhancer_num_heads: int = 4
     enhancer_num_layers: int = 1
     enhancer_mlp_ratio: int = 4
+    enhancer_dropout: float | int = 0.1
 
     decoder_hidden_size: int = 256
     decoder_num_heads: int = 8
@@ -306,12 +313,14 @@ class MFuserConfig(PreTrainedConfig):
         for name in ("loss_class_weight", "loss_mask_weight", "loss_dice_weight", "loss_score_map_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("fusion_dropout", "vlm_drop_path_rate"):
+        for name in ("fusion_dropout", "vlm_drop_path_rate", "enhancer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         for name in ("loss_temperature", "loss_no_object_weight"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.vlm_drop_path_axis not in ("token", "sample"):
+            raise ValueError(f"vlm_drop_path_axis is {self.vlm_drop_path_axis!r}; it must be 'token' or 'sample'")
         if not 0 <= self.loss_importance_ratio <= 1:
             raise ValueError(f"loss_importance_ratio is {self.loss_importance_ratio}; it must be in [0, 1]")
         if self.loss_oversample_ratio < 1:

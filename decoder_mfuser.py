@@ -148,8 +148,9 @@ class MFuserDeformableAttention(nn.Module):
             bias=partial(fill_with_directions, num_heads=samples[0], num_levels=samples[1], num_points=samples[2]),
         )
         self.attention_weights = initialised(nn.Linear(size, math.prod(samples)), weight=init.zeros_, bias=init.zeros_)
-        self.value_proj = nn.Linear(size, size)
-        self.output_proj = nn.Linear(size, size)
+        self.value_proj, self.output_proj = (
+            initialised(nn.Linear(size, size), weight=init.xavier_uniform_, bias=init.zeros_) for _ in range(2)
+        )
 
     def forward(
         self, query: torch.Tensor, value: torch.Tensor, centres: torch.Tensor, shapes: list[tuple[int, int]]
@@ -258,7 +259,11 @@ class MFuserConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.conv = initialised(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
+            weight=partial(init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
+            bias=init.zeros_,
+        )
         self.norm = nn.GroupNorm(GROUP_NORM_GROUPS, out_channels)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:

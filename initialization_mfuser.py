@@ -24,8 +24,14 @@ def initialised(layer: Layer, **initial_values: Initializer) -> Layer:
         layer (`nn.Module`): The layer.
         initial_values: For each parameter, a function of `transformers.initialization` that fills it in place.
     """
-    layer.initial_values = initial_values
+    layer.initial_values = {**getattr(layer, "initial_values", {}), **initial_values}
     return layer
+
+
+def fill_with_stacked_xavier(weight: torch.Tensor) -> torch.Tensor:
+    """Xavier-uniform over the (3 C, C) matrix that stacks query, key and value; `weight` (C, C) is one of them."""
+    bound = math.sqrt(6 / (4 * weight.shape[1]))
+    return init.uniform_(weight, -bound, bound)
 
 
 def fill_with_decays(A_log: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .initialization_mfuser import initialised
+from .initialization_mfuser import fill_with_stacked_xavier, initialised
 
 
 class MFuserAttention(nn.Module):
@@ -16,10 +16,15 @@ class MFuserAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj, self.k_proj, self.v_proj = (
+            initialised(
+                nn.Linear(hidden_size, hidden_size, bias=qkv_bias),
+                weight=fill_with_stacked_xavier,
+                bias=init.zeros_,
+            )
+            for _ in range(3)
+        )
+        self.o_proj = initialised(nn.Linear(hidden_size, hidden_size), bias=init.zeros_)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None

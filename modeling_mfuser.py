@@ -139,17 +139,19 @@ class MTEnhancerLayer(nn.Module):
         self.mvfuser_norm = nn.LayerNorm(size)
         self.mvfuser = MVFuser(config, size)
         self.mlp_norm = nn.LayerNorm(size)
-        self.mlp = MFuserMLP([size, size * config.enhancer_mlp_ratio, size], nn.GELU())
+        activation = nn.Sequential(nn.GELU(), nn.Dropout(config.enhancer_dropout))
+        self.mlp = MFuserMLP([size, size * config.enhancer_mlp_ratio, size], activation)
+        self.dropout = nn.Dropout(config.enhancer_dropout)
 
     def forward(self, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         normed = self.self_attention_norm(text)
-        text = text + self.self_attention(normed, normed, normed)
+        text = text + self.dropout(self.self_attention(normed, normed, normed))
         normed = self.mvfuser_norm(text)
         # The scan is causal: with the text before and after the image, each of the two conditions the other.
         mixed = self.mvfuser(torch.cat([normed, visual, normed], dim=1))  # (B, K + N + K, C)
         num_classes = text.shape[1]
         text = text + mixed[:, :num_classes] + mixed[:, -num_classes:]
-        return text + self.mlp(self.mlp_norm(text))
+        return text + self.dropout(self.mlp(self.mlp_norm(text)))
 
 
 class MTEnhancer(nn.Module):
@@ -168,6 +170,12 @@ class MTEnhancer(nn.Module):
         self.out_proj = nn.Linear(size, embedding_size)
         self.gamma = nn.Parameter(torch.empty(embedding_size))
         initialised(self, gamma=init.trunc_normal_)
+        # The published code initialises every Linear here anew, those of the MVFuser included (an accident, it seems).
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                initialised(module, weight=partial(init.trunc_normal_, std=0.02), bias=init.zeros_)
+            elif isinstance(module, MVFuser):
+                initialised(module, dt_bias=init.zeros_)
 
     def forward(self, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """Class embeddings (B, K, E), global and dense image embeddings (B, 1 + N, E) -> (B, K, E)."""
@@ -284,7 +292,8 @@ class MFuserPreTrainedModel(PreTrainedModel):
         elif not initial_values:
             super()._init_weights(module)
         for name, fill in initial_values.items():
-            fill(getattr(module, name))
+            if (parameter := getattr(module, name)) is not None:
+                fill(parameter)
 
 
 class MFuserModel(MFuserPreTrainedModel):

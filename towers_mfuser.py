@@ -105,11 +105,15 @@ class Resampled:
     num_class_tokens: int = 0
 
 
-def drop_path(residual: torch.Tensor, rate: float) -> torch.Tensor:
-    """Stochastic depth: zeroes the residual branch (B, L, C) of a sample with probability `rate`."""
-    if rate == 0.0:
-        return residual
-    keep = torch.rand(residual.shape[0], 1, 1, device=residual.device) >= rate
+def drop_path(residual: torch.Tensor, rate: float, axis: str) -> torch.Tensor:
+    """
+    Stochastic depth: zeroes a residual branch (B, L, C) with probability `rate`.
+
+    The published code drops token positions, the same for the whole batch (`axis="token"`): its CLIP runs on tensors
+    (L, B, C), and it takes the first axis for the batch. The textbook form drops samples (`axis="sample"`).
+    """
+    shape = (1, residual.shape[1], 1) if axis == "token" else (residual.shape[0], 1, 1)
+    keep = torch.rand(shape, device=residual.device) >= rate
     return residual * keep / (1 - rate)
 
 
@@ -224,6 +228,10 @@ class VisionLanguageTower(nn.Module):
     merges_normalised_vfm = True
     kernel = Resampled("embeddings.patch_embedding.weight", "bilinear")
 
+    def __init__(self, config: MFuserConfig):
+        super().__init__()
+        self.drop_path_axis = config.vlm_drop_path_axis
+
     def run_layers(
         self, layers: range, layer_inputs: tuple, drop_path_rates: list[float], hidden_states: torch.Tensor
     ) -> torch.Tensor:
@@ -234,8 +242,9 @@ class VisionLanguageTower(nn.Module):
                 hidden_states = layer(hidden_states, *layer_inputs)
                 continue
             attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
-            hidden_states = hidden_states + drop_path(attended, rate)
-            hidden_states = hidden_states + drop_path(layer.mlp(layer.layer_norm2(hidden_states)), rate)
+            hidden_states = hidden_states + drop_path(attended, rate, self.drop_path_axis)
+            residual = layer.mlp(layer.layer_norm2(hidden_states))
+            hidden_states = hidden_states + drop_path(residual, rate, self.drop_path_axis)
         return hidden_states
 
     def drop_text_encoder(self):
@@ -268,7 +277,7 @@ class ClipTower(VisionLanguageTower):
     text_class, projection_bias = CLIPTextModel, False
 
     def __init__(self, config: MFuserConfig):
-        super().__init__()
+        super().__init__(config)
         vision, text = config.vlm_config, config.text_config
         self.vision = self.new_vision(vision)
         self.visual_projection = nn.Linear(vision.hidden_size, vision.projection_dim, bias=self.projection_bias)
@@ -348,7 +357,7 @@ class SiglipTower(VisionLanguageTower):
     text_class = SiglipTextModel
 
     def __init__(self, config: MFuserConfig):
-        super().__init__()
+        super().__init__(config)
         self.vision = self.new_vision(config.vlm_config)
         if config.use_text_encoder:
             self.text = self.text_class._from_config(config.text_config)
