@@ -340,9 +340,9 @@ def test_impossible_pixels_are_refused(pixel_values, message):
     ("size", "labels", "message"),
     [
         ((64, 64), torch.full((2, 64, 64), 4), r"labels hold \[4\]; they must be class ids from 0 to 3, or 255"),
-        ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]"),
-        ((64, 64), torch.zeros(2, 64, 64), "integers, not torch.float32"),
-        ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(2, height, width\)"),
+        ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]; they must be class ids from 0 to 3"),
+        ((64, 64), torch.zeros(2, 64, 64), "dtype torch.float32; they must be class ids, that is integers"),
+        ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(1, 64, 64\); it must be \(2, height, width\)"),
         ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "give both in one size"),
     ],
 )
