@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_eva02_clip import published_shapes
+from test_convert_eva02_clip import published_shapes
 from tiny_models import tiny_tokenizer
 from transformers import SiglipConfig, SiglipModel
 from transformers.core_model_loading import revert_weight_conversion
