@@ -118,7 +118,7 @@ def test_tensors_that_do_not_belong_or_are_missing_are_all_listed(published):
         convert.convert_eva02_clip_state_dict(without)
     with pytest.raises(ValueError, match="position_embedding"):
         convert.convert_eva02_clip_state_dict({k: v for k, v in published.items() if k != "visual.pos_embed"})
-    with pytest.raises(ValueError, match=r"post_layernorm.bias \(31,\), not \(32,\)"):
+    with pytest.raises(ValueError, match=r"post_layernorm.bias has shape \(31,\) and must have \(32,\)"):
         convert.convert_eva02_clip_state_dict({**published, "visual.norm.bias": torch.zeros(31)})
 
 
@@ -142,5 +142,5 @@ def test_command_writes_a_folder_that_loads(tmp_path, capsys):
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     torch.save({"visual.conv1.weight": torch.zeros(1)}, tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="clip.pt is no EVA02-CLIP-B/16 or L/14.*visual.conv1.weight"):
+    with pytest.raises(ValueError, match="clip.pt is not an EVA02-CLIP-B/16 or L/14.*visual.conv1.weight"):
         convert.load_eva02_clip_state_dict(tmp_path / "clip.pt")
