@@ -203,6 +203,28 @@ def test_eva02_clip_keeps_its_patch_and_is_resampled_bicubically(pretrained):
     assert model(**tiny_batch((60, 60))).loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "taps"), [(4, [1, 2, 3, 4]), (6, [2, 3, 4, 6]), (12, [4, 6, 8, 12]), (24, [8, 12, 16, 24])]
+)
+def test_taps_and_stride_are_the_papers_at_any_depth_and_crop(num_layers, taps, pretrained):
+    folders = [str(pretrained(kind, num_hidden_layers=num_layers)[0]) for kind in ("dinov2", "clip")]
+    fields = {name: value for name, value in FUSION.items() if name != "fusion_out_layers"}
+    for crop_size, stride in ((512, 341), (64, 43)):
+        config = MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
+            *folders, CLASSES, crop_size=crop_size, **fields
+        ).config
+        assert config.fusion_out_layers == taps
+        assert (config.crop_size, config.crop_stride) == (crop_size, stride)
+        assert config.vfm_config.image_size == config.vlm_config.image_size == crop_size
+
+
+def test_encoders_saved_in_half_precision_are_loaded_in_float32(pretrained, tmp_path):
+    VLMS["clip"]().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = build(pretrained("dinov2")[0], tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("vlm", ["clip", "siglip"])
 def test_patch_14_on_crops_that_are_no_multiple_of_it(vlm, pretrained):
     model = build(pretrained("dinov2")[0], pretrained(vlm)[0], crop_size=60, patch_size=14)

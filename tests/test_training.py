@@ -19,12 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.data.augmentation import ShuffledSampler
-from mfuser.scripts.convert_checkpoint import (
-    config_from_state_dict,
-    convert_state_dict,
-    convert_tensor,
-    dropped_reason,
-)
+from mfuser.scripts.checkpoint_names import convert_state_dict, convert_tensor, dropped_reason
+from mfuser.scripts.convert_checkpoint import config_from_state_dict
 from mfuser.training.trainer import (
     MFuserTrainer,
     MFuserTrainingArguments,
