@@ -304,7 +304,7 @@ class Upsamplings(TorchFunctionMode):
 def test_upsampling_goes_straight_to_the_decoders_channels():
     model, pixel_values = tiny_model(decoder_hidden_size=96), tiny_batch()["pixel_values"]
     kernels = Upsamplings().of(model, pixel_values)
-    # Of stride 4 the first doubling, which a norm follows; then the last doubling of strides 4 and 8, from 64 channels.
+    # Stride 4: the first doubling, which a norm follows; then the last doubling of strides 4 and 8, from 64 channels.
     assert [tuple(kernel.shape) for kernel in kernels] == [(64, 64, 2, 2), (64, 96, 2, 2), (64, 96, 2, 2)]
 
 
