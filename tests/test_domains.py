@@ -1,5 +1,5 @@
-"""The domain tables agree, id by id, with the datasets' published definitions; downloads and labels are read as they
-are, and what does not fit is said."""
+"""The domain tables agree, id by id, with the datasets' published definitions; downloads and labels are read exactly,
+and everything that does not fit is reported."""
 
 import io
 import json
@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfuser.data import domains
-from mfuser.data.domains import (
+from mfuser.data import loading
+from mfuser.data.label_maps import LabelMap, image_size, label_ids, read_label
+from mfuser.data.layouts import find_pairs
+from mfuser.data.loading import load_domain, parse_id2label
+from mfuser.data.tables import (
     ACDC,
     BDD100K,
     CAMVID,
@@ -20,13 +23,6 @@ from mfuser.data.domains import (
     GTA5,
     MAPILLARY,
     SYNTHIA,
-    LabelMap,
-    find_pairs,
-    image_size,
-    label_ids,
-    load_domain,
-    parse_id2label,
-    read_label,
 )
 
 # raw id: train id, transcribed from the sources independently of the module's tables; all other ids are 255.
@@ -66,6 +62,7 @@ def table(text: str) -> np.ndarray:
         (MAPILLARY, None, MAPILLARY_A, range(66)),
         (MAPILLARY, "A", MAPILLARY_A, range(66)),
         (MAPILLARY, "B", MAPILLARY_B, range(66)),
+        (CAMVID, None, " ".join(f"{index}:{index}" for index in range(11)), [*range(11), 255]),
     ],
 )
 def test_every_raw_id_maps_to_its_published_train_id(domain, name, expected, valid):
@@ -149,7 +146,7 @@ def test_palette_labels_are_read_by_index_not_by_colour():
 
 def test_sixteen_bit_single_channel_labels_are_read_if_ids_fit():
     assert label_ids(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16))).tolist() == [[200, 200], [200, 200]]
-    with pytest.raises(ValueError, match="from 300 to 300"):
+    with pytest.raises(ValueError, match="range from 300 to 300"):
         label_ids(Image.fromarray(np.full((2, 2), 300, dtype=np.uint16)))
 
 
@@ -191,7 +188,7 @@ def test_eight_bit_red_channel_labels_are_read_too():
 
 
 def test_red_channel_labels_with_large_values_or_other_channels_are_refused():
-    with pytest.raises(ValueError, match="reach 256 and more"):
+    with pytest.raises(ValueError, match="reach at least 256"):
         read_label(fake.encoded_16_bit_rgb(np.full((2, 2, 3), 300)), class_in_red_channel=True)
     with pytest.raises(ValueError, match="PNG of mode RGBA; expected an RGB PNG"):
         read_label(fake.encoded_16_bit_rgb(np.ones((2, 2, 4), dtype=int)), class_in_red_channel=True)
@@ -275,7 +272,7 @@ def test_an_absent_download_says_which_folders_were_looked_for(tmp_path):
 def test_a_download_without_any_pair_is_an_error(tmp_path):
     fake.write(tmp_path / "images/00001.png", fake.encoded_image())
     fake.write(tmp_path / "labels/00002.png", fake.encoded_label(fake.all_ids([0])))
-    with pytest.raises(FileNotFoundError, match="1 images and 1 labels are alone"):
+    with pytest.raises(FileNotFoundError, match="1 images and 1 labels are unmatched"):
         find_pairs(GTA5, tmp_path, "train")
 
 
@@ -417,10 +414,10 @@ def test_hub_datasets_load_with_the_names_beside_them(tmp_path, monkeypatch):
     def download(repo, file_name, repo_type):
         assert (repo, repo_type) == ("someone/scenes", "dataset")
         if file_name != "id2label.json":
-            raise domains.EntryNotFoundError(file_name)
+            raise loading.EntryNotFoundError(file_name)
         return str(side_file)
 
-    monkeypatch.setattr(domains, "hf_hub_download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", download)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "validation"])
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split, streaming: rows(2))
     check(load_domain("someone/scenes", "val"), 2)

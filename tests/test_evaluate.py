@@ -21,11 +21,15 @@ from tiny_models import tiny_model
 
 from mfuser import MFuserImageProcessor
 from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
-from mfuser.data.domains import CITYSCAPES, DOMAINS, EvaluationSize
-from mfuser.evaluation import scoring as evaluation
-from mfuser.evaluation.scoring import evaluate_domain, label_map_of_scores, open_domain, prediction_files
+from mfuser.data.domain import EvaluationSize
+from mfuser.data.preparation import prepare
+from mfuser.data.tables import CITYSCAPES, DOMAINS
+from mfuser.evaluation.domains import open_domain
+from mfuser.evaluation.predictions import prediction_files
+from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
+from mfuser.evaluation.report import score_table, shortfalls
+from mfuser.evaluation.scoring import evaluate_domain, label_map_of_scores
 from mfuser.scripts import evaluate as command
-from mfuser.scripts.prepare_domain import prepare
 
 NAMES = {0: "road", 1: "sky", 2: "car", 3: "person"}
 torch.set_num_threads(1)
@@ -108,7 +112,9 @@ def test_scores_equal_an_independent_computation(tmp_path, batch_size):
     rows = list(pixels_and_labels())
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
     model = Colours()
-    result = evaluate_domain(model, MFuserImageProcessor(), domain, batch_size=batch_size, progress=False)
+    result = evaluate_domain(
+        model, MFuserImageProcessor(), domain, EvaluationOptions(batch_size=batch_size), progress=False
+    )
     matrix, iou = expected_iou([(expected_prediction(model, image), label) for image, label in rows], 4)
     scores = result["pooled"]
     np.testing.assert_array_equal(np.array(scores["confusion_matrix"])[:, :4], matrix)
@@ -142,7 +148,7 @@ def test_a_protocol_sets_the_size_that_is_segmented_and_scores_at_the_labels_siz
     for protocol, shown, scored in (("P1", [(12, 24), (24, 12)], 15 * 30), ("P2", [(24, 48), (48, 24)], 30 * 60)):
         model = Colours(names)
         opened = open_domain("small", source)
-        result = evaluate_domain(model, MFuserImageProcessor(), opened, protocol=protocol, progress=False)
+        result = evaluate_domain(model, MFuserImageProcessor(), opened, EvaluationOptions(protocol), progress=False)
         assert [shape[2:] for shape in model.shown] == shown
         matrix = np.array(result["pooled"]["confusion_matrix"])
         assert matrix.sum() == 2 * scored
@@ -173,7 +179,7 @@ def test_flip_and_scales_are_the_models_own_augmentation(tmp_path):
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
     model, processor = tiny_model(), MFuserImageProcessor()
     for flip, scales in ((True, (1.0,)), (False, (0.75, 1.0))):
-        result = evaluate_domain(model, processor, domain, flip=flip, scales=scales, progress=False)
+        result = evaluate_domain(model, processor, domain, EvaluationOptions(flip=flip, scales=scales), progress=False)
         pairs = []
         for image, label in rows:
             pixel_values = processor(image, return_tensors="pt")["pixel_values"]
@@ -244,7 +250,7 @@ def test_mapillarys_two_maps_and_a_prepared_folder_keeps_its_own(tmp_path):
     )
     assert from_raw.label_map_name == prepared.label_map_name == "B"
     np.testing.assert_array_equal(from_raw.read(0).label, prepared.read(0).label)
-    with pytest.raises(ValueError, match="made with label map B; map A needs the download"):
+    with pytest.raises(ValueError, match="made with label map B; label map A requires the download"):
         open_domain("mapillary", tmp_path / "b", label_map="A")
     with pytest.raises(ValueError, match="was prepared as mapillary, not acdc"):
         open_domain("acdc", tmp_path / "b")
@@ -265,7 +271,7 @@ def test_cityscapes_predictions_are_as_its_test_server_takes_them(tmp_path, monk
     files = sorted((tmp_path / "out").rglob("*.*"))
     assert [file.name for file in files] == ["berlin_000000_000019.png", "berlin_000001_000019.png"]
     to_label_id = {of: raw for raw, of in CITYSCAPES.label_maps["labelIds"].items()}
-    for file, pair in zip(files, domain.rows, strict=True):
+    for file, pair in zip(files, domain.rows.pairs, strict=True):
         saved, image = Image.open(file), np.array(Image.open(pair.image))
         assert saved.mode == "L"
         classes = expected_prediction(model, image)
@@ -284,11 +290,11 @@ def test_other_domains_predictions_are_train_ids_under_the_images_names(tmp_path
     for file, (image, _) in zip(("a/first.frame.png", "b/second.png"), rows, strict=True):
         saved = np.array(Image.open(tmp_path / "out/mine" / file))
         np.testing.assert_array_equal(saved, expected_prediction(model, image))
-    for bad, message in (["../a.png", "b.png"], "leads out"), (["a.png", "a.jpg"], "several images"):
+    for bad, message in (["../a.png", "b.png"], "outside the folder"), (["a.png", "a.jpg"], "several images"):
         source = write_dataset(tmp_path / f"{message}/validation.parquet", rows, names=bad)
         with pytest.raises(ValueError, match=message):
             prediction_files(open_domain("mine", source), tmp_path / "other")
-    with pytest.raises(ValueError, match="no <city>_<sequence>_<frame>"):
+    with pytest.raises(ValueError, match="not of the form <city>_<sequence>_<frame>"):
         prediction_files(dataclasses.replace(domain, domain=CITYSCAPES), tmp_path / "other")
 
 
@@ -310,7 +316,7 @@ def test_bad_pairs_are_skipped_counted_and_named(tmp_path, monkeypatch):
     assert set(reasons) == {"broken", "smaller", "alone", "colours"}
     assert "pixels" in reasons["smaller"] and "no label" in reasons["alone"] and "40" in reasons["colours"]
     assert (result["images"], result["expected_images"]) == (1, 1000)
-    assert command.shortfalls("bdd100k", result)[1] == "bdd100k: 1 images; the official validation split has 1000"
+    assert shortfalls("bdd100k", result)[1] == "bdd100k: 1 images; the official validation split has 1000"
 
 
 def test_classes_that_differ_are_named(tmp_path):
@@ -375,7 +381,7 @@ def test_the_table_shows_conditions_beside_the_pool_and_a_dash_where_a_class_doe
 
     pooled = scores({"road": 0.5, "sky": 0.25}, ["road", "sky"])
     result = {"pooled": pooled, "conditions": {"fog": scores({"road": 0.5, "sky": None}, ["road"])}}
-    table = [line.split("  ") for line in command.score_table({"acdc": result}).splitlines()]
+    table = [line.split("  ") for line in score_table({"acdc": result}).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in table]
     assert cells == [
         ["class", "acdc fog", "acdc pooled"],
@@ -438,7 +444,7 @@ def test_what_is_wrong_is_said_before_anything_is_segmented(tmp_path, saved_mode
     for second, message in (
         (f"acdc={tmp_path / 'acdc'}", "the model's 4 classes are not the 19 of acdc"),
         ("cityscapes=/nowhere/at/all", "/nowhere/at/all does not exist"),
-        (f"theirs={unlabelled}", "has no labels; name --save-predictions"),
+        (f"theirs={unlabelled}", "has no labels; give --save-predictions"),
         (f"camvid:train={good}", "has no split 'train'"),
     ):
         output = tmp_path / "report.json"
@@ -456,6 +462,6 @@ def test_images_are_resized_as_opencv_does_not_smoothed(tmp_path, monkeypatch):
     image[1::4] = image[2::4] = 200  # halving takes the mean of two rows; a smoothing filter would mix in more
     label = np.zeros((24, 24), dtype=np.uint8)
     domain = open_domain("small", write_dataset(tmp_path / "validation.parquet", [(image, label)]))
-    sample = evaluation._Samples(domain, MFuserImageProcessor(do_normalize=False), sizes["P2"])[0]
+    sample = ProtocolSamples(domain, MFuserImageProcessor(do_normalize=False), sizes["P2"])[0]
     assert sample.pixel_values.shape == (3, 12, 12) and sample.size == (24, 24)
     torch.testing.assert_close(sample.pixel_values, torch.full((3, 12, 12), 100 / 255))

@@ -14,9 +14,16 @@ import filelock
 import numpy as np
 import pytest
 
-from mfuser.data.domains import DOMAINS, MAPILLARY, PREPARATION_FILE, LabelMap, load_domain
+from mfuser.data import preparation
+from mfuser.data import rows as data_rows
+from mfuser.data.label_maps import LabelMap, read_label
+from mfuser.data.loading import PREPARATION_FILE, load_domain
+from mfuser.data.preparation import prepare
+from mfuser.data.rows import EncodedRow
+from mfuser.data.shards import Conversion, convert
+from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.scripts import prepare_domain
-from mfuser.scripts.prepare_domain import main, prepare
+from mfuser.scripts.prepare_domain import main
 
 run = functools.partial(prepare, workers=1, shard_size=2)
 
@@ -161,9 +168,9 @@ def test_a_split_of_bad_pairs_only_is_an_error_and_not_a_dataset(tmp_path, capsy
 
 def test_an_unreadable_file_stops_the_run_instead_of_counting_as_a_bad_pair(tmp_path, monkeypatch, capsys):
     raw = fake.gta5(tmp_path / "raw", count=4)
-    found = prepare_domain.find_pairs(DOMAINS["gta5"], raw, "train")
-    monkeypatch.setattr(prepare_domain, "find_pairs", lambda *arguments: found)
-    monkeypatch.setattr(prepare_domain, "_identity", lambda pair: pair.name)
+    found = preparation.find_pairs(DOMAINS["gta5"], raw, "train")
+    monkeypatch.setattr(preparation, "find_pairs", lambda *arguments: found)
+    monkeypatch.setattr(data_rows, "_identity", lambda pair: pair.name)
     (raw / "labels").rename(tmp_path / "unplugged")
     arguments = ["gta5", str(raw), str(tmp_path / "out"), "--workers", "1", "--shard-size", "2"]
     assert main(arguments) == 1
@@ -190,9 +197,9 @@ def test_workers_do_not_change_a_byte(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mfuser.scripts import prepare_domain
+from mfuser.data import preparation, shards
 
-original, calls = prepare_domain.convert, []
+original, calls = shards.convert, []
 
 def convert(*arguments):
     calls.append(arguments)
@@ -200,8 +207,8 @@ def convert(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-prepare_domain.convert = convert
-prepare_domain.prepare("gta5", sys.argv[1], sys.argv[2], shard_size=2)
+shards.convert = convert
+preparation.prepare("gta5", sys.argv[1], sys.argv[2], shard_size=2)
 """
 
 
@@ -292,8 +299,8 @@ def test_splits_prepared_one_after_the_other_end_in_one_dataset(tmp_path):
 def test_a_worker_does_not_outlive_a_killed_parent(tmp_path):
     script = (
         "import os, sys\n"
-        "from mfuser.scripts.prepare_domain import _process_pool\n"
-        "pool = _process_pool(1)\n"
+        "from mfuser.data.shards import process_pool\n"
+        "pool = process_pool(1)\n"
         "print(pool.submit(os.getpid).result(), flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -467,7 +474,7 @@ def test_pushing_uploads_a_private_dataset_and_its_record(tmp_path, monkeypatch)
 
 def test_labels_are_stored_as_small_as_png_allows_and_read_back_exactly():
     ids = np.random.default_rng(0).integers(0, 34, (64, 64)).astype(np.uint8)
-    entry = prepare_domain.Entry("a", fake.encoded_image(size=(64, 64)), fake.encoded_label(ids), None)
-    converted = prepare_domain.convert(entry, LabelMap({7: 0}, range(34)), False)
-    np.testing.assert_array_equal(prepare_domain.read_label(converted.label), np.where(ids == 7, 0, 255))
+    row = EncodedRow("a", fake.encoded_image(size=(64, 64)), fake.encoded_label(ids), None)
+    converted = convert(row, Conversion(LabelMap({7: 0}, range(34)), ("road",)))
+    np.testing.assert_array_equal(read_label(converted.label), np.where(ids == 7, 0, 255))
     assert converted.pixels[0] == (ids == 7).sum() and converted.pixels.sum() == ids.size
