@@ -102,11 +102,13 @@ def parse_id2label(names: dict | str | Path) -> dict[int, str]:
             return DOMAINS[str(names)].id2label
         if not Path(names).is_file():
             raise ValueError(f"class names: {names} is neither a JSON file nor a domain ({', '.join(DOMAINS)})")
-        names = json.loads(Path(names).read_text(encoding="utf-8"))
+        given = _read_json(names)
+    else:
+        given = names
     try:
-        ordered = {int(index): str(name) for index, name in sorted(names.items(), key=lambda item: int(item[0]))}
+        ordered = {int(index): str(name) for index, name in sorted(given.items(), key=lambda item: int(item[0]))}
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"class names must be a dictionary from ids to names, not {names!r}") from None
+        raise ValueError(f"class names must be a dictionary from ids to names, not {given!r}") from None
     if list(ordered) != list(range(len(ordered))) or not 1 <= len(ordered) <= IGNORE_INDEX:
         raise ValueError(
             f"class ids are {list(ordered)}; they must be 0 to n - 1 with n from 1 to {IGNORE_INDEX} (255 is ignored)"
@@ -131,7 +133,7 @@ def pick_split(available: list[str], wanted: str | None, source: str) -> str:
     """
     if wanted is None and len(available) == 1:
         return available[0]
-    for candidate in (wanted, SPLIT_ALIASES.get(wanted)):
+    for candidate in (wanted, SPLIT_ALIASES.get(wanted or "")):
         if candidate in available:
             return candidate
     problem = "has several splits; name one of them" if wanted is None else f"has no split {wanted!r}; it has"

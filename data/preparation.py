@@ -138,7 +138,8 @@ def prepare_split(
 
 def _split_record(source: SplitSource, records: list, classes: tuple[str, ...]) -> dict[str, Any]:
     """What to record about a split whose shards have these records."""
-    sizes, pixels = Counter(), np.zeros(256, dtype=np.int64)
+    sizes: Counter[str] = Counter()
+    pixels = np.zeros(256, dtype=np.int64)
     for record in records:
         sizes.update(record["sizes"])
         pixels += record["pixels"]
@@ -157,7 +158,7 @@ def _finish(folder: Path, shards: list[Shard], records: list, features, descript
     description = f"{description}, by mfuser prepare: labels are train ids, {IGNORE_INDEX} ignored"
     datasets.DatasetInfo(description=description, features=features).write_to_directory(str(folder))
     fingerprint = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()[:16]
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard.file.name} for shard in shards],
         "_fingerprint": fingerprint,
         "_format_columns": None,
@@ -229,7 +230,7 @@ def prepare(
         classes = tuple(class_names(root, id2label).values())
         conversion = Conversion(LabelMap.identity(len(classes)), classes)
         title, map_name = Path(root).name, "trainIds"
-    preparation = {"format": FORMAT, "domain": domain_name, "title": title, "label_map": map_name}
+    preparation: dict[str, Any] = {"format": FORMAT, "domain": domain_name, "title": title, "label_map": map_name}
     preparation |= _conversion_record(conversion, domain)
 
     output.mkdir(parents=True, exist_ok=True)

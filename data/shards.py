@@ -176,7 +176,9 @@ def write_shard(shard: Shard) -> dict[str, Any]:
         `dict`: The record.
     """
     schema = prepared_features(shard.rows.has_conditions).arrow_schema
-    skipped, sizes, pixels = [], Counter(), np.zeros(256, dtype=np.int64)
+    skipped: list[dict[str, str]] = []
+    sizes: Counter[str] = Counter()
+    pixels = np.zeros(256, dtype=np.int64)
     batch: list[dict[str, Any]] = []
     with atomic_writer(shard.file) as stream, pa.ipc.new_stream(stream, schema) as writer:
         for row in shard.rows.encoded():
@@ -242,8 +244,13 @@ def process_pool(workers: int) -> ProcessPoolExecutor:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent) -> None:
+    """Ends this process when its parent ends."""
+    parent.join()
+    os._exit(1)
 
 
 def run(function: Callable[[Shard], Any], shards: list[Shard], pool: Executor, description: str) -> list[Any]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mfuser.data.domain import Domain
 from mfuser.evaluation.domains import EvaluationDomain
 
 # The Cityscapes server finds the prediction of an image by these three parts of its name.
@@ -28,9 +29,9 @@ class PredictionWriter:
         self.files = prediction_files(domain, folder)
         self.ids = _ids_in_files(domain)
 
-    def write(self, index: int, prediction: torch.Tensor) -> None:
-        """Writes the prediction (height, width), uint8, of the row at position `index`."""
-        file = self.files[index]
+    def write(self, row: int, prediction: torch.Tensor) -> None:
+        """Writes the prediction (height, width), uint8, of the row at that position."""
+        file = self.files[row]
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(self.ids[prediction.cpu().numpy()]).save(file)
 
@@ -58,7 +59,7 @@ def prediction_files(domain: EvaluationDomain, folder: str | Path) -> list[Path]
     folder = Path(folder) / domain.name.replace(":", "-")
     if folder.is_dir() and next(folder.iterdir(), None) is not None:
         raise FileExistsError(f"{folder} is not empty: give another folder for the predictions")
-    cityscapes = _is_cityscapes(domain)
+    cityscapes = _cityscapes(domain) is not None
     files = []
     for name in domain.rows.names:
         path = _frame_path(domain, name) if cityscapes else _relative_path(domain, name)
@@ -90,16 +91,18 @@ def _relative_path(domain: EvaluationDomain, name: str) -> PurePosixPath:
     return path
 
 
-def _is_cityscapes(domain: EvaluationDomain) -> bool:
-    return domain.domain is not None and domain.domain.name == "cityscapes"
+def _cityscapes(domain: EvaluationDomain) -> Domain | None:
+    """The description of Cityscapes, if that is the domain."""
+    return domain.domain if domain.domain is not None and domain.domain.name == "cityscapes" else None
 
 
 def _ids_in_files(domain: EvaluationDomain) -> np.ndarray:
     """The value to write for each class id (256,), uint8: Cityscapes' labelIds; train ids for other domains."""
-    if not _is_cityscapes(domain):
+    cityscapes = _cityscapes(domain)
+    if cityscapes is None:
         return np.arange(256, dtype=np.uint8)
     ids = np.zeros(256, dtype=np.uint8)
-    for label_id, name in domain.domain.label_maps["labelIds"].items():
+    for label_id, name in cityscapes.label_maps["labelIds"].items():
         if name is not None:
-            ids[domain.domain.classes.index(name)] = label_id
+            ids[cityscapes.classes.index(name)] = label_id
     return ids

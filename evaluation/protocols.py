@@ -68,10 +68,10 @@ class Sample(NamedTuple):
     One row as a model takes it, or the reason why it cannot be used.
 
     Args:
-        index (`int`):
+        row (`int`):
             The position of the row.
-        pixel_values (`torch.Tensor` of shape `(3, height, width)`, *optional*):
-            Normalised pixels at the size of the protocol.
+        pixel_values (`torch.Tensor` of shape `(3, height, width)`):
+            Normalised pixels at the size of the protocol; empty if the row is skipped.
         label (`torch.Tensor` of shape `size`, uint8, *optional*):
             Train ids; `None` without a label.
         size (`tuple[int, int]`):
@@ -80,8 +80,8 @@ class Sample(NamedTuple):
             The reason why the row is skipped.
     """
 
-    index: int
-    pixel_values: torch.Tensor | None
+    row: int
+    pixel_values: torch.Tensor
     label: torch.Tensor | None
     size: tuple[int, int]
     problem: str | None
@@ -114,7 +114,7 @@ class ProtocolSamples(Dataset):
         try:
             row = self.domain.read(index)
         except PAIR_ERRORS as error:
-            return Sample(index, None, None, (0, 0), str(error))
+            return Sample(index, torch.empty(0), None, (0, 0), str(error))
         target = self.evaluation_size.resized(row.image.height, row.image.width)
         image, label = _halved(row) if self.evaluation_size.halve_first else row
         pixels = np.asarray(image)
@@ -124,8 +124,8 @@ class ProtocolSamples(Dataset):
         else:
             planes = ResizedWindow(target, 0, 0, *target).crop_bilinear(pixels)
         inputs = self.processor(planes, do_resize=False, input_data_format="channels_first", return_tensors="pt")
-        label = None if label is None else torch.from_numpy(np.array(label))
-        return Sample(index, inputs["pixel_values"][0], label, size, None)
+        labels = None if label is None else torch.from_numpy(np.array(label))
+        return Sample(index, inputs["pixel_values"][0], labels, size, None)
 
 
 def _halved(row: LabelledImage) -> LabelledImage:
@@ -137,17 +137,17 @@ def _halved(row: LabelledImage) -> LabelledImage:
     return LabelledImage(image, np.asarray(Image.fromarray(row.label).resize(half, Image.Resampling.NEAREST)))
 
 
-def share_of_batches(rows: int, batch_size: int, rank: int, processes: int) -> list[range]:
+def share_of_batches(rows: int, batch_size: int, rank: int, processes: int) -> list[list[int]]:
     """
     The batches that one process segments, as row positions.
 
     Batches are cut before they are distributed, so that they are the same for any number of processes.
     """
-    batches = [range(start, min(start + batch_size, rows)) for start in range(0, rows, batch_size)]
+    batches = [list(range(start, min(start + batch_size, rows))) for start in range(0, rows, batch_size)]
     return batches[rank::processes]
 
 
-def sample_loader(samples: ProtocolSamples, batches: list[range], workers: int) -> DataLoader:
+def sample_loader(samples: ProtocolSamples, batches: list[list[int]], workers: int) -> DataLoader:
     """A loader that yields each of the batches as a list of samples."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=list)
 

@@ -41,13 +41,13 @@ class DomainMetric:
         if sample.label is None:
             self.unlabelled += 1
             return
-        condition = self.row_conditions[sample.index]
+        condition = self.row_conditions[sample.row]
         self.labelled[condition] += 1
         self.by_condition[condition].update(prediction, sample.label)
 
-    def skip(self, sample: Sample) -> None:
-        """Records a row that cannot be used."""
-        self.problems.append((sample.index, sample.problem))
+    def skip(self, row: int, problem: str) -> None:
+        """Records that the row at that position cannot be used, and why."""
+        self.problems.append((row, problem))
 
     def reduce(self, accelerator) -> None:
         """Sums the counts over all processes. To be called once, by each of them."""
@@ -61,7 +61,7 @@ class DomainMetric:
     def skipped(self) -> list[dict[str, str]]:
         """`name` and `reason` of the rows that were skipped."""
         names = self.domain.rows.names
-        return [{"name": names[index], "reason": problem} for index, problem in self.problems]
+        return [{"name": names[row], "reason": problem} for row, problem in self.problems]
 
     def pooled(self) -> MeanIoU:
         """
@@ -84,7 +84,7 @@ class DomainMetric:
         """The result of `evaluate_domain`."""
         domain, pooled = self.domain, self.pooled()
         images = sum(self.labelled.values())
-        result = {
+        result: dict[str, Any] = {
             "mean_iou": None,
             "mean_iou_over": None,
             "domain": domain.domain.title if domain.domain else None,

@@ -104,14 +104,14 @@ def score_batch(
     """Segments the samples of a batch, counts them in `metric` and writes their predictions."""
     for sample in samples:
         if sample.problem is not None:
-            metric.skip(sample)
+            metric.skip(sample.row, sample.problem)
     for group in groups_of_one_size(samples):
         pixel_values = torch.stack([sample.pixel_values for sample in group]).to(model.device, model.dtype)
         for sample, scores in zip(group, image_scores(model, pixel_values, options), strict=True):
             prediction = label_map_of_scores(scores, sample.size)
             metric.update(sample, prediction)
             if writer is not None:
-                writer.write(sample.index, prediction)
+                writer.write(sample.row, prediction)
 
 
 def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) -> torch.Tensor:
@@ -139,13 +139,14 @@ def label_map_of_scores(scores: torch.Tensor, size: tuple[int, int]) -> torch.Te
     """
     if scores.shape[1:] == size:
         return scores.argmax(dim=0).to(torch.uint8)
-    best = classes = None
-    for index, plane in enumerate(scores.float()):
-        plane = torch.nn.functional.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)
-        plane = plane[0, 0]
-        if best is None:
-            best, classes = plane, torch.zeros(size, dtype=torch.uint8, device=scores.device)
-            continue
+    planes = (_resized(plane, size) for plane in scores.float())
+    best, classes = next(planes), torch.zeros(size, dtype=torch.uint8, device=scores.device)
+    for index, plane in enumerate(planes, start=1):
         classes.masked_fill_(plane > best, index)
         torch.maximum(best, plane, out=best)
     return classes
+
+
+def _resized(plane: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    resized = torch.nn.functional.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)
+    return resized[0, 0]

@@ -171,7 +171,7 @@ def check_processes(parsed: argparse.Namespace, accelerator: Accelerator) -> Non
         raise ValueError(f"--device is {parsed.device}; in several processes it can only be cpu, or be left out")
 
 
-def open_domains(parsed: argparse.Namespace, model_classes: dict[int, str]) -> dict[str, EvaluationDomain]:
+def open_domains(parsed: argparse.Namespace, model) -> dict[str, EvaluationDomain]:
     """Opens all domains by title, and checks everything that can be checked before the first image is segmented."""
     domains = {
         title: open_domain(
@@ -186,7 +186,7 @@ def open_domains(parsed: argparse.Namespace, model_classes: dict[int, str]) -> d
         for title, name, split, source in parsed.domains
     }
     for domain in domains.values():
-        check_classes(model_classes, domain)
+        check_classes(model.config.id2label, domain)
         if parsed.save_predictions is not None:
             prediction_files(domain, parsed.save_predictions)
         elif not domain.rows.labelled:
@@ -239,7 +239,7 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
     model, processor = load_model(str(folder), None, device, parsed.dtype)
-    domains = open_domains(parsed, model.config.id2label)
+    domains = open_domains(parsed, model)
     accelerator.wait_for_everyone()
 
     hashes = weight_hashes(folder) if leader else None

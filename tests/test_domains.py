@@ -19,13 +19,17 @@ from mfuser.data.tables import (
     BDD100K,
     CAMVID,
     CITYSCAPES,
+    CITYSCAPES_LABELS,
     DOMAINS,
     GTA5,
+    GTA5_LABELS,
     MAPILLARY,
+    MAPILLARY_LABELS,
     SYNTHIA,
+    SYNTHIA_LABELS,
 )
 
-# raw id: train id, transcribed from the sources independently of the module's tables; all other ids are 255.
+# raw id:train id, transcribed from the sources independently of `mfuser.data.tables`; all other ids are 255.
 CITYSCAPES_IDS = (
     "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16 32:17 33:18"
 )
@@ -70,6 +74,18 @@ def test_every_raw_id_maps_to_its_published_train_id(domain, name, expected, val
     np.testing.assert_array_equal(label_map.lookup, table(expected))
     assert np.flatnonzero(label_map.valid).tolist() == list(valid)
     assert label_map.lookup.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"), [(CITYSCAPES_LABELS, 34), (GTA5_LABELS, 35), (SYNTHIA_LABELS, 23), (MAPILLARY_LABELS, 66)]
+)
+def test_label_tables_have_one_row_per_id_with_a_unique_name(labels, count):
+    assert [row[0] for row in labels] == list(range(count))
+    assert len({row[1] for row in labels}) == count
+
+
+def test_the_names_of_cityscapes_ids_are_those_of_their_classes():
+    assert all(train_class in (None, name) for _, name, train_class in CITYSCAPES_LABELS)
 
 
 def test_the_two_mapillary_maps_differ_in_eleven_ids():
@@ -132,7 +148,7 @@ def test_only_mapillary_under_p1_is_halved_first():
     assert halved == [("mapillary", "P1")]
 
 
-def test_ids_that_may_not_occur_are_named():
+def test_invalid_ids_are_named():
     ids = fake.all_ids([0, 18, 19, 77, 255])
     with pytest.raises(ValueError, match=r"label values \[19, 77\] are not among the valid ids 0-18, 255"):
         LabelMap.identity(19)(ids)
@@ -151,7 +167,7 @@ def test_sixteen_bit_single_channel_labels_are_read_if_ids_fit():
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (6, 8)), (3, (6, 8)), (6, (8, 6))])
-def test_image_sizes_are_those_readers_see(orientation, size):
+def test_image_sizes_are_those_after_exif_rotation(orientation, size):
     stream, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (8, 6)).save(stream, "JPEG", exif=exif)
@@ -260,7 +276,7 @@ def test_unmatched_files_are_listed_from_both_sides(tmp_path):
     assert found.labels_without_image == ["labels/sem_seg/masks/train/9342e334.png"]
 
 
-def test_an_absent_download_says_which_folders_were_looked_for(tmp_path):
+def test_a_missing_download_is_an_error_that_lists_the_known_folders(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         find_pairs(BDD100K, tmp_path, "validation")
     for words in ("images/10k/val, labels/sem_seg/masks/val", "seg/images/val, seg/labels/val", "its folder bdd100k"):
@@ -351,7 +367,7 @@ def test_class_names_come_from_a_domain_a_file_or_the_folder(tmp_path):
     assert load_domain(tmp_path, id2label=tmp_path / "id2label.json").id2label[18] == "class 18"
 
 
-def test_missing_class_names_are_asked_for(tmp_path):
+def test_unknown_class_names_are_an_error(tmp_path):
     rows(1).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="does not name its classes"):
         load_domain(tmp_path)
@@ -367,7 +383,7 @@ def test_missing_class_names_are_asked_for(tmp_path):
         ("nowhere.json", "neither a JSON file nor a domain"),
     ],
 )
-def test_class_names_that_do_not_number_the_ids_are_refused(names, message):
+def test_class_names_that_are_not_numbered_consecutively_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         parse_id2label(names)
 
@@ -399,7 +415,7 @@ def test_an_empty_dataset_is_an_error(tmp_path):
         load_domain(tmp_path / "empty", id2label=THREE)
 
 
-def test_absent_paths_and_unprepared_downloads_are_said_to_be_so(tmp_path):
+def test_missing_paths_and_unprepared_downloads_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_domain(tmp_path / "nowhere")
     fake.cityscapes(tmp_path / "raw")
@@ -407,7 +423,7 @@ def test_absent_paths_and_unprepared_downloads_are_said_to_be_so(tmp_path):
         load_domain(tmp_path / "raw", "val")
 
 
-def test_hub_datasets_load_with_the_names_beside_them(tmp_path, monkeypatch):
+def test_hub_datasets_load_with_the_names_in_their_repository(tmp_path, monkeypatch):
     side_file = tmp_path / "id2label.json"
     side_file.write_text(json.dumps(THREE))
 
