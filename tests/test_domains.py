@@ -130,6 +130,7 @@ def test_camvid_has_its_eleven_classes():
         (MAPILLARY, "P2", (600, 800), (1024, 1365)),  # small images grow
         (MAPILLARY, "P2", (3264, 2448), (1365, 1024)),  # portrait: the long edge is bounded by the longer bound
         (MAPILLARY, "P1", (601, 803), (512, 684)),  # halved to 300 x 401 first
+        (MAPILLARY, "P1", (101, 301), (341, 1024)),  # halved to 50 x 150 first; 344 x 1024 otherwise
         (SYNTHIA, "P2", (760, 1280), (760, 1280)),
         (CAMVID, "P1", (360, 480), (360, 480)),
     ],

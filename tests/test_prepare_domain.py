@@ -156,6 +156,18 @@ def test_bad_pairs_are_skipped_and_listed_with_the_reason(tmp_path, capsys):
     assert "unusual sizes" in printed
 
 
+def test_labels_without_an_image_and_missing_folders_are_printed_and_recorded(tmp_path, capsys):
+    raw = fake.acdc(tmp_path / "raw")
+    (raw / "gt/night").rename(tmp_path / "elsewhere")
+    (raw / "rgb_anon/fog/val/GOPR0475/GOPR0475_fog_val_rgb_anon.png").unlink()
+    record = run("acdc", raw, tmp_path / "out", splits=["validation"])["splits"]["validation"]
+    label = "gt/fog/val/GOPR0475/GOPR0475_fog_val_gt_labelTrainIds.png"
+    assert (record["labels_without_image"], record["missing_folders"]) == ([label], ["gt/night/val"])
+    printed = capsys.readouterr().out
+    assert f"1 labels without an image left out:\n    {label}" in printed
+    assert "1 folders missing:\n    gt/night/val" in printed
+
+
 def test_a_split_of_bad_pairs_only_is_an_error_and_not_a_dataset(tmp_path, capsys):
     raw = fake.gta5(tmp_path / "raw", count=2)
     for number in (1, 2):
