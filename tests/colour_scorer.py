@@ -44,7 +44,7 @@ def write_dataset(file, rows, conditions=None, names=None, labelled=True):
     """Writes a parquet file, and the class names next to it."""
     images, labels = zip(*rows, strict=True)
     columns = {"image": [Image.fromarray(image) for image in images]}
-    columns["label"] = [Image.fromarray(label) if labelled else None for label in labels]
+    columns["label"] = [Image.fromarray(label) if labelled and label is not None else None for label in labels]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
     for name, values in (("condition", conditions), ("name", names)):
         if values is not None:

@@ -81,9 +81,10 @@ def test_the_table_shows_conditions_beside_the_pool_and_a_dash_where_a_class_doe
 
 
 def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, capsys):
-    rows = list(pixels_and_labels(7))  # odd, so that images repeated to fill up the shares would be noticed
+    rows = list(pixels_and_labels(9))  # odd, so that images repeated to fill up the shares would be noticed
     rows[2] = (rows[2][0], rows[2][1][:-1])  # a bad pair, in the second process
-    source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow"] * 2 + ["rain"])
+    rows[7] = (rows[7][0], None)  # an image without a label, in the second process
+    source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow"] * 2 + ["rain"] * 3)
 
     def arguments(number):
         files = "--output", tmp_path / f"{number}.json", "--save-predictions", tmp_path / f"predictions {number}"
@@ -104,9 +105,9 @@ def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, caps
     for report in (one, two):
         report["domains"]["mine"].pop("seconds")
     assert one["domains"] == two["domains"]
-    assert one["domains"]["mine"]["images"] == 6
+    assert (one["domains"]["mine"]["images"], one["domains"]["mine"]["unlabelled_images"]) == (7, 1)
     saved = [{file.name: file.read_bytes() for file in (tmp_path / f"predictions {n}/mine").iterdir()} for n in (1, 2)]
-    assert len(saved[0]) == 6 and saved[0] == saved[1]
+    assert len(saved[0]) == 8 and saved[0] == saved[1]
 
 
 @pytest.mark.parametrize(

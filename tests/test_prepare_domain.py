@@ -3,7 +3,6 @@ number of workers, and a run that was stopped at any point continues."""
 
 import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,11 +15,8 @@ import pytest
 
 from mfuser.data import preparation
 from mfuser.data import rows as data_rows
-from mfuser.data.label_maps import LabelMap, read_label
 from mfuser.data.loading import PREPARATION_FILE, load_domain
 from mfuser.data.preparation import prepare
-from mfuser.data.rows import EncodedRow
-from mfuser.data.shards import Conversion, convert
 from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.scripts import prepare_domain
 from mfuser.scripts.prepare_domain import main
@@ -308,21 +304,6 @@ def test_splits_prepared_in_separate_runs_form_one_dataset(tmp_path):
     assert set(record["splits"]) == {"train", "validation"}
 
 
-def test_a_worker_does_not_outlive_a_killed_parent(tmp_path):
-    script = (
-        "import os, sys\n"
-        "from mfuser.data.shards import process_pool\n"
-        "pool = process_pool(1)\n"
-        "print(pool.submit(os.getpid).result(), flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    os.kill(int(parent.stdout.readline()), 0)
-    parent.kill()
-    # The output ends when the worker, which holds it last, has ended; a surviving worker causes a timeout.
-    parent.communicate(timeout=20)
-
-
 # the format of the folder
 
 
@@ -482,11 +463,3 @@ def test_pushing_uploads_a_private_dataset_and_its_record(tmp_path, monkeypatch)
     assert (calls[1]["repo_id"], calls[1]["repo_type"]) == ("someone/gta5", "dataset")
     assert calls[1]["path_in_repo"] == PREPARATION_FILE
     assert calls[1]["path_or_fileobj"] == str(tmp_path / "out" / PREPARATION_FILE)
-
-
-def test_labels_are_stored_as_small_as_png_allows_and_read_back_exactly():
-    ids = np.random.default_rng(0).integers(0, 34, (64, 64)).astype(np.uint8)
-    row = EncodedRow("a", fake.encoded_image(size=(64, 64)), fake.encoded_label(ids), None)
-    converted = convert(row, Conversion(LabelMap({7: 0}, range(34)), ("road",)))
-    np.testing.assert_array_equal(read_label(converted.label), np.where(ids == 7, 0, 255))
-    assert converted.pixels[0] == (ids == 7).sum() and converted.pixels.sum() == ids.size
