@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.data.domains import check_sizes, label_ids
+from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.image_processing_mfuser import scaled_size
 
 # Rejected crops are drawn anew this often; the last draw is kept unseen, as the reference does.
@@ -326,7 +326,7 @@ class AugmentedDataset(Dataset):
         if missing:
             raise ValueError(
                 f"The dataset lacks the column(s) {', '.join(sorted(missing))}; it has "
-                f"{', '.join(dataset.column_names)}. mfuser.data.domains.load_domain renames columns."
+                f"{', '.join(dataset.column_names)}. mfuser.data.loading.load_domain renames columns."
             )
         self.dataset = dataset.select_columns(["image", "label"])
         self.augmentation = augmentation

@@ -40,7 +40,7 @@ def count_class_pixels(
     same. Over several processes, let the first one count: call this under `accelerator.main_process_first()`.
 
     Args:
-        dataset: rows with a column `label`; `mfuser.data.domains.load_domain` opens any dataset so.
+        dataset: rows with a column `label`; `mfuser.data.loading.load_domain` opens any dataset so.
         num_classes: number of classes; every label value must be a class or 255.
         cache_file: where to keep the counts instead. A dataset in memory is counted anew each time without it.
         num_proc: number of counting processes; one per CPU by default.

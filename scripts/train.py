@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, ShuffledSampler, TrainingAugmentation
-from mfuser.data.domains import load_domain
+from mfuser.data.loading import load_domain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
