@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import PAIRS, tiny_batch, tiny_model
+from tiny_models import DINOV2, PAIRS, tiny_batch, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -166,14 +166,19 @@ def test_class_tokens_and_patches_are_merged_and_register_tokens_are_not(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pair", PAIRS)
-def test_fused_maps_are_the_patches_of_both_encoders_after_each_tap(pair):
-    model = tiny_model(pair)
+@pytest.mark.parametrize(("pair", "taps"), [*((pair, (1, 2, 3, 4)) for pair in PAIRS), ("six layers", (1, 3, 4, 6))])
+def test_fused_maps_are_the_patches_of_both_encoders_after_each_tap(pair, taps):
+    if pair == "six layers":
+        six = dict(num_hidden_layers=6)
+        towers = dict(vfm_config=DINOV2 | six, vlm_config=PAIRS["dinov2+clip"]["vlm_config"] | six)
+        model = tiny_model(**towers, fusion_out_layers=list(taps))
+    else:
+        model = tiny_model(pair)
     outputs = model.mfuser(tiny_batch()["pixel_values"], output_hidden_states=True)
     first_vfm = 1 + getattr(model.config.vfm_config, "num_register_tokens", 0)
     first_vlm = 0 if "siglip" in pair else 1
     assert len(outputs.fused_maps) == 4
-    for tap, fused in zip((1, 2, 3, 4), outputs.fused_maps, strict=True):
+    for tap, fused in zip(taps, outputs.fused_maps, strict=True):
         vfm, vlm = outputs.vfm_hidden_states[tap][:, first_vfm:], outputs.hidden_states[tap][:, first_vlm:]
         for row in range(4):
             for column in range(4):
