@@ -1,4 +1,4 @@
-"""What the model promises, over every pair of encoders."""
+"""Tests of the model over every pair of encoders."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Each encoder sees the pixels that it was pretrained on, and both streams meet token by token."""
+"""Each encoder computes what Transformers computes with its weights, and both are merged token by token."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def normalised(pixels: torch.Tensor, statistics) -> torch.Tensor:
 
 
 def without_fusion(pair: str, **fields):
-    """A model whose encoders learn nothing from each other."""
+    """Returns a model in which the encoders do not influence each other."""
     model = tiny_model(pair, **fields)
     with torch.no_grad():
         for layer in model.mfuser.fusion_layers:
@@ -56,7 +56,7 @@ def without_fusion(pair: str, **fields):
 
 
 def last_hidden_state(vision: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What Transformers' own class computes with the weights of `vision`, from pixels in [0, 1]."""
+    """Returns the output of Transformers' class with the weights of `vision`, for pixels in [0, 1]."""
     config = vision.config
     model_class, statistics = ENCODERS[config.model_type]
     encoder = model_class(config).eval()
@@ -221,7 +221,7 @@ def test_the_vision_foundation_model_drops_nothing():
 
 
 def test_every_norm_has_the_published_epsilon():
-    """Too small a number to show in outputs."""
+    """It is too small to change the outputs visibly."""
     model = tiny_model("dinov2+clip")
     encoders = {id(module) for tower in (model.mfuser.vfm, model.mfuser.vlm) for module in tower.modules()}
     norms = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
