@@ -4,7 +4,7 @@ Compares the model with the reference implementation: every output, score, loss 
     python tests/check_golden.py FOLDER [FOLDER ...]
 
 A folder holds config.json, original_state_dict, inputs, outputs and gradients (safetensors). Its weights are loaded as
-those of a user's checkpoint: from a .pth file, through `mfuser convert`, by `from_pretrained`. The error of a tensor is
+those of a user's checkpoint: from a .pth file, through `mfuser convert`, by `from_pretrained`. A tensor's error is
 max |difference| / max |reference|. Prints the largest errors; exits with 1 if an error exceeds the tolerance.
 """
 
