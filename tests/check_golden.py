@@ -1,11 +1,11 @@
 """
-Compare the model with numbers of the reference implementation: every output, score, loss and gradient.
+Compares the model with the reference implementation: every output, score, loss and gradient.
 
     python tests/check_golden.py FOLDER [FOLDER ...]
 
-A folder holds config.json, original_state_dict, inputs, outputs and gradients (safetensors). Its weights go the way a
-user's checkpoint goes: into a .pth file, through `mfuser convert`, into `from_pretrained`. An error is
-max |difference| / max |reference|. Prints the worst tensors; exit status 1 beyond the tolerance.
+A folder holds config.json, original_state_dict, inputs, outputs and gradients (safetensors). Its weights are loaded as
+those of a user's checkpoint: from a .pth file, through `mfuser convert`, by `from_pretrained`. A tensor's error is
+max |difference| / max |reference|. Prints the largest errors; exits with 1 if an error exceeds the tolerance.
 """
 
 import argparse
@@ -27,14 +27,14 @@ GRADIENT_TOLERANCE = 5e-4
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     if ours.shape != reference.shape and not ours.numel() == reference.numel() == 1:
-        raise ValueError(f"shape {tuple(ours.shape)}, not {tuple(reference.shape)}")
+        raise ValueError(f"the shape is {tuple(ours.shape)}; it must be {tuple(reference.shape)}")
     difference = (ours.double() - reference.double()).abs().max()
     error = (difference / reference.double().abs().max().clamp(min=1e-30)).item()
     return float("inf") if error != error else error
 
 
 def known_fields(golden: dict, token_ids: list[list[int]]) -> dict:
-    """The fields of MFuserConfig that a golden's shapes don't tell."""
+    """Returns the fields of MFuserConfig that can't be inferred from a golden's shapes."""
     fields = {
         "vfm_config": {"num_attention_heads": golden["vfm_heads"]},
         "vlm_config": {"num_attention_heads": golden["vlm_heads"]},
@@ -59,7 +59,7 @@ def known_fields(golden: dict, token_ids: list[list[int]]) -> dict:
 
 def original_state_dict(folder: Path, golden: dict) -> dict[str, torch.Tensor]:
     state_dict = load_file(folder / "original_state_dict.safetensors")
-    table = golden["token_embedding"]  # only the rows in use are stored
+    table = golden["token_embedding"]  # only the rows that are used are stored
     stored = state_dict[table["key"]]
     state_dict[table["key"]] = torch.zeros(table["full_shape"]).index_copy(
         0, torch.tensor(table["stored_rows"]), stored
@@ -68,17 +68,17 @@ def original_state_dict(folder: Path, golden: dict) -> dict[str, torch.Tensor]:
 
 
 def converted_model(folder: Path, golden: dict, inputs: dict[str, torch.Tensor], workspace: Path):
-    """The golden's weights as a user would load them: .pth, `mfuser convert`, AutoModel."""
+    """Loads the golden's weights as a user would: .pth file, `mfuser convert`, AutoModel."""
     checkpoint, fields, output = workspace / "golden.pth", workspace / "fields.json", workspace / "converted"
     torch.save({"state_dict": original_state_dict(folder, golden), "meta": {}}, checkpoint)
     fields.write_text(json.dumps(known_fields(golden, inputs["text_input_ids"].tolist())))
     if convert([str(checkpoint), "--output", str(output), "--config", str(fields)]):
-        raise RuntimeError(f"mfuser convert refused {folder}")
+        raise RuntimeError(f"mfuser convert failed for {folder}")
     return AutoModelForSemanticSegmentation.from_pretrained(output, trust_remote_code=True)
 
 
 class Recorder:
-    """Outputs of inner modules, under the names that the goldens have for them."""
+    """Records outputs of inner modules under the names of the goldens."""
 
     def __init__(self, model):
         self.found = {}
@@ -115,7 +115,7 @@ class Recorder:
 
 
 def use_golden_points(model, inputs: dict[str, torch.Tensor]):
-    """Replaces the random points of the mask losses: the golden's stand image by image, class ids ascending."""
+    """Replaces the random points of the mask losses by the golden's, which are ordered by image and class id."""
     labels, num_classes = inputs["labels"], model.config.num_labels
     present = torch.stack([(labels == index).flatten(1).any(1) for index in range(num_classes)], dim=1).flatten()
     stacked = []
@@ -127,7 +127,7 @@ def use_golden_points(model, inputs: dict[str, torch.Tensor]):
 
 
 def loss_name(component: str, last: int) -> str:
-    """The golden's name for a loss component: the last prediction has no number."""
+    """Returns the golden's name of a loss component; the last prediction has no number."""
     if component == "score_map":
         return "loss.scr_map.loss_seg"
     kind, index = component.rsplit("_", 1)
@@ -136,7 +136,7 @@ def loss_name(component: str, last: int) -> str:
 
 
 def errors(folder: Path) -> dict[str, tuple[float, float]]:
-    """(error, tolerance) of every tensor in the golden."""
+    """Returns (error, tolerance) of every tensor in the golden."""
     golden = json.loads((folder / "config.json").read_text())
     inputs, outputs, gradients = (
         load_file(folder / f"{name}.safetensors") for name in ("inputs", "outputs", "gradients")
@@ -158,14 +158,14 @@ def errors(folder: Path) -> dict[str, tuple[float, float]]:
         found["slide_prediction"] = found["slide_scores"].argmax(1)
         found["flip_scores"] = model.augmented_scores(inputs["large_pixel_values"])
         if "small_pixel_values" in inputs:
-            model.config.crop_size = max(inputs["small_pixel_values"].shape)  # as one crop, whatever its size
+            model.config.crop_size = max(inputs["small_pixel_values"].shape)  # so that it is one crop
             found["small_scores"] = model(inputs["small_pixel_values"]).logits
     table = {name: (relative_error(found[name].detach(), outputs[name]), OUTPUT_TOLERANCE) for name in outputs}
 
     variant = detect_variant(original_state_dict(folder, golden))
     parameters = dict(model.named_parameters())
     for key, reference in gradients.items():
-        # a packed tensor stays one: a key's bias alone has no gradient but rounding
+        # packed tensors are compared as a whole, because the gradient of a key's bias is only rounding error
         converted = convert_tensor(key, reference, variant)
         ours = torch.cat([parameters[name].grad.flatten() for name in converted])
         table[f"gradient of {key}"] = (

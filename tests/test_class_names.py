@@ -31,6 +31,7 @@ def test_stored_class_embeddings_replace_the_text_encoder(pair, tmp_path):
     with torch.no_grad():
         expected = model(batch["pixel_values"]).logits
         model.mfuser.store_class_embeddings()
+        assert not model.mfuser.stored_class_embeddings.requires_grad
         assert torch.equal(model(batch["pixel_values"]).logits, expected)
         model.save_pretrained(tmp_path)
         loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
@@ -42,6 +43,8 @@ def test_stored_class_embeddings_replace_the_text_encoder(pair, tmp_path):
 @pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip"])
 def test_new_class_names_without_training(pair, tmp_path):
     model, batch = tiny_model(pair), tiny_batch()
+    model.decoder.query_position_embedding.requires_grad_(False)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         before = model(batch["pixel_values"])
         rows = model.decoder.predictor.class_head.weight[: len(CLASSES)].clone()
@@ -54,7 +57,8 @@ def test_new_class_names_without_training(pair, tmp_path):
     assert after.score_map.shape[1] == 6 and before.score_map.shape[1] == 4
     assert model.config.num_labels == 6 and model.config.id2label[1] == "tree"
     assert all((row == rows).all(1).any() for row in model.decoder.predictor.class_head.weight[:-1])
-    # no two classes look the same, though they share rows of the class head
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    # the scores of all classes differ, although some share a row of the class head
     scores = after.logits.transpose(0, 1).flatten(1)
     assert all(not torch.equal(scores[i], scores[j]) for i in range(6) for j in range(i))
     model.save_pretrained(tmp_path)

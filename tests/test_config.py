@@ -1,4 +1,4 @@
-"""MFuserConfig: comes back as it was written, refuses what can't work, and defaults to the paper's full-size model."""
+"""MFuserConfig survives saving and loading, refuses invalid values, and defaults to the paper's full-size model."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ ENCODERS = ("vfm_config", "vlm_config", "text_config")
 
 
 def fields(config: MFuserConfig) -> dict:
-    """As JSON, without what only writing adds."""
+    """Returns the fields as JSON, without those that are added by saving."""
     return {
         name: value
         for name, value in json.loads(config.to_json_string(use_diff=False)).items()
@@ -243,7 +243,7 @@ def test_the_default_is_the_papers_full_size_clip_variant():
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert round(total / 1e6, 1) == 902.8
     assert trainable == 170_059_629
-    # the published file, but for what only pre-training used and for the statistics of BatchNorm
+    # the published file without the tensors of the pretraining and the statistics of BatchNorm
     published = json.loads((FIXTURES / "full_size_keys_clip.json").read_text())
     sizes = {key: math.prod(shape) for key, (shape, _, _) in published.items()}
     unlearned = [

@@ -1,4 +1,4 @@
-"""`mfuser convert` accounts for every tensor, writes a complete folder, or writes nothing and says why."""
+"""`mfuser convert` converts or drops every tensor and writes a complete folder; on errors it writes nothing."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ PARAMETERS = {"clip": 902.8, "eva02_clip": 855.9, "siglip": 1127.5}
 
 
 def published(variant: str) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """The tensors of the authors' full-size file, without data, and the names of those that train."""
+    """Returns the tensors of the authors' full-size file on the meta device, and the names of the trained ones."""
     keys = json.loads((FIXTURES / f"full_size_keys_{variant}.json").read_text())
     tensors = {
         key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for key, (shape, dtype, _) in keys.items()
@@ -48,7 +48,7 @@ def full_size(request):
 
 
 def in_files(model, names) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names that they have in files, whatever this version of Transformers calls them."""
+    """Returns tensors of a model under their names in files, which are the same in all versions of Transformers."""
     state_dict = model.state_dict()
     return revert_weight_conversion(model, {name: state_dict[name] for name in names})
 
@@ -102,7 +102,7 @@ def test_what_trains_is_what_trained(full_size):
 
 
 def golden(variant: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """A small checkpoint in the authors' names, and the fields that its shapes don't tell."""
+    """Returns a small checkpoint under the authors' names, and the fields that can't be inferred from its shapes."""
     import check_golden
 
     folder = FIXTURES / "goldens" / variant
@@ -174,7 +174,7 @@ def test_the_class_embedding_that_counts_twice_is_folded_into_its_position(check
 
 
 def damaged(name):
-    """The ways in which a checkpoint can be wrong, and what is said of each."""
+    """Returns a function that damages a checkpoint and returns the expected error."""
 
     def change(tensors):
         if name == "unknown":

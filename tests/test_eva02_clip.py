@@ -1,8 +1,8 @@
-"""EVA02-CLIP computes what the reference does, and behaves as a Transformers model.
+"""EVA02-CLIP gives the outputs of the reference implementation and behaves as a Transformers model.
 
 `fixtures/eva02_clip_reference.safetensors` holds one vision layer and a whole text tower of the reference
-implementation, small and random, under the published names (`weights.*`), with inputs and outputs. Of the token
-embedding there are the rows `token_ids` only.
+implementation, small and random, under the published names (`weights.*`), with inputs and outputs. The token embedding
+is reduced to the rows `token_ids`.
 """
 
 import math
@@ -95,7 +95,7 @@ def reference_model(published):
 
 def test_rotary_table_is_the_reference_table_after_a_row_for_the_class_token(reference, reference_model):
     rotary = reference_model.vision_model.rotary_embedding(4, 4)
-    for part, name in ((rotary.real, "cos"), (rotary.imag, "sin")):  # the reference holds a number for each channel
+    for part, name in ((rotary.real, "cos"), (rotary.imag, "sin")):  # the reference has one number per channel
         table = reference[f"weights.visual.rope.freqs_{name}"]
         torch.testing.assert_close(part[1:].repeat_interleave(2, dim=-1), table, atol=1e-6, rtol=0)
     assert (rotary[0] == 1).all()
@@ -103,7 +103,7 @@ def test_rotary_table_is_the_reference_table_after_a_row_for_the_class_token(ref
 
 @torch.no_grad()
 def test_vision_embeddings_and_layer_equal_the_reference(reference, reference_model):
-    # Images of 60 pixels at patch 14: the reference, too, never sees the last four.
+    # Images of 60 pixels at patch 14: the reference ignores the last four as well.
     vision = reference_model.vision_model
     hidden_states = vision.encoder.layers[0](
         vision.embeddings(reference["pixel_values"]), vision.rotary_embedding(4, 4)
@@ -113,7 +113,7 @@ def test_vision_embeddings_and_layer_equal_the_reference(reference, reference_mo
 
 @torch.no_grad()
 def test_text_tower_stepped_like_clip_equals_the_reference(reference, reference_model):
-    """The learned context stands between the first token and the rest, so the tower is entered with embeddings."""
+    """The learned context is inserted after the first token, so the tower is run on embeddings."""
     text, ids = reference_model.text_model, reference["text_input_ids"]
     tokens, context = text.embeddings.token_embedding(ids), reference["text_contexts"].expand(len(ids), -1, -1)
     hidden_states = text.embeddings(inputs_embeds=torch.cat([tokens[:, :1], context, tokens[:, 1:]], dim=1))
@@ -143,7 +143,7 @@ def test_vision_layer_on_a_non_square_grid_equals_its_definition(published, refe
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def turn(x):
-        """Two channel pairs of a head turn with the row, two with the column."""
+        """Rotates two channel pairs of each head by the row and two by the column."""
         states = split(x).clone()
         for row in range(height):
             for column in range(width):
@@ -171,7 +171,7 @@ def test_vision_layer_on_a_non_square_grid_equals_its_definition(published, refe
 
 
 def test_every_norm_has_the_published_epsilon():
-    """Too small a number to show in outputs."""
+    """It is too small to change the outputs visibly."""
     model = Eva02ClipModel(tiny_config())
     for tower, eps in ((model.vision_model, 1e-6), (model.text_model, 1e-5)):
         assert {module.eps for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)} == {eps}
@@ -241,7 +241,7 @@ def test_contrastive_loss_pairs_images_and_texts(model, inputs):
     logits, pairs = outputs.logits_per_image, torch.arange(2)
     torch.testing.assert_close(outputs.loss, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2)
     outputs.loss.backward()
-    # The last hidden states of patches lead nowhere, but through attention all weights have a say.
+    # The last hidden states of the patches are not used, but all weights have gradients through attention.
     without_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without_gradient == []
     with pytest.raises(ValueError, match="3 images and 2 texts"):

@@ -1,4 +1,4 @@
-"""What the image processor promises: which pixels reach the model, and how scores become label maps."""
+"""Tests of the image processor: the pixels that the model receives, and the label maps of its scores."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import torch
 from by_hand import bilinear
 from PIL import Image
 
-# The class itself is a dummy under `transformers.AutoImageProcessor` in releases that want torchvision for it.
+# Without torchvision, `transformers.AutoImageProcessor` is a dummy in some releases.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mfuser.image_processing_mfuser import MFuserImageProcessor, resized_size
@@ -30,7 +30,7 @@ def random_image(height=20, width=30, channels=3, seed=0):
 
 
 def normalised(image: np.ndarray) -> np.ndarray:
-    """An RGB image (H, W, 3) of uint8 as the model takes it, written independently of Transformers."""
+    """Normalises an RGB image (H, W, 3) of uint8 without the use of Transformers."""
     return ((image / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
 
 
@@ -53,7 +53,7 @@ def test_an_image_keeps_its_size_and_is_normalised_with_clip_statistics(processo
 
 
 def test_resizing_gives_the_pixels_of_pil_whatever_is_installed(processor):
-    # The expectation uses nothing but PIL and NumPy, so it holds this with and without torchvision.
+    # The expected values are computed with PIL and NumPy only, so they hold with and without torchvision.
     image = Image.fromarray(random_image(40, 61))
     expected = np.asarray(image.resize((31, 20), Image.Resampling.BILINEAR))
     assert processor.backend == "pil"

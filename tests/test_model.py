@@ -1,4 +1,4 @@
-"""What the model promises, over every pair of encoders."""
+"""Tests of the model over every pair of encoders."""
 
 import json
 
@@ -39,34 +39,31 @@ def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(pair):
 
 
 @PAIR
-def test_save_load_save_is_bit_equal(pair, tmp_path):
+def test_save_load_save_is_bit_equal_and_keeps_the_encoders_frozen(pair, tmp_path):
     model, batch = tiny_model(pair), tiny_batch()
     model.save_pretrained(tmp_path / "once")
     loaded, report = MFuserForSemanticSegmentation.from_pretrained(tmp_path / "once", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    trainable, expected = (
+        {name for name, parameter in each.named_parameters() if parameter.requires_grad} for each in (loaded, model)
+    )
+    assert trainable == expected
+    for name, buffer in model.named_buffers():  # those that are not saved are filled as well
+        assert torch.equal(buffer, loaded.get_buffer(name)), name
     loaded.save_pretrained(tmp_path / "twice")
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("once", "twice")]
     assert weights[0] == weights[1]
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("once", "twice")]
     for config in configs:
         for part in ("vfm_config", "vlm_config", "text_config"):
-            config[part].pop("dtype", None)  # loading notes it for each encoder
+            config[part].pop("dtype", None)  # added to each encoder by loading
     assert configs[0] == configs[1]
     again = MFuserForSemanticSegmentation.from_pretrained(tmp_path / "twice")
     with torch.no_grad():
         scores = [each(batch["pixel_values"]).logits for each in (model, loaded, again)]
     assert torch.equal(scores[1], scores[2])
-    # weights of a file lie at other addresses, from which matrix products may round differently
+    # rounding in matrix products depends on the memory alignment of the weights
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-6)
-
-
-@PAIR
-def test_loading_keeps_the_encoders_frozen(pair, tmp_path):
-    model = tiny_model(pair)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.save_pretrained(tmp_path)
-    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
-    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trainable
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (17, 100), (64, 64), (48, 200), (300, 64), (65, 64)])
@@ -187,7 +184,7 @@ def test_half_precision_is_near_float32(pair, dtype, tmp_path):
     assert half(**batch).loss.isfinite()
 
 
-@PAIR
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+eva02_clip", "dinov3+siglip2"])
 def test_loads_on_the_meta_device_with_every_buffer_filled(pair, tmp_path):
     model = tiny_model(pair)
     model.save_pretrained(tmp_path)
@@ -359,10 +356,14 @@ def test_impossible_labels_are_refused(size, labels, message):
 
 @pytest.mark.parametrize(
     ("pair", "size"),
-    [("dinov2+clip", (88, 100)), ("dinov3+siglip2", (64, 64)), ("dinov2_with_registers+eva02_clip", (64, 64))],
+    [
+        ("dinov2+clip", (88, 100)),
+        pytest.param("dinov3+siglip2", (64, 64), marks=pytest.mark.slow),
+        pytest.param("dinov2_with_registers+eva02_clip", (64, 64), marks=pytest.mark.slow),
+    ],
 )
 def test_the_eval_forward_is_one_graph_without_breaks(pair, size):
-    model, pixel_values = tiny_model(pair), tiny_batch(size)["pixel_values"]
+    model, pixel_values = tiny_model(pair, decoder_num_layers=1), tiny_batch(size)["pixel_values"]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Two pretrained encoders become one model: weights resampled as in the paper, names tokenised, misfits refused."""
+"""Models of two pretrained encoders: resampled weights, tokenized class names, and refused combinations."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_atte
 DINOV2 = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=42, patch_size=14)
 CLIP_TEXT = dict(TOWER, num_hidden_layers=2, max_position_embeddings=16, bos_token_id=49406, eos_token_id=49407)
 SIGLIP_TEXT = dict(TOWER, num_hidden_layers=2, max_position_embeddings=16, vocab_size=32, projection_size=32)
-# grids of 3 x 3 at patch 14, so that a crop of 64 at patch 16 needs both resampled
+# grids of 3 x 3 at patch 14, so that positions and kernels are resampled for a crop of 64 at patch 16
 VFMS = {
     "dinov2": lambda **values: Dinov2Model(Dinov2Config(**DINOV2 | values)),
     "registers": lambda **values: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINOV2 | values)),
@@ -67,7 +67,7 @@ VLMS = {
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """(kind, sizes) -> (folder of a tiny pretrained encoder with its tokenizer, that encoder); each made once."""
+    """Returns a function from kind and sizes to a cached (folder of a tiny encoder with its tokenizer, encoder)."""
     made = {}
 
     def get(kind, **values):
@@ -96,7 +96,7 @@ def build(vfm, vlm, class_names=CLASSES, crop_size=64, **fields):
 
 
 def resampled(positions, num_class_tokens, grid, mode):
-    """(c + g * g, C) -> (c + grid * grid, C), the class positions as they are."""
+    """Resamples positions (c + g * g, C) to (c + grid * grid, C); class positions are kept."""
     kept, patches = positions[:num_class_tokens], positions[num_class_tokens:]
     side = math.isqrt(len(patches))
     maps = patches.T.reshape(1, -1, side, side)

@@ -13,12 +13,13 @@ from tiny_models import CLASSES, tiny_model
 
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 
-# Run by a fresh interpreter: what is not a dependency of the model can't be imported, MFuser least of all.
+# Run by a fresh interpreter, which can import neither the package nor anything that is not a dependency of the model.
 STRANGER = """
 import sys
 from importlib.machinery import PathFinder
 
 BLOCKED = {"mfuser", "einops", "scipy", "datasets", "evaluate", "mamba_ssm", "causal_conv1d", "torchvision", "timm"}
+BLOCKED.add("numba")  # its kernels would be compiled for every copy of the code
 
 class Stranger:
     finders = list(sys.meta_path)
@@ -78,7 +79,7 @@ PAIRS = ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip", "dinov3+siglip2"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of every pair, loaded and saved again by one fresh interpreter elsewhere, offline, with own caches."""
+    """Saves a model of each pair, and loads and saves it again in a fresh offline interpreter with empty caches."""
     workspace = tmp_path_factory.mktemp("stranger")
     pixels = np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8)
     for index, pair in enumerate(PAIRS):
@@ -103,8 +104,9 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """As in the stranger's process: how sums are shared out decides how they round."""
+def as_in_the_strangers_process(monkeypatch):
+    """Uses one thread and the scan in torch, on which the rounding of sums depends."""
+    monkeypatch.setattr(sys.modules["mfuser.selective_scan"], "numba_scan", None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -115,7 +117,7 @@ def one_thread():
 def stranger(request, folders):
     """(model, folder it was saved to, folder the stranger saved it to, what the stranger found)"""
     folder, output = (folders / f"my.model-{PAIRS.index(request.param)}{again}" for again in ("", ".again"))
-    # from the file as well: where weights lie in memory decides how products round
+    # loaded from the file as well, because rounding depends on the memory alignment of the weights
     model = MFuserForSemanticSegmentation.from_pretrained(folder)
     return model, folder, output, torch.load(output / "found.pt")
 

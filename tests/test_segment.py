@@ -1,4 +1,4 @@
-"""What `mfuser segment` promises: which files it writes, what they hold, and what its exit code says."""
+"""Tests of `mfuser segment`: the files that it writes, their contents, and its exit code."""
 
 import json
 import re
@@ -18,7 +18,7 @@ CLASS_NAMES = ["road", "sky", "unicorn"]
 
 
 class ThresholdModel:
-    """Stands in for a model: the class is 0, 1 or 2 as the red channel is dark, medium or bright."""
+    """Replaces a model: the class is 0, 1 or 2 where the red channel is dark, medium or bright."""
 
     config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)))
     device, dtype = torch.device("cpu"), torch.float32
@@ -242,7 +242,7 @@ def saved_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-mfuser")
     model = tiny_model()
     with torch.no_grad():
-        while len(np.unique(arg_max(model, noise_image()))) == 1:  # a model at its start sees one class everywhere
+        while len(np.unique(arg_max(model, noise_image()))) == 1:  # a newly initialised model predicts a single class
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""Each encoder sees the pixels that it was pretrained on, and both streams meet token by token."""
+"""Each encoder computes what Transformers computes with its weights, and both are merged token by token."""
 
 import pytest
 import torch
-from tiny_models import PAIRS, tiny_batch, tiny_model
+from tiny_models import DINOV2, PAIRS, tiny_batch, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -45,7 +45,7 @@ def normalised(pixels: torch.Tensor, statistics) -> torch.Tensor:
 
 
 def without_fusion(pair: str, **fields):
-    """A model whose encoders learn nothing from each other."""
+    """Returns a model in which the encoders do not influence each other."""
     model = tiny_model(pair, **fields)
     with torch.no_grad():
         for layer in model.mfuser.fusion_layers:
@@ -56,7 +56,7 @@ def without_fusion(pair: str, **fields):
 
 
 def last_hidden_state(vision: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What Transformers' own class computes with the weights of `vision`, from pixels in [0, 1]."""
+    """Returns the output of Transformers' class with the weights of `vision`, for pixels in [0, 1]."""
     config = vision.config
     model_class, statistics = ENCODERS[config.model_type]
     encoder = model_class(config).eval()
@@ -166,14 +166,19 @@ def test_class_tokens_and_patches_are_merged_and_register_tokens_are_not(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pair", PAIRS)
-def test_fused_maps_are_the_patches_of_both_encoders_after_each_tap(pair):
-    model = tiny_model(pair)
+@pytest.mark.parametrize(("pair", "taps"), [*((pair, (1, 2, 3, 4)) for pair in PAIRS), ("six layers", (1, 3, 4, 6))])
+def test_fused_maps_are_the_patches_of_both_encoders_after_each_tap(pair, taps):
+    if pair == "six layers":
+        six = dict(num_hidden_layers=6)
+        towers = dict(vfm_config=DINOV2 | six, vlm_config=PAIRS["dinov2+clip"]["vlm_config"] | six)
+        model = tiny_model(**towers, fusion_out_layers=list(taps))
+    else:
+        model = tiny_model(pair)
     outputs = model.mfuser(tiny_batch()["pixel_values"], output_hidden_states=True)
     first_vfm = 1 + getattr(model.config.vfm_config, "num_register_tokens", 0)
     first_vlm = 0 if "siglip" in pair else 1
     assert len(outputs.fused_maps) == 4
-    for tap, fused in zip((1, 2, 3, 4), outputs.fused_maps, strict=True):
+    for tap, fused in zip(taps, outputs.fused_maps, strict=True):
         vfm, vlm = outputs.vfm_hidden_states[tap][:, first_vfm:], outputs.hidden_states[tap][:, first_vlm:]
         for row in range(4):
             for column in range(4):
@@ -216,7 +221,7 @@ def test_the_vision_foundation_model_drops_nothing():
 
 
 def test_every_norm_has_the_published_epsilon():
-    """Too small a number to show in outputs."""
+    """It is too small to change the outputs visibly."""
     model = tiny_model("dinov2+clip")
     encoders = {id(module) for tower in (model.mfuser.vfm, model.mfuser.vlm) for module in tower.modules()}
     norms = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)

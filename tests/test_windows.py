@@ -119,6 +119,14 @@ def test_the_number_of_windows_computed_together_changes_nothing():
     torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_on_a_cpu_windows_of_1024_patches_are_computed_together():
+    model, sizes = tiny_model(crop_stride=1), []
+    model.mfuser.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    model(tiny_batch((64, 163), batch=1)["pixel_values"])
+    assert sizes == [64, 36]  # 100 windows of 16 patches
+
+
 def test_hidden_states_of_windows_are_refused():
     with pytest.raises(ValueError, match="crop by crop"):
         tiny_model()(tiny_batch((64, 128))["pixel_values"], output_hidden_states=True)

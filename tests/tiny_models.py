@@ -1,4 +1,4 @@
-"""Small random models of every kind that the tests run over."""
+"""Small random models of every kind, shared by the tests."""
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ SIGLIP2 = SIGLIP | dict(
 )
 PATCH14 = dict(image_size=60, patch_size=14)
 
-# One entry for each pair of encoders, and for what can differ between two: width, depth, patch.
+# Pairs of encoders, and pairs that differ in width, depth or patch size.
 PAIRS = {
     "dinov2+clip": dict(vfm_config=DINOV2, **CLIP),
     "dinov2+eva02_clip": dict(vfm_config=DINOV2, **EVA02),
@@ -65,7 +65,7 @@ PAIRS = {
 }
 
 
-# Fusion, decoder and losses at the smallest size that still has all their parts.
+# The smallest fusion, decoder and losses that have all their parts.
 FUSION = dict(
     fusion_out_layers=[1, 2, 3, 4],
     enhancer_hidden_size=32,
@@ -91,7 +91,7 @@ def tiny_config(pair: str = "dinov2+clip", **fields) -> MFuserConfig:
 
 
 def tiny_model(pair: str = "dinov2+clip", seed: int = 0, **fields) -> MFuserForSemanticSegmentation:
-    """In eval mode; what starts near zero is made to matter."""
+    """Returns a model in eval mode, in which the scales that are initialised near zero have an effect."""
     torch.manual_seed(seed)
     model = MFuserForSemanticSegmentation(tiny_config(pair, **fields))
     with torch.no_grad():
@@ -109,7 +109,7 @@ def tiny_batch(size: tuple[int, int] = (64, 64), batch: int = 2, seed: int = 0) 
 
 
 def tiny_tokenizer(clip: bool = True) -> PreTrainedTokenizerFast:
-    """Words as tokens: with start and end as CLIP has them, or with an end alone as SigLIP."""
+    """Returns a tokenizer of words, with start and end tokens as CLIP's, or with an end token only as SigLIP's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<unk>", "<pad>", "<end>", *"road sky car person street tree traffic light way of life".split()]
