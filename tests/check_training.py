@@ -32,7 +32,7 @@ from scipy import stats
 from transformers import AutoModelForSemanticSegmentation
 
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.scripts.convert_checkpoint import convert_tensor, detect_variant, dropped_reason
+from mfuser.scripts.checkpoint_names import convert_tensor, detect_variant, dropped_reason
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 STEPS = 12
