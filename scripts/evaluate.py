@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mfuser import __version__
 from mfuser.data.domains import DOMAINS, MAPILLARY
 from mfuser.evaluation.scoring import PROTOCOLS, check_classes, evaluate_domain, open_domain, prediction_files
-from mfuser.scripts.segment import load_model
+from mfuser.loading import load_for_inference
 
 # What resizes an image to the protocol's size, as mmcv did it for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -246,7 +246,7 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         raise ValueError("in several processes each has a device of its own: leave out --device")
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
-    model, processor = load_model(str(folder), None, device, parsed.dtype)
+    model, processor = load_for_inference(folder, device, parsed.dtype)
     domains = {
         title: open_domain(
             name,

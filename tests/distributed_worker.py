@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from mfuser.data.augmentation import ShuffledSampler
-from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments, without_scalars
+from mfuser.training.checkpoints import without_scalars
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 BATCH = 4  # of all processes together
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForSemanticSegmentation, CLIPConfig, CLIPModel
 
 from mfuser import MFuserForSemanticSegmentation
 from mfuser.data.augmentation import TrainingAugmentation
+from mfuser.loading import load_model
 from mfuser.scripts import cli, train
-from mfuser.training.trainer import load_trained_model
 
 torch.set_num_threads(1)
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -115,10 +115,10 @@ def test_the_published_recipes_hold_the_published_numbers(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no.yaml"], "no.yaml is no file"),
-        (["--learning_rat", "1"], "no such setting: learning_rat"),
-        (["--learning_rate"], "--learning_rate needs a value"),
-        (["max_steps=1", "output_dir=x"], "say what to train on"),
+        (["no.yaml"], "there is no recipe no.yaml"),
+        (["--learning_rat", "1"], "unknown settings: learning_rat"),
+        (["--learning_rate"], "--learning_rate has no value"),
+        (["max_steps=1", "output_dir=x"], "train_data is missing"),
     ],
 )
 def test_what_is_wrong_with_the_arguments_is_said(arguments, message, capsys):
@@ -128,12 +128,12 @@ def test_what_is_wrong_with_the_arguments_is_said(arguments, message, capsys):
 
 def test_a_model_must_be_named_in_one_way(recipe, capsys):
     assert train.main([str(recipe), "model=a", "vfm=b", "vlm=c"]) == 1
-    assert "give either `model`" in capsys.readouterr().err
+    assert "model=a, vfm=b, vlm=c; give either `model`" in capsys.readouterr().err
 
 
 def test_what_trains_cannot_be_saved_alone_without_knowing_the_encoders(recipe, capsys):
     assert train.main([str(recipe), "save_trainable_only=true", "model_config.freeze_encoders=true"]) == 1
-    assert "say which they are" in capsys.readouterr().err
+    assert "pass encoders=" in capsys.readouterr().err
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -166,11 +166,11 @@ def test_fine_tuning_pretrained_encoders_saves_what_trains_and_names_the_rest(re
     assert train.main([str(recipe)]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "encoders.json").read_text()) == {key: settings[key] for key in ("vfm", "vlm")}
-    model = load_trained_model(run)
+    model = load_model(run)
     pretrained = Dinov2Model.from_pretrained(encoders / "vfm").state_dict()
     for name, value in model.mfuser.vfm.vision.encoder.state_dict().items():
         assert torch.equal(value, pretrained[f"encoder.{name}"]), name
-    saved = load_trained_model(run / "checkpoint-2").state_dict()
+    saved = load_model(run / "checkpoint-2").state_dict()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
     assert not any(weight.requires_grad for weight in model.mfuser.vfm.parameters())
 
