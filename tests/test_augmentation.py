@@ -334,7 +334,7 @@ def test_bad_input_is_named(rows):
         TrainingAugmentation(scale_range=(2, 0.5))
     with pytest.raises(ValueError, match="max_class_ratio"):
         TrainingAugmentation(max_class_ratio=75)
-    with pytest.raises(ValueError, match="lacks the column.*label; it has image, name"):
+    with pytest.raises(ValueError, match="no column label; its columns are image, name"):
         AugmentedDataset(rows.remove_columns("label"), augmentation)
     with pytest.raises(ValueError, match="Row 3 of the dataset: .*mode RGB"):
         AugmentedDataset(make_rows(labels=None), augmentation)[3]

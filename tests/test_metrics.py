@@ -1,4 +1,4 @@
-"""The score is right, exact over processes, constant in memory and fast."""
+"""Scores equal independent definitions, are exact over processes and need constant memory."""
 
 import os
 import socket
@@ -149,14 +149,14 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"\[-1\]"):
         metric.update(zeros, zeros.astype(np.int64) - 1)
     assert not metric.matrix.any()  # what is refused is not counted either
-    with pytest.raises(ValueError, match="No labelled pixel"):
+    with pytest.raises(ValueError, match="no labelled pixel"):
         metric.compute()
     metric.update(zeros, zeros)
     with pytest.raises(ValueError, match="distinct ids"):
         metric.compute(classes=[0, 19])
-    with pytest.raises(ValueError, match="Cannot merge"):
+    with pytest.raises(ValueError, match="the other metric has 16 classes"):
         metric.merge(MeanIoU(16))
-    with pytest.raises(ValueError, match="one of the 19 classes"):
+    with pytest.raises(ValueError, match="one of the 19 class ids"):
         MeanIoU(19, ignore_index=0)
 
 
@@ -222,9 +222,9 @@ def test_loads_through_evaluate_offline_and_streams(tmp_path, monkeypatch):
     ours.add(prediction=predictions[0], reference=references[0])
     ours.add_batch(predictions=torch.from_numpy(predictions[1:]), references=[references[1]])
     assert ours.compute()["mean_iou"] == scores["mean_iou"]
-    with pytest.raises(ValueError, match="No labelled pixel"):
+    with pytest.raises(ValueError, match="no labelled pixel"):
         ours.compute()  # computing empties the count
     with pytest.raises(ValueError, match="2 predictions for 1 references"):
         ours.add_batch(predictions=predictions, references=references[:1])
-    with pytest.raises(ValueError, match="one process"):
+    with pytest.raises(ValueError, match="num_process is 2; DomainMeanIou runs in one process"):
         evaluate.load(script, num_process=2, cache_dir=str(tmp_path))

@@ -188,7 +188,7 @@ def test_counts_are_kept_beside_the_dataset(labels, countings, tmp_path):
     assert len(list((tmp_path / "data").glob("rare-class-index-*.npz"))) == 1
     np.testing.assert_array_equal(count(datasets.load_from_disk(str(tmp_path / "data"))), counts)
     assert len(countings) == 7
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
     # Another selection or another number of classes is another index.
     dataset = datasets.load_from_disk(str(tmp_path / "data"))
@@ -236,7 +236,7 @@ def test_a_changed_label_file_makes_the_cache_stale(labels, countings, tmp_path)
 def test_a_folder_that_cannot_be_written_costs_the_cache_only(labels, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert count(make_dataset(labels), cache_file=tmp_path / "file" / "index.npz").shape == (7, 5)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 def test_draws_become_crops_of_their_class_whatever_the_number_of_workers():
@@ -277,13 +277,13 @@ def test_bad_input_is_named(labels):
     with pytest.raises(ValueError, match=r"\[4\]"):
         count_class_pixels(make_dataset(labels), 4, num_proc=2)
     unlabelled = datasets.Dataset.from_dict({"label": [None]}, features=datasets.Features({"label": datasets.Image()}))
-    with pytest.raises(ValueError, match="Row 0 of the dataset: there is no label"):
+    with pytest.raises(ValueError, match="Row 0 of the dataset: the label is missing"):
         count(unlabelled)
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    with pytest.raises(ValueError, match="temperature is 0; it must be positive"):
         class_probabilities(PIXELS.sum(axis=0), 0)
-    with pytest.raises(ValueError, match="are all of them 255"):
+    with pytest.raises(ValueError, match="at least one pixel must not be 255"):
         RareClassSampler(np.zeros((3, 5), np.int64))
-    with pytest.raises(ValueError, match="largest count is 9900.*smaller min_pixels"):
+    with pytest.raises(ValueError, match="min_pixels is 10000, and no image holds more than 9900 pixels"):
         RareClassSampler(PIXELS, min_pixels=10000)
     with pytest.raises(ValueError, match="num_samples"):
         RareClassSampler(PIXELS, num_samples=0)
