@@ -106,7 +106,7 @@ def test_a_map_larger_than_a_chunk_is_counted_whole():
     np.testing.assert_array_equal(metric.matrix.flatten().numpy(), np.bincount(codes, minlength=380))
 
 
-def test_classes_restricts_the_mean_and_nothing_else():
+def test_the_mean_can_be_restricted_to_classes():
     synthia = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18]
     prediction, label = random_maps(0, 19, (64, 64))
     metric = MeanIoU(19)

@@ -1,4 +1,4 @@
-"""Rare-class sampling: the formula, an index that is never stale, one sequence for any number of processes."""
+"""Rare-class sampling: the formula, a cache that is never stale, one sequence for any number of processes."""
 
 import logging
 
@@ -42,7 +42,7 @@ def test_classes_and_images_are_drawn_as_often_as_their_probabilities_say(caplog
     with caplog.at_level(logging.WARNING):
         sampler = RareClassSampler(PIXELS, num_samples=20000, temperature=0.3, min_pixels=999)
     assert sampler.classes.tolist() == [0, 1, 2]
-    assert "{4: 100}" in caplog.text  # what cannot be drawn is said
+    assert "{4: 100}" in caplog.text  # excluded classes are reported
     formula = class_probabilities(PIXELS.sum(axis=0), 0.3)[:3]
     np.testing.assert_allclose(sampler.probabilities, formula / formula.sum(), rtol=1e-12)
 
@@ -50,7 +50,7 @@ def test_classes_and_images_are_drawn_as_often_as_their_probabilities_say(caplog
     drawn = np.bincount([draw.class_id for draw in draws], minlength=5) / 20000
     np.testing.assert_allclose(drawn[:3], sampler.probabilities, atol=0.015)
     assert {draw.min_class_pixels for draw in draws} == {499.5}
-    holders = {0: [0, 1, 2, 3, 4], 1: [1, 2, 4], 2: [0, 4]}  # 999 pixels are not more than 999
+    holders = {0: [0, 1, 2, 3, 4], 1: [1, 2, 4], 2: [0, 4]}  # 999 pixels are not enough
     for class_id, rows in holders.items():
         chosen = np.bincount([draw.index for draw in draws if draw.class_id == class_id], minlength=5)
         assert np.flatnonzero(chosen).tolist() == rows
@@ -64,7 +64,7 @@ def test_an_image_needs_more_than_3000_pixels_and_its_crop_more_than_1500():
     assert len(sampler) == 5
 
 
-def test_a_draw_depends_on_seed_epoch_and_position_alone():
+def test_a_draw_depends_only_on_seed_epoch_and_position():
     sampler = RareClassSampler(PIXELS, seed=1, num_samples=200)
     first = list(sampler)
     assert first == list(sampler) == list(RareClassSampler(PIXELS, seed=1, num_samples=200))
@@ -82,7 +82,7 @@ def test_a_draw_depends_on_seed_epoch_and_position_alone():
 
 
 class Echo(torch.utils.data.Dataset):
-    """Gives back the draw it is asked for."""
+    """Returns the draw that it is indexed by."""
 
     def __len__(self):
         return 5
@@ -92,7 +92,7 @@ class Echo(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("split_batches", [False, True])
-def test_two_processes_share_one_sequence_out_without_overlap(split_batches):
+def test_two_processes_receive_disjoint_parts_of_one_sequence(split_batches):
     sampler = RareClassSampler(PIXELS, num_samples=48)
     loader = DataLoader(Echo(), batch_size=4, sampler=sampler)
     parts = [
@@ -115,7 +115,7 @@ def test_two_processes_share_one_sequence_out_without_overlap(split_batches):
         assert torch.equal(together[together[:, 1].argsort()], expected)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped():
+def test_a_resumed_epoch_continues_with_the_same_draws():
     sampler = RareClassSampler(PIXELS, num_samples=40)
     loader = DataLoader(Echo(), batch_size=4, sampler=sampler)
     whole = list(loader)
@@ -165,7 +165,7 @@ def test_labels_mapped_on_the_fly_are_counted_as_training_sees_them(labels):
 
 @pytest.fixture
 def countings(monkeypatch):
-    """How often rows are counted rather than taken from the cache."""
+    """The rows that are counted rather than read from the cache."""
     calls = []
     count = rare_class_sampling._count_labels
 
@@ -181,7 +181,7 @@ def count(dataset, num_classes=5, **arguments):
     return count_class_pixels(dataset, num_classes, num_proc=1, **arguments)
 
 
-def test_counts_are_kept_beside_the_dataset(labels, countings, tmp_path):
+def test_counts_are_cached_beside_the_dataset(labels, countings, tmp_path):
     make_dataset(labels).save_to_disk(tmp_path / "data")
     counts = count(datasets.load_from_disk(str(tmp_path / "data")))
     assert countings == list(range(7))
@@ -233,7 +233,7 @@ def test_a_changed_label_file_makes_the_cache_stale(labels, countings, tmp_path)
     assert len(countings) == 4
 
 
-def test_a_folder_that_cannot_be_written_costs_the_cache_only(labels, tmp_path, caplog):
+def test_counts_are_returned_when_the_cache_cannot_be_written(labels, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert count(make_dataset(labels), cache_file=tmp_path / "file" / "index.npz").shape == (7, 5)
     assert "cannot be cached" in caplog.text

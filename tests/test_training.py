@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed_worker import Samples, random_maps, step_and_evaluate
+from distributed_worker import FSDP_RUNS_ON_CPU, Samples, random_maps, step_and_evaluate
 from sklearn.metrics import confusion_matrix
-from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_model
+from tiny_models import CLASSES, tiny_batch, tiny_model
 from torch import nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.data.augmentation import ShuffledSampler
@@ -31,7 +32,7 @@ from mfuser.scripts.convert_checkpoint import (
 )
 from mfuser.training.checkpoints import without_scalars
 from mfuser.training.optimization import PolynomialSchedule, parameter_groups
-from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments, synchronise_batch_norm
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 torch.set_num_threads(1)
 ENCODERS = {"vfm": "a-vfm", "vlm": "a-vlm"}
@@ -71,7 +72,7 @@ def test_the_optimizer_trains_exactly_what_the_reference_trains(variant):
 
 
 @pytest.mark.parametrize("decay_embeddings", [True, False])
-def test_weight_decay_spares_norms_and_if_asked_level_and_query_embeddings(full_size, decay_embeddings):
+def test_norms_and_optionally_level_and_query_embeddings_have_no_weight_decay(full_size, decay_embeddings):
     decayed, spared = parameter_groups(full_size, 1e-4, decay_embeddings)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-4, 0.0)
     spared = names_of(full_size, spared["params"])
@@ -94,7 +95,7 @@ def test_the_schedule_is_mmcvs_poly_with_linear_warm_up():
         assert schedule(step) * 1e-4 == pytest.approx(rate, rel=1e-6)
 
 
-def test_a_schedule_that_would_rise_is_refused():
+def test_a_rising_schedule_is_refused():
     with pytest.raises(ValueError, match="learning rate is 1e-07 and its minimum 1e-06; the minimum must be between"):
         PolynomialSchedule(1e-7, 1e-6, 10)
 
@@ -145,7 +146,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(tmp_path):
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5)
 
 
-def test_a_model_card_that_is_there_is_kept_when_the_model_is_shared(tmp_path):
+def test_an_existing_model_card_is_kept_when_the_model_is_uploaded(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
     (tmp_path / "README.md").write_text("ours")
     trainer.create_model_card(model_name="a")
@@ -283,7 +284,7 @@ def test_a_checkpoint_loads_by_itself_and_holds_its_image_processor(tmp_path):
     assert (checkpoint / "modeling_mfuser.py").is_file()
 
 
-def test_only_what_trains_is_saved_if_asked_and_goes_back_on_top_of_the_encoders(tmp_path):
+def test_checkpoints_without_frozen_weights_are_restored_on_top_of_the_encoders(tmp_path):
     trainer = trainer_in(tmp_path / "part", tiny_model(), max_steps=2, save_trainable_only=True, encoders=ENCODERS)
     trainer.train()
     full = trainer_in(tmp_path / "full", tiny_model(), max_steps=2)
@@ -364,6 +365,7 @@ def both(tmp_path_factory):
     return torch.load(output)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_and_gradients_of_one(both):
     alone = step_and_evaluate(world_size=1)
     assert sorted(both["seen"][0] + both["seen"][1]) == sorted(alone["seen"])
@@ -375,6 +377,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(both):
     assert both["evaluation"]["eval_mean_iou"] == pytest.approx(alone["evaluation"]["eval_mean_iou"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_reduce_to_exactly_the_pixel_counts_of_one(both):
     prediction, label = random_maps()
     whole = MeanIoU(19)
@@ -382,16 +385,21 @@ def test_two_processes_reduce_to_exactly_the_pixel_counts_of_one(both):
     assert both["reduced"] == [whole.matrix.tolist()] * 4  # on both processes, and again when reduced again
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not FSDP_RUNS_ON_CPU, reason="this version of PyTorch shards on accelerators only")
 def test_layers_sharded_as_the_fsdp_recipe_says_give_the_same_loss_and_gradients(both):
     assert both["sharded"][True] == pytest.approx(both["sharded"][False], rel=1e-5)
 
 
-def test_batch_norm_is_synchronised_on_accelerators():
+@pytest.mark.parametrize(("device", "kind"), [("meta", nn.SyncBatchNorm), ("cpu", nn.BatchNorm2d)])
+def test_batch_norm_is_synchronised_between_accelerators_only(tmp_path, monkeypatch, device, kind):
+    arguments = MFuserTrainingArguments(str(tmp_path), save_strategy="no", report_to="none", use_cpu=True)
+    assert arguments.device.type == "cpu"
+    monkeypatch.setattr(MFuserTrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    monkeypatch.setattr(MFuserTrainingArguments, "device", torch.device(device))  # meta stands in for an accelerator
     model = tiny_model()
-    before = weights_of(model)
-    model = synchronise_batch_norm(model)
-    assert [type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] == [
-        nn.SyncBatchNorm
-    ]
-    assert_same_weights(weights_of(model), before)
-    assert isinstance(model.config, type(tiny_config()))
+    names = list(model.state_dict())
+    trainer = MFuserTrainer(model, arguments)
+    norms = [module for module in trainer.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert [type(norm) for norm in norms] == [kind]
+    assert list(trainer.model.state_dict()) == names

@@ -126,7 +126,7 @@ class MFuserTrainer(Trainer):
                 "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to false"
             )
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
-            model = synchronise_batch_norm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler, self.encoders = train_sampler, encoders
         self._loss_sums, self._loss_count = {}, 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -256,7 +256,7 @@ class MFuserTrainer(Trainer):
 
         With `save_trainable_only`, frozen weights are left out and the encoders are named in `encoders.json`.
         """
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(output_dir or self.args.output_dir)
         # Every process takes part in this: sharded weights are gathered.
         state_dict = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
         if self.args.should_save:
@@ -314,9 +314,4 @@ class MFuserTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """`model` with BatchNorm layers whose training statistics run over all processes, for accelerators only."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-__all__ = ["MFuserTrainer", "MFuserTrainingArguments", "synchronise_batch_norm"]
+__all__ = ["MFuserTrainer", "MFuserTrainingArguments"]
