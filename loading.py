@@ -151,9 +151,9 @@ def read_weights(
         "unexpected": sorted(report["unexpected_keys"]),
         "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
     }
-    problems = [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
-    if problems:
-        raise ValueError(f"The weights in {folder or 'the checkpoint'} do not fit the model; {'; '.join(problems)}")
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"The weights in {folder or 'the checkpoint'} do not fit the model; {listed}")
     own = model.state_dict()
     return loaded.state_dict() | {name: own[name] for name in report["missing_keys"]}
 

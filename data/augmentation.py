@@ -33,8 +33,8 @@ class Draw(NamedTuple):
     processes report a new epoch to the dataset.
 
     Attributes:
-        index (`int`):
-            Row of the dataset.
+        row (`int`):
+            Index of the row in the dataset.
         epoch (`int`):
             Epoch, which seeds the sample's random numbers together with `position` and the dataset's seed.
         position (`int`):
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
             See `class_id`.
     """
 
-    index: int
+    row: int
     epoch: int
     position: int
     class_id: int | None = None
@@ -115,12 +115,12 @@ class TrainingAugmentation:
                 f"brightness_delta is {brightness_delta} and hue_delta {hue_delta}; both must be at least 0"
             )
         self.crop_size = crop_size
-        self.scale_range = tuple(scale_range)
+        self.scale_range = scale_range
         self.max_class_ratio = max_class_ratio
         self.flip_probability = flip_probability
         self.brightness_delta = brightness_delta
-        self.contrast_range = tuple(contrast_range)
-        self.saturation_range = tuple(saturation_range)
+        self.contrast_range = contrast_range
+        self.saturation_range = saturation_range
         self.hue_delta = hue_delta
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
@@ -208,7 +208,8 @@ class TrainingAugmentation:
 
     def _draw_crop(self, label: np.ndarray, rng: np.random.Generator) -> tuple["ResizedWindow", np.ndarray]:
         """Draws a scale and a crop that no class dominates; returns the window and the cropped label map."""
-        full = resized_shape(*label.shape, rng.uniform(*self.scale_range))
+        height, width = label.shape
+        full = resized_shape(height, width, rng.uniform(*self.scale_range))
         size = tuple(min(length, self.crop_size) for length in full)
         for _ in range(1 + REDRAWS):
             top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(full, size, strict=True))
@@ -406,13 +407,13 @@ class AugmentedDataset(Dataset):
 
     def __getitem__(self, draw: Draw | int) -> dict[str, torch.Tensor]:
         if not isinstance(draw, Draw):
-            draw = Draw(index=draw, epoch=self._epoch.item(), position=draw)
-        row = self.dataset[draw.index]
+            draw = Draw(row=draw, epoch=self._epoch.item(), position=draw)
+        row = self.dataset[draw.row]
         rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
         try:
             return self.augmentation(row["image"], row["label"], rng, draw.class_id, draw.min_class_pixels)
         except ValueError as error:
-            raise ValueError(f"Row {draw.index} of the dataset: {error}") from error
+            raise ValueError(f"Row {draw.row} of the dataset: {error}") from error
 
 
 class ShuffledSampler(Sampler[Draw]):

@@ -164,12 +164,12 @@ class MeanIoU:
         counts = torch.zeros_like(self.matrix)
         for start in range(0, label.numel(), _CHUNK_PIXELS):
             chunks = [values[start : start + _CHUNK_PIXELS] for values in (prediction, label)]
-            small = [_to_uint8(chunk) for chunk in chunks]
-            if any(chunk is None for chunk in small):
+            small_prediction, small_label = (_to_uint8(chunk) for chunk in chunks)
+            if small_prediction is None or small_label is None:
                 counts += self._count(*chunks)
                 continue
-            codes = torch.add(self._lane_offsets[: small[1].numel()], small[1], alpha=columns)
-            codes += small[0].clamp(max=self.num_classes)
+            codes = torch.add(self._lane_offsets[: small_label.numel()], small_label, alpha=columns)
+            codes += small_prediction.clamp(max=self.num_classes)
             lanes += torch.bincount(codes, minlength=lanes.numel())
         by_label = lanes.view(_LANES, 256, columns).sum(dim=0)
         by_label[self.ignore_index] = 0

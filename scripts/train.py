@@ -11,6 +11,7 @@ complete checkpoint. `accelerate launch -m mfuser.scripts.train recipes/gta5_cli
 """
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -20,12 +21,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch.utils.data import Sampler
 from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from mfuser.configuration_mfuser import MFuserConfig
-from mfuser.data.augmentation import AugmentedDataset, ShuffledSampler, TrainingAugmentation
+from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
 from mfuser.data.domains import load_domain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.validation import ValidationDataset
@@ -225,7 +227,7 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
                 f"{options.model} has the classes {', '.join(known)}; the data has {', '.join(class_names)}"
             )
         return model
-    if options.vfm:
+    if options.vfm and options.vlm:
         return MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
             options.vfm, options.vlm, class_names=class_names, tokenizer=options.tokenizer, **options.model_config
         )
@@ -237,7 +239,7 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
 
 def encoders_of(options: ModelArguments) -> dict[str, str] | None:
     """Folder or Hub id of the model's pretrained `vfm` and `vlm`, where known."""
-    if options.vfm:
+    if options.vfm and options.vlm:
         return {"vfm": options.vfm, "vlm": options.vlm}
     return saved_encoders(options.model) if options.model else None
 
@@ -251,12 +253,15 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     """
     if data.train_data is None:
         raise ValueError("train_data is missing; give a folder written by `mfuser prepare` as --train_data FOLDER")
-    columns = {"image_column": data.image_column, "label_column": data.label_column, "id2label": data.id2label}
+    open_data = functools.partial(
+        load_domain, image_column=data.image_column, label_column=data.label_column, id2label=data.id2label
+    )
     with training.main_process_first(desc="opening the data"):
-        train = load_domain(data.train_data, data.train_split, **columns)
-        validation = data.validation_data and load_domain(data.validation_data, data.validation_split, **columns)
+        train = open_data(data.train_data, data.train_split)
+        validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
         if validation and validation.id2label != train.id2label:
             raise ValueError(f"{data.train_data} and {data.validation_data} have different classes")
+        sampler: Sampler[Draw]
         if data.rare_class_sampling:
             counts = count_class_pixels(train.dataset, len(train.id2label))
             sampler = RareClassSampler(
@@ -286,10 +291,11 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
 
 def checkpoint_to_resume(training: TrainArguments) -> str | None:
     """The checkpoint to continue from: the one that `resume` names, or the last one in `output_dir` if any."""
-    if training.resume in (None, False):
+    resume: Any = training.resume  # a path, or YAML's true or false
+    if resume in (None, False):
         return None
-    if training.resume is not True:
-        return training.resume
+    if resume is not True:
+        return resume
     return get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
 
 
@@ -297,11 +303,13 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
     """The paragraph of the model card on how the model was trained."""
     steps, batch = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
     batch *= trainer.args.gradient_accumulation_steps
-    text = f"Trained by `mfuser train` on {Path(data.train_data).name}, split {data.train_split}: {steps} steps of "
+    text = (
+        f"Trained by `mfuser train` on {Path(str(data.train_data)).name}, split {data.train_split}: {steps} steps of "
+    )
     text += f"{batch} crops of {trainer.train_dataset.augmentation.crop_size} pixels, learning rate "
     text += f"{trainer.args.learning_rate:g}."
     if "eval_mean_iou" in metrics:
-        text += f" Mean IoU on the split {data.validation_split} of {Path(data.validation_data).name}: "
+        text += f" Mean IoU on the split {data.validation_split} of {Path(str(data.validation_data)).name}: "
         text += f"{100 * metrics['eval_mean_iou']:.1f} %."
     return text
 

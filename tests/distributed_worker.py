@@ -36,7 +36,7 @@ class Samples(Dataset):
         return 6
 
     def __getitem__(self, draw):
-        index = getattr(draw, "index", draw)
+        index = getattr(draw, "row", draw)
         self.seen.append(index)
         return {name: value[index] for name, value in self.batch.items()}
 

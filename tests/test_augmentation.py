@@ -295,7 +295,7 @@ def test_a_sample_depends_on_seed_epoch_and_position_whatever_the_number_of_work
     assert not torch.equal(alone, samples(dataset, 0, sampler))
     sampler.set_epoch(0)
     assert torch.equal(alone, samples(dataset, 0, sampler))
-    again = [dataset[Draw(index=2, epoch=0, position=position)]["pixel_values"] for position in (2, 5)]
+    again = [dataset[Draw(row=2, epoch=0, position=position)]["pixel_values"] for position in (2, 5)]
     assert not torch.equal(*again)  # the same row twice in an epoch is augmented twice
 
 
@@ -313,11 +313,11 @@ def test_persistent_workers_see_a_new_epoch(rows):
 def test_the_shuffled_sampler_visits_every_row_once_in_a_new_order_each_epoch():
     sampler = ShuffledSampler(50, seed=3)
     first = list(sampler)
-    assert sorted(draw.index for draw in first) == list(range(50)) and len(sampler) == 50
+    assert sorted(draw.row for draw in first) == list(range(50)) and len(sampler) == 50
     assert [draw.position for draw in first] == list(range(50))
     assert first == list(ShuffledSampler(50, seed=3)) != list(ShuffledSampler(50, seed=4))
     sampler.set_epoch(1)
-    assert [draw.index for draw in sampler] != [draw.index for draw in first]
+    assert [draw.row for draw in sampler] != [draw.row for draw in first]
     assert {draw.epoch for draw in sampler} == {1}
 
 

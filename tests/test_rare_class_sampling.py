@@ -52,7 +52,7 @@ def test_classes_and_images_are_drawn_as_often_as_their_probabilities_say(caplog
     assert {draw.min_class_pixels for draw in draws} == {499.5}
     holders = {0: [0, 1, 2, 3, 4], 1: [1, 2, 4], 2: [0, 4]}  # 999 pixels are not enough
     for class_id, rows in holders.items():
-        chosen = np.bincount([draw.index for draw in draws if draw.class_id == class_id], minlength=5)
+        chosen = np.bincount([draw.row for draw in draws if draw.class_id == class_id], minlength=5)
         assert np.flatnonzero(chosen).tolist() == rows
         np.testing.assert_allclose(chosen[rows] / chosen.sum(), 1 / len(rows), atol=0.03)
 
@@ -72,12 +72,12 @@ def test_a_draw_depends_only_on_seed_epoch_and_position():
     assert sampler.draw(0, 123) == first[123]
     # A longer epoch begins like a shorter one.
     assert list(RareClassSampler(PIXELS, seed=1, num_samples=300))[:200] == first
-    choices = {tuple((draw.index, draw.class_id) for draw in first)}
+    choices = {tuple((draw.row, draw.class_id) for draw in first)}
     for seed, epoch in ((1, 1), (2, 0)):
         other = RareClassSampler(PIXELS, seed=seed, num_samples=200)
         other.set_epoch(epoch)
         assert {draw.epoch for draw in other} == {epoch}
-        choices.add(tuple((draw.index, draw.class_id) for draw in other))
+        choices.add(tuple((draw.row, draw.class_id) for draw in other))
     assert len(choices) == 3
 
 
@@ -88,7 +88,7 @@ class Echo(torch.utils.data.Dataset):
         return 5
 
     def __getitem__(self, draw):
-        return torch.tensor([draw.epoch, draw.position, draw.index, draw.class_id])
+        return torch.tensor([draw.epoch, draw.position, draw.row, draw.class_id])
 
 
 @pytest.mark.parametrize("split_batches", [False, True])
@@ -111,7 +111,7 @@ def test_two_processes_receive_disjoint_parts_of_one_sequence(split_batches):
         assert positions[0].isdisjoint(positions[1]) and positions[0] | positions[1] == set(range(48))
         sampler.set_epoch(epoch)
         together = torch.cat(seen)
-        expected = torch.tensor([[draw.epoch, draw.position, draw.index, draw.class_id] for draw in sampler])
+        expected = torch.tensor([[draw.epoch, draw.position, draw.row, draw.class_id] for draw in sampler])
         assert torch.equal(together[together[:, 1].argsort()], expected)
 
 
@@ -258,7 +258,7 @@ def test_draws_become_crops_of_their_class_whatever_the_number_of_workers():
         assert torch.equal(alone["labels"], shared["labels"])
     crops = torch.cat([batch["labels"] for batch in batches[0]])
     draws = list(sampler)
-    assert {draw.index for draw in draws if draw.class_id == 2} == {1}
+    assert {draw.row for draw in draws if draw.class_id == 2} == {1}
     held = [(crop == draw.class_id).sum() > 300 for crop, draw in zip(crops, draws, strict=True)]
     assert np.mean(held) > 0.9
     free = [(augmented[Draw(1, 0, position)]["labels"] == 2).sum() > 300 for position in range(40)]

@@ -238,7 +238,7 @@ def test_the_recipes_sampling_settings_reach_the_sampler(recipe, data, temperatu
 
 def test_without_rare_class_sampling_every_row_is_drawn_once_per_epoch(recipe):
     trainer = train.build_trainer(*train.parse_arguments([str(recipe), "rare_class_sampling=false"]))
-    assert sorted(draw.index for draw in trainer.train_sampler) == list(range(6))
+    assert sorted(draw.row for draw in trainer.train_sampler) == list(range(6))
 
 
 def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(recipe, tmp_path, encoders, data):

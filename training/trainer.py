@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
+from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.files import write_text
 from mfuser.loading import ENCODERS_FILE
@@ -110,13 +111,18 @@ class MFuserTrainer(Trainer):
             Further arguments of [`Trainer`].
     """
 
+    args: MFuserTrainingArguments
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
     def __init__(
         self,
         model: MFuserForSemanticSegmentation,
         args: MFuserTrainingArguments,
         train_dataset: Dataset | None = None,
         train_sampler=None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: ValidationDataset | None = None,
         encoders: dict[str, str] | None = None,
         **kwargs,
     ):
@@ -128,7 +134,8 @@ class MFuserTrainer(Trainer):
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler, self.encoders = train_sampler, encoders
-        self._loss_sums, self._loss_count = {}, 0
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_count = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if self.is_fsdp_enabled and eval_dataset is not None:
             raise ValueError("evaluation during training is not possible under FSDP; leave validation_data out")
@@ -162,7 +169,7 @@ class MFuserTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: ValidationDataset | None = None) -> DataLoader:
         """Returns a loader of this process's share of the images, one by one since their sizes may differ."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
@@ -170,7 +177,7 @@ class MFuserTrainer(Trainer):
         share = range(self.args.process_index, len(eval_dataset), self.args.world_size)
         return DataLoader(Subset(eval_dataset, share), batch_size=1, num_workers=self.args.dataloader_num_workers)
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: ValidationDataset) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
     # --- optimization ------------------------------------------------------------------------------------------------
