@@ -1,4 +1,7 @@
-"""Class names: the lists that are shared, and names as the token ids that the text encoder takes."""
+"""Class names: the lists that are shared, names as the token ids of the text encoder, and similar names."""
+
+import torch
+from torch.nn import functional as F
 
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -57,3 +60,8 @@ def class_token_ids(class_names: list[str], tokenizer, length: int = CLASS_TOKEN
     has_start_token = all(row[0] == tokenizer.bos_token_id for row in rows)
     padding = CLIP_PADDING if has_start_token else tokenizer.pad_token_id
     return [row + [padding] * (length - len(row)) for row in rows]
+
+
+def nearest_classes(embeddings: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """For each class embedding (N, E), the index of the most similar one among `known` (K, E), by cosine -> (N,)."""
+    return (F.normalize(embeddings, dim=-1) @ F.normalize(known, dim=-1).T).argmax(dim=-1)

@@ -1,16 +1,16 @@
-"""Configuration of EVA02-CLIP: its vision tower, its text tower, and both together."""
+"""Configurations of EVA02-CLIP and of its two towers."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
 
-# SwiGLU has three matrices in place of two: 4 * 2 / 3, with the digits that the published models were built with.
+# 4 * 2 / 3, because a SwiGLU has three matrices instead of two; rounded as in the published models.
 SWIGLU_RATIO = 2.6667
 
 
 def _require_positive(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
     for name in names:
         if not getattr(config, name) > 0:
-            raise ValueError(f"{type(config).__name__}: {name} must be positive, got {getattr(config, name)}")
+            raise ValueError(f"{type(config).__name__}: {name} is {getattr(config, name)}; it must be positive")
 
 
 @strict
@@ -19,25 +19,35 @@ class Eva02ClipVisionConfig(PreTrainedConfig):
     Configuration of [`Eva02ClipVisionModel`]. The defaults are EVA02-CLIP-L/14-336.
 
     Args:
-        hidden_size, num_hidden_layers, num_attention_heads:
-            Width, depth and heads. The width of a head is a multiple of 4: pairs of channels on two axes.
+        hidden_size (`int`, *optional*, defaults to 1024):
+            Dimension of the tokens. Each head has a multiple of 4 channels, because pairs are rotated on two axes.
         intermediate_size (`int`, *optional*):
-            Width inside the SwiGLU; `int(hidden_size * 2.6667)` by default, as in every published model.
-        projection_dim (`int`, defaults to 768):
-            Width of the space that images and texts share.
-        image_size, patch_size, num_channels:
-            Side in pixels of the image that the position table was made for, side of a patch, colour channels. The
-            table has `(image_size // patch_size) ** 2 + 1` rows; other image sizes interpolate it.
-        rope_theta (`float`, defaults to 10000):
+            Dimension of the SwiGLU. Defaults to `int(hidden_size * 2.6667)`, as in all published models.
+        projection_dim (`int`, *optional*, defaults to 768):
+            Dimension of the shared embedding space.
+        num_hidden_layers (`int`, *optional*, defaults to 24):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 16):
+            Number of attention heads.
+        num_channels (`int`, *optional*, defaults to 3):
+            Number of image channels.
+        image_size (`int`, *optional*, defaults to 336):
+            Image size of the position embeddings, of which there are `(image_size // patch_size) ** 2 + 1`. They are
+            interpolated for other image sizes.
+        patch_size (`int`, *optional*, defaults to 14):
+            Size of a patch.
+        rope_theta (`float`, *optional*, defaults to 10000):
             Base of the rotary frequencies.
-        rope_pretrained_grid (`int`, defaults to 16):
-            Rotary positions run from 0 to this number over a grid of any size: the side, in patches, of the grid that
-            the masked-image pre-training saw (16 for every published model, B/16 and L/14-336 too).
-        layer_norm_eps (`float`, defaults to 1e-6): Of every norm, the inner ones included.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+        rope_pretrained_grid (`int`, *optional*, defaults to 16):
+            Number of patches per side in the masked image pretraining. Rotary positions are scaled to this range for
+            every grid. It is 16 for all published models, including L/14-336.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of all norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of newly initialised weights.
 
     Raises:
-        ValueError: values that can't work together, with what would.
+        ValueError: If a value is out of range or the values are inconsistent.
     """
 
     model_type = "eva02_clip_vision_model"
@@ -63,7 +73,7 @@ class Eva02ClipVisionConfig(PreTrainedConfig):
         self.check()
 
     def check(self):
-        """Raises `ValueError` for values that can't work together."""
+        """Raises `ValueError` if a value is out of range or the values are inconsistent."""
         _require_positive(
             self,
             (
@@ -81,21 +91,21 @@ class Eva02ClipVisionConfig(PreTrainedConfig):
         )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 * num_attention_heads "
-                f"({4 * self.num_attention_heads}): the rotary embedding turns pairs of channels on two axes"
+                f"hidden_size is {self.hidden_size}; it must be a multiple of 4 * num_attention_heads "
+                f"({4 * self.num_attention_heads}), because pairs of channels are rotated on two axes"
             )
         if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
+            raise ValueError(f"image_size is {self.image_size}; it must be at least patch_size ({self.patch_size})")
 
 
 @strict
 class Eva02ClipTextConfig(CLIPTextConfig):
     r"""
-    Configuration of [`Eva02ClipTextModel`]: a [`CLIPTextConfig`] with the numbers of EVA02-CLIP-L, of which only the
-    exact GELU differs in kind from OpenAI's CLIP. `eos_token_id` is the token whose output stands for the text.
+    Configuration of [`Eva02ClipTextModel`]: a [`CLIPTextConfig`] with the sizes of EVA02-CLIP-L. Unlike OpenAI's CLIP,
+    the text tower uses the exact GELU. The output at `eos_token_id` represents the text.
 
     Raises:
-        ValueError: values that can't work together, with what would.
+        ValueError: If a value is out of range or the values are inconsistent.
     """
 
     model_type = "eva02_clip_text_model"
@@ -112,7 +122,7 @@ class Eva02ClipTextConfig(CLIPTextConfig):
         self.check()
 
     def check(self):
-        """Raises `ValueError` for values that can't work together."""
+        """Raises `ValueError` if a value is out of range or the values are inconsistent."""
         _require_positive(
             self,
             (
@@ -127,8 +137,8 @@ class Eva02ClipTextConfig(CLIPTextConfig):
         )
         if not (isinstance(self.eos_token_id, int) and 0 <= self.eos_token_id < self.vocab_size):
             raise ValueError(
-                f"eos_token_id must be a token of the vocabulary (0 to {self.vocab_size - 1}), its output stands for "
-                f"the text; got {self.eos_token_id}"
+                f"eos_token_id is {self.eos_token_id}; it must be a token of the vocabulary (0 to "
+                f"{self.vocab_size - 1}), because its output represents the text"
             )
 
 
@@ -138,15 +148,17 @@ class Eva02ClipConfig(PreTrainedConfig):
     Configuration of [`Eva02ClipModel`]. The defaults are EVA02-CLIP-L/14-336.
 
     Args:
-        vision_config, text_config (`dict` or [`PreTrainedConfig`], *optional*):
-            The two towers, [`Eva02ClipVisionConfig`] and [`Eva02ClipTextConfig`].
-        projection_dim (`int`, defaults to 768):
-            Width of the space that images and texts share. A tower configuration that names its own must agree.
-        logit_scale_init_value (`float`, defaults to 2.6592):
-            Start of the learned logarithm of the inverse temperature, ln(1 / 0.07).
+        vision_config (`dict` or [`Eva02ClipVisionConfig`], *optional*):
+            Configuration of the vision tower.
+        text_config (`dict` or [`Eva02ClipTextConfig`], *optional*):
+            Configuration of the text tower.
+        projection_dim (`int`, *optional*, defaults to 768):
+            Dimension of the shared embedding space. It must equal the `projection_dim` of both towers.
+        logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
+            Initial value of the learned logit scale, ln(1 / 0.07).
 
     Raises:
-        ValueError: towers that project to different widths.
+        ValueError: If the towers have different projection dimensions.
     """
 
     model_type = "eva02_clip"
@@ -166,12 +178,12 @@ class Eva02ClipConfig(PreTrainedConfig):
         self.check()
 
     def check(self):
-        """Raises `ValueError` for values that can't work together."""
+        """Raises `ValueError` if a value is out of range or the values are inconsistent."""
         for name in ("vision_config", "text_config"):
             if getattr(self, name).projection_dim != self.projection_dim:
                 raise ValueError(
-                    f"{name}.projection_dim is {getattr(self, name).projection_dim}, but projection_dim is "
-                    f"{self.projection_dim}: images and texts meet in one space, give all three the same width"
+                    f"{name}.projection_dim is {getattr(self, name).projection_dim}; it must be projection_dim "
+                    f"({self.projection_dim}), because images and texts share an embedding space"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Images in, label maps out: the image processor of MFuser."""
+"""Image processor of MFuser: prepares images and label maps, and turns scores into label maps."""
 
 from collections.abc import Sequence
 
@@ -36,23 +36,24 @@ SUPPORTED_SIZES = (
 class MFuserImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
-        Whether label 0 means "no class", as in ADE20K: 0 becomes 255 (ignored), every other label moves down by one,
-        255 stays.
+        Whether label 0 means "no class", as in ADE20K: 0 becomes 255 (ignored), every other label is decreased by
+        one, and 255 is kept.
     """
 
     do_reduce_labels: bool | None
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """(height, width) times `scale`, rounded half up as mmcv's `imrescale` rounds, at least 1 pixel each."""
+    """Returns (height, width) times `scale`, rounded half up as in mmcv's `imrescale`, and at least 1 pixel each."""
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
-    """(height, width) in pixels to which an image of `height` x `width` is resized under `size`.
+    """
+    Returns the (height, width) in pixels to which an image is resized.
 
-    `{"height", "width"}` is exact. All other forms keep the ratio and give the largest image within every limit they
-    name, rounded half up as mmcv's `imrescale` does, which the published test protocols use.
+    `{"height", "width"}` is exact. All other forms keep the aspect ratio and give the largest image within every limit
+    that they name, rounded half up as in mmcv's `imrescale`, which the published test protocols use.
     """
     size = size if isinstance(size, SizeDict) else SizeDict(**size)
     if size.height is not None:
@@ -68,39 +69,45 @@ def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tu
 
 
 class MFuserImageProcessor(PilBackend):
-    r"""Turns images and label maps into what MFuser takes, and scores into label maps.
+    r"""
+    Constructs an MFuser image processor.
 
-    One class on PIL and NumPy, so that an image gives the same pixels whether torchvision is installed or not.
-    The defaults leave an image at its own size (a model in eval mode segments any size by sliding windows), scale
-    it to [0, 1] and normalise it with CLIP's mean and standard deviation.
+    It uses only PIL and NumPy, so that an image gives the same pixels with and without torchvision. By default, an
+    image keeps its size (in eval mode the model segments images of any size by sliding windows), is scaled to [0, 1]
+    and is normalised with CLIP's mean and standard deviation.
 
     - **Images** may be PIL images, NumPy arrays or torch tensors of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or
-      4 channels, batches of such arrays, paths or URLs, or lists of these of different size. Grey images become RGB,
-      an alpha channel is dropped, 16-bit values (modes `I;16` and `I`, dtype uint16) are scaled to 8 bit.
-      Floating-point images hold 0 to 255, or 0 to 1 with `do_rescale=False`.
-    - **Resizing** happens with `do_resize=True` or where a `size` is given, be it to the constructor, to
-      `from_pretrained` or in a call. The published test protocols are a longest fit with the ratio kept:
+      4 channels, batches of such arrays, paths or URLs, or lists of these with different sizes. Greyscale images are
+      converted to RGB, an alpha channel is dropped, and 16-bit values (modes `I;16` and `I`, dtype uint16) are scaled
+      to 8 bits. Floating-point images hold values from 0 to 255, or from 0 to 1 with `do_rescale=False`.
+    - **Resizing** is enabled by `do_resize=True` or by passing a `size` to the constructor, to `from_pretrained` or to
+      a call. The published test protocols resize to the largest fit with the aspect ratio kept:
       `size={"shortest_edge": 1024, "longest_edge": 2048}` for Cityscapes and Mapillary Vistas,
       `{"shortest_edge": 720, "longest_edge": 1280}` for BDD100K; see [`resized_size`] for the other forms. Images are
-      resized by PIL's bilinear filter, which smooths when it shrinks; mmcv, used for the published numbers, doesn't.
-      Label maps are resized to the nearest label.
-    - **Batches**: images of different size are padded at the right and at the bottom to the largest (or to
-      `pad_size`), with 0 after normalisation and label 255, as in training. The model can't tell padding from image,
-      so that scores near it differ a little from those of the image alone: for exact results pass images one by one.
-      `post_process_semantic_segmentation` cuts the padding off again.
+      resized with PIL's bilinear filter, which antialiases when it downsamples; mmcv, used for the published numbers,
+      does not. Label maps are resized by nearest neighbour.
+    - **Batches** of images with different sizes are padded at the right and at the bottom to the largest size (or to
+      `pad_size`), with 0 after normalisation and with label 255, as in training. The model does not mask the padding,
+      so scores close to it differ slightly from those of the unpadded image; pass images one by one for exact results.
+      `post_process_semantic_segmentation` removes the padding.
 
     Args:
-        do_resize (`bool`, defaults to `False`, or `True` where a `size` is given): Whether to resize.
-        size (`dict`, defaults to `{"shortest_edge": 512}`): Size after resizing, in pixels. The default is used only
-            when resizing is switched on without a size; it is the crop that the model is trained on.
-        resample (`PILImageResampling`, defaults to `BILINEAR`): Filter for images.
-        do_rescale (`bool`, defaults to `True`), rescale_factor (`float`, defaults to 1/255): Scale of the values.
-        do_normalize (`bool`, defaults to `True`), image_mean, image_std: Normalisation, in units after rescaling.
-        do_convert_rgb (`bool`, defaults to `True`): Whether to convert to RGB. Without it, an image that has not three
-            channels raises.
-        do_pad (`bool`, defaults to `True`), pad_size (`dict`, *optional*): Padding of batches, see above.
-        do_reduce_labels (`bool`, defaults to `False`): Whether label 0 means "no class", see
-            [`MFuserImageProcessorKwargs`].
+        do_resize (`bool`, *optional*, defaults to `False`):
+            Whether to resize. Defaults to `True` if a `size` is passed.
+        size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 512}`):
+            Size after resizing, in pixels. The default, the training crop, is used with `do_resize=True` alone.
+        resample (`PILImageResampling`, *optional*, defaults to `PILImageResampling.BILINEAR`):
+            Filter with which images are resized.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether to multiply the pixel values by `rescale_factor`, 1/255 by default.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether to normalise the rescaled values with `image_mean` and `image_std`, CLIP's by default.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Whether to convert images to RGB. If `False`, images without exactly three channels raise an error.
+        do_pad (`bool`, *optional*, defaults to `True`):
+            Whether to pad the images of a batch to `pad_size`, by default the largest height and width among them.
+        do_reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether label 0 means "no class", see [`MFuserImageProcessorKwargs`].
     """
 
     valid_kwargs = MFuserImageProcessorKwargs
@@ -130,20 +137,24 @@ class MFuserImageProcessor(PilBackend):
         segmentation_maps: ImageInput | None = None,
         **kwargs: Unpack[MFuserImageProcessorKwargs],
     ) -> BatchFeature:
-        """Prepares images, and optionally their label maps, for the model.
+        """
+        Prepares images, and optionally their label maps, for the model.
 
         Args:
-            images: One image or several, see the class.
-            segmentation_maps: As many label maps, each of its image's height and width: arrays or tensors of integers,
-                (H, W) or (1, H, W), or PIL images of one channel (the indices of a palette image are its labels).
-            kwargs: Any argument of the class, for this call alone, and `return_tensors`, `input_data_format`.
+            images (`ImageInput`):
+                One image or several, see the class.
+            segmentation_maps (`ImageInput`, *optional*):
+                One label map per image, with the same height and width: integer arrays or tensors of shape (H, W) or
+                (1, H, W), or PIL images of one channel (for a palette image, its indices are the labels).
+            kwargs:
+                Any argument of the class, for this call only, and `return_tensors` and `input_data_format`.
 
         Returns:
-            `pixel_values`, float32 (B, 3, H, W), and `labels`, int64 (B, H, W), if maps were given; lists of arrays
-            without `return_tensors`.
+            [`BatchFeature`]: `pixel_values`, float32 of shape (B, 3, H, W), and `labels`, int64 of shape (B, H, W), if
+            label maps were passed. Lists of arrays if `return_tensors` is `None`.
 
         Raises:
-            ValueError: For an image, a map or a size that can't be used, with what would be right.
+            ValueError: If an image, a label map or a size is invalid.
         """
         return super().preprocess(images, segmentation_maps, **_resize_if_size_is_given(kwargs))
 
@@ -153,19 +164,17 @@ class MFuserImageProcessor(PilBackend):
             size = dict(kwargs[name]) if kwargs[name] is not None else None
             if size is not None and set(size) not in supported:
                 forms = ", ".join(str(sorted(keys)) for keys in supported)
-                raise ValueError(f"`{name}` must have the keys of one of {forms}, got {size}.")
+                raise ValueError(f"`{name}` is {size}; its keys must be one of {forms}.")
             if size is not None and any(length < 1 for length in size.values()):
-                raise ValueError(f"Lengths in `{name}` must be at least 1 pixel, got {size}.")
+                raise ValueError(f"`{name}` is {size}; every length must be at least 1 pixel.")
         return kwargs
 
     def _validate_preprocess_kwargs(self, **kwargs):
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs["do_center_crop"]:
-            raise ValueError("MFuserImageProcessor does not crop: `do_center_crop` must be unset or False.")
+            raise ValueError("`do_center_crop` is True; it must be unset or False: the processor does not crop.")
         if kwargs["data_format"] not in (None, ChannelDimension.FIRST):
-            raise ValueError(
-                f"Images come out channels first, `data_format={kwargs['data_format']!r}` is not possible."
-            )
+            raise ValueError(f"`data_format` is {kwargs['data_format']!r}; it must be unset or 'channels_first'.")
 
     def _preprocess_image_like_inputs(
         self,
@@ -192,8 +201,8 @@ class MFuserImageProcessor(PilBackend):
             image_sizes, map_sizes = [image.shape[1:] for image in images], [label_map.shape for label_map in maps]
             if image_sizes != map_sizes:
                 raise ValueError(
-                    "Every image needs a segmentation map of its own (height, width): "
-                    f"the images have {image_sizes}, the maps {map_sizes}."
+                    f"The images have the sizes {image_sizes} and the segmentation maps {map_sizes}; there must be "
+                    "one map per image, with the image's (height, width)."
                 )
 
         images = self._preprocess(images, **kwargs)
@@ -209,9 +218,8 @@ class MFuserImageProcessor(PilBackend):
                 maps = [label_map[0] for label_map in maps]
         elif return_tensors is not None and len({image.shape for image in images}) > 1:
             raise ValueError(
-                f"Images of different size, {[image.shape[1:] for image in images]}, don't fit into one tensor: "
-                'pad them (`do_pad=True`), resize them to one `size={"height": ..., "width": ...}`, '
-                "or pass them one by one."
+                f"Images of the sizes {[image.shape[1:] for image in images]} can't be stacked: pad them "
+                '(`do_pad=True`), resize them to one `size={"height": ..., "width": ...}` or pass them one by one.'
             )
 
         data = {"pixel_values": images}
@@ -220,12 +228,12 @@ class MFuserImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def _as_list(self, images: ImageInput, batch_ndim: int) -> list:
-        """A flat list of images or maps; paths and URLs are opened, an array of `batch_ndim` dimensions is a batch."""
+        """Returns a flat list; opens paths and URLs, and splits arrays of `batch_ndim` dimensions."""
         images = self.fetch_images(images)
         if not isinstance(images, list):
             images = list(images) if getattr(images, "ndim", None) == batch_ndim else [images]
         if not images:
-            raise ValueError("No image was given.")
+            raise ValueError("No image was passed.")
         return images
 
     def _preprocess(
@@ -257,7 +265,7 @@ class MFuserImageProcessor(PilBackend):
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs
     ) -> np.ndarray:
-        """Resizes an image (C, H, W) under `size`, see [`resized_size`]."""
+        """Resizes an image of shape (C, H, W) to `size`, see [`resized_size`]."""
         new_size = resized_size(*image.shape[1:], size)
         resample = PILImageResampling.BILINEAR if resample is None else resample
         return np.stack([_resize(channel, new_size, resample) for channel in image])
@@ -269,17 +277,18 @@ class MFuserImageProcessor(PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         **kwargs,
     ) -> np.ndarray:
-        """One image of any accepted kind as an array (3, H, W) of uint8, or of float32 if it holds floats.
+        """
+        Converts an image of any accepted kind to an array of shape (3, H, W), of uint8 or float32.
 
-        The whole conversion is done here, not by the base class, whose treatment of alpha channels, grey images and
-        16-bit images differs between releases of Transformers.
+        The base class is not used, because its treatment of alpha channels, greyscale images and 16-bit images differs
+        between releases of Transformers.
         """
         if isinstance(image, Image.Image):
-            # Image.convert would clip 16-bit greys and 32-bit floats at 255.
+            # Image.convert would clip 16-bit and floating-point values at 255.
             if do_convert_rgb and image.mode != "F" and not image.mode.startswith("I"):
                 image = image.convert("RGB")
             if image.mode == "I" and image.getextrema()[0] >= 0 and image.getextrema()[1] <= 65535:
-                # How older releases of Pillow open a 16-bit grey PNG.
+                # Older releases of Pillow open a 16-bit greyscale PNG in this mode.
                 array = np.asarray(image).astype(np.uint16)
             else:
                 array = np.asarray(image)
@@ -288,14 +297,14 @@ class MFuserImageProcessor(PilBackend):
             array = _to_numpy(image)
 
         if array.size == 0 or array.ndim not in (2, 3):
-            raise ValueError(f"An image must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}.")
+            raise ValueError(f"An image has the shape {array.shape}; it must be (H, W), (H, W, C) or (C, H, W).")
         array = _to_uint8_or_float32(array)
         if array.ndim == 2:
             array = array[None]
         else:
             if input_data_format is None:
                 if array.shape[0] not in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-                    raise ValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
+                    raise ValueError(f"An image has the shape {array.shape}; it must have 1, 3 or 4 channels.")
                 input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
             if ChannelDimension(input_data_format) == ChannelDimension.LAST:
                 array = array.transpose(2, 0, 1)
@@ -307,8 +316,8 @@ class MFuserImageProcessor(PilBackend):
             array = array[:3]
         if array.shape[0] != 3:
             raise ValueError(
-                f"MFuser takes images of three channels, got {channels}"
-                + ("." if do_convert_rgb else "; `do_convert_rgb=True` converts images of 1 and 4 channels.")
+                f"An image has {channels} channels; MFuser takes images of three channels"
+                + ("." if do_convert_rgb else " (`do_convert_rgb=True` converts images of 1 and 4 channels).")
             )
         return array
 
@@ -319,24 +328,27 @@ class MFuserImageProcessor(PilBackend):
         return_segmentation_scores: bool = False,
         input_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
-        """Turns the scores of [`MFuserForSemanticSegmentation`] into label maps.
+        """
+        Converts the output of [`MFuserForSemanticSegmentation`] into label maps.
 
         Args:
-            outputs: The model's output; `outputs.logits` are scores (B, K, H, W) at the size of `pixel_values`.
-            target_sizes: (height, width) of each label map, usually of the original images. Scores are resized
-                bilinearly before the arg-max. Without it, maps have the size of the scores, padding included.
-            return_segmentation_scores: Whether to return the scores as well.
-            input_sizes: (height, width) that each image had in `pixel_values` before padding. Needed only for a padded
-                batch that was prepared with other settings than this processor's own: else, where `target_sizes` are
-                the sizes of the original images, the padding is known.
+            outputs ([`MFuserForSemanticSegmentationOutput`]):
+                Output of the model; `outputs.logits` are scores of shape (B, K, H, W) at the size of `pixel_values`.
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor`, *optional*):
+                (height, width) of each label map, usually the size of the original image. Scores are resized
+                bilinearly before the argmax. By default, label maps have the size of the scores, padding included.
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
+                Whether to also return the scores.
+            input_sizes (`list[tuple[int, int]]` or `torch.Tensor`, *optional*):
+                (height, width) of each image in `pixel_values` before padding. By default they are inferred from
+                `target_sizes` and the settings of this processor.
 
         Returns:
-            For each image a map (height, width) of class ids, int64; or, with `return_segmentation_scores`, an object
-            with `segmentation`, that map, and `segmentation_scores` (K, height, width).
+            `list[torch.Tensor]`: For each image a label map of shape (height, width), int64; or, if scores are
+            returned, an object with `segmentation` and `segmentation_scores` of shape (K, height, width).
 
         Raises:
-            ValueError: If there are not as many sizes as images, a size is no pair of positive integers, an input
-                size exceeds the scores, or it can't be told where images of different size end in a padded batch.
+            ValueError: If a size is invalid or missing, or the padding of a batch can't be inferred.
         """
         logits = outputs.logits
         logits_size = tuple(logits.shape[-2:])
@@ -345,7 +357,7 @@ class MFuserImageProcessor(PilBackend):
         if input_sizes is not None:
             input_sizes = _check_sizes("input_sizes", input_sizes, len(logits))
             if any(height > logits_size[0] or width > logits_size[1] for height, width in input_sizes):
-                raise ValueError(f"`input_sizes` {input_sizes} exceed the scores, which are of size {logits_size}.")
+                raise ValueError(f"`input_sizes` {input_sizes} must not exceed the scores' size, {logits_size}.")
         elif target_sizes is not None and self.do_pad:
             input_sizes = self._sizes_before_padding(target_sizes, logits_size)
         else:
@@ -369,27 +381,24 @@ class MFuserImageProcessor(PilBackend):
     def _sizes_before_padding(
         self, image_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
     ) -> list[tuple[int, int]]:
-        """Sizes within `padded_size` of a batch made from images of `image_sizes` with this processor's settings.
-
-        Where these settings don't lead to `padded_size`, the batch was made with others: then nothing was padded if
-        the images are of one size, and nothing can be said if they are not.
-        """
+        """Returns the size of each image of a batch before padding, inferred from this processor's settings."""
         sizes = [resized_size(*size, self.size) if self.do_resize else size for size in image_sizes]
         largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
         expected = largest if self.pad_size is None else (self.pad_size.height, self.pad_size.width)
         if expected == padded_size and largest[0] <= padded_size[0] and largest[1] <= padded_size[1]:
             return sizes
+        # the batch was prepared with other settings: images of one size were not padded
         if self.pad_size is None and len(set(sizes)) == 1:
             return [padded_size] * len(sizes)
         raise ValueError(
-            f"Images of sizes {image_sizes} don't give the padded size {padded_size} with this processor's settings, "
-            "so it can't be told where each image ends. Pass `input_sizes`, the (height, width) of each image in "
+            f"Images of the sizes {image_sizes} don't give the padded size {padded_size} with this processor's "
+            "settings, so their padding can't be inferred. Pass `input_sizes`, the (height, width) of each image in "
             f"`pixel_values` before padding ({padded_size} for an image without padding)."
         )
 
 
 def _resize_if_size_is_given(kwargs: dict) -> dict:
-    """A size that is given but not used would be a silent mistake."""
+    """Enables resizing if a size is passed, so that it is not silently ignored."""
     if kwargs.get("size") is not None:
         kwargs.setdefault("do_resize", True)
     return kwargs
@@ -402,23 +411,23 @@ def _to_numpy(image: np.ndarray | torch.Tensor) -> np.ndarray:
         return (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray):
         return image
-    raise ValueError(f"Expected a PIL image, an array, a tensor or a flat list of these, got {type(image).__name__}.")
+    raise ValueError(f"Got {type(image).__name__}; expected a PIL image, an array, a tensor or a flat list of these.")
 
 
 def _to_uint8_or_float32(image: np.ndarray) -> np.ndarray:
-    """Pixel values as uint8 if they are integers or booleans, as float32 if they are floats."""
+    """Converts integers and booleans to uint8, and floating-point values to float32."""
     if image.dtype == np.uint8:
         return image
     if image.dtype == bool:
         return image.astype(np.uint8) * 255
     if image.dtype.kind == "f":
         if not np.isfinite(image).all():
-            raise ValueError("The image holds NaN or infinite values.")
+            raise ValueError("The image holds NaN or infinite values; all values must be finite.")
         return image.astype(np.float32)
     if image.dtype.kind == "u" and image.dtype.itemsize == 2:
         if 0 < image.max() <= 255:
             logger.warning(
-                "A 16-bit image holds no value above 255 and is read as almost black. "
+                "A 16-bit image holds no value above 255, so it is almost black once it is scaled to 8 bits. "
                 "If it holds 8-bit values, convert it to uint8."
             )
         return ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
@@ -426,29 +435,29 @@ def _to_uint8_or_float32(image: np.ndarray) -> np.ndarray:
         if image.min() < 0 or image.max() > 255:
             raise ValueError(
                 f"The image holds {image.dtype} values from {image.min()} to {image.max()}; integers must lie in "
-                "0..255, or be of dtype uint16 for a 16-bit image."
+                "0..255, or have dtype uint16 for a 16-bit image."
             )
         return image.astype(np.uint8)
-    raise ValueError(f"An image can't be of dtype {image.dtype}.")
+    raise ValueError(f"The image has dtype {image.dtype}; it must hold integers, booleans or floating-point values.")
 
 
 def _check_float_range(image: np.ndarray):
     low, high = image.min(), image.max()
     if low < 0 or high > 255 or 0 < high <= 1:
         raise ValueError(
-            f"With `do_rescale=True` a floating-point image must hold values in 0..255, got {low:g} to {high:g}. "
-            "For values in 0..1 pass `do_rescale=False`; for normalised ones `do_normalize=False` as well."
+            f"The floating-point image holds values from {low:g} to {high:g}; with `do_rescale=True` they must lie in "
+            "0..255. Pass `do_rescale=False` for values in 0..1, and also `do_normalize=False` for normalised values."
         )
 
 
 def _resize(array: np.ndarray, size: tuple[int, int], resample: PILImageResampling | int) -> np.ndarray:
-    """Resizes (H, W) of uint8, int32 or float32, each of which PIL holds as it is, without rounding to 8 bit."""
+    """Resizes an array of shape (H, W) of uint8, int32 or float32 by PIL, which keeps these dtypes."""
     height, width = size
     return np.asarray(Image.fromarray(array).resize((width, height), resample))
 
 
 def _label_map(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> np.ndarray:
-    """One label map as int32 (H, W)."""
+    """Converts a label map to int32 of shape (H, W)."""
     if isinstance(segmentation_map, Image.Image):
         labels = np.asarray(segmentation_map)
     else:
@@ -457,15 +466,16 @@ def _label_map(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> n
             labels = labels[0]
     if labels.ndim != 2 or labels.size == 0:
         raise ValueError(
-            f"A segmentation map must have one channel, got shape {labels.shape}. "
-            "A colour-coded map must be turned into class ids first; open a palette PNG with `PIL.Image.open`."
+            f"A segmentation map has the shape {labels.shape}; it must have one channel. "
+            "Convert a colour-coded map to class ids first, and open a palette PNG with `PIL.Image.open`."
         )
     if labels.dtype.kind not in "iub":
-        raise ValueError(f"A segmentation map must hold integers, got {labels.dtype}.")
+        raise ValueError(f"A segmentation map has dtype {labels.dtype}; it must hold integers.")
     labels = labels.astype(np.int32)
     if labels.min() < 0:
         raise ValueError(
-            f"A segmentation map holds the label {labels.min()}; labels start at 0, ignored pixels are {IGNORE_INDEX}."
+            f"A segmentation map holds the label {labels.min()}; labels must be class ids from 0 up, or "
+            f"{IGNORE_INDEX} for ignored pixels."
         )
     if do_reduce_labels:
         labels = np.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
@@ -473,13 +483,13 @@ def _label_map(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> n
 
 
 def _check_sizes(name: str, sizes: Sequence | torch.Tensor, batch_size: int) -> list[tuple[int, int]]:
-    """`sizes` as a list of `batch_size` tuples (height, width)."""
+    """Converts `sizes` to a list of `batch_size` tuples (height, width)."""
     sizes = [tuple(int(length) for length in size) for size in sizes]
     if len(sizes) != batch_size:
-        raise ValueError(f"`{name}` must hold one (height, width) per image: {len(sizes)} for {batch_size} images.")
+        raise ValueError(f"`{name}` holds {len(sizes)} for {batch_size} images; it must hold one size per image.")
     for size in sizes:
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"`{name}` must hold pairs (height, width) of at least 1 pixel, got {size}.")
+            raise ValueError(f"`{name}` holds {size}; it must hold pairs (height, width) of at least 1 pixel.")
     return sizes
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.pretrained_mfuser import VFM_CLASSES, VLM_CLASSES, load_encoder, load_towers
+from mfuser.pretrained_mfuser import load_pretrained_encoders, load_towers
 
 # Beside weights that were saved without the frozen encoders: the folder or Hub id of each encoder.
 ENCODERS_FILE = "encoders.json"
@@ -105,8 +105,7 @@ def _load_on_encoders(
 ) -> MFuserForSemanticSegmentation:
     config = MFuserConfig.from_pretrained(folder, **config_fields)
     model = MFuserForSemanticSegmentation(config)  # in float32, in which the encoders are resampled
-    vfm = load_encoder(encoders["vfm"], VFM_CLASSES, "vision foundation model")
-    load_towers(model.mfuser, vfm, load_encoder(encoders["vlm"], VLM_CLASSES, "vision-language model"))
+    load_towers(model.mfuser, load_pretrained_encoders(encoders["vfm"], encoders["vlm"]))
     restore_weights(model, folder)
     dtype = config.dtype if dtype == "auto" else dtype
     if dtype in (torch.float32, "float32", None):

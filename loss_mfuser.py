@@ -1,4 +1,4 @@
-"""The training objective: fixed matching of queries to classes, point-sampled mask losses, and the score map's."""
+"""The training objective: classification and point-sampled mask losses with fixed matching, and the score map loss."""
 
 import math
 
@@ -10,17 +10,29 @@ from .configuration_mfuser import MFuserConfig
 
 
 def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Bilinear values of maps (M, H, W) at points (M, P, 2), x and y in [0, 1], zeros outside -> (M, P)."""
+    """
+    Samples maps bilinearly, with zeros outside.
+
+    Args:
+        maps (`torch.Tensor` of shape `(M, H, W)`):
+            Maps to sample.
+        points (`torch.Tensor` of shape `(M, P, 2)`):
+            x and y in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(M, P)`: Values at the points.
+    """
     grid = 2 * points[:, None] - 1  # (M, 1, P, 2)
     return F.grid_sample(maps[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, 0]
 
 
 class MFuserLoss(nn.Module):
     """
-    The losses of every prediction of the decoder, and of the score map (paper, section 3.4, after Mask2Former).
+    Losses of every prediction of the decoder and of the score map (section 3.4 of the paper, following Mask2Former).
 
-    Query k stands for class k: it is matched to class k where the image holds it, else to "no object". All layers
-    and images are computed at once, and masks of absent classes are weighted 0, so that nothing waits for the device.
+    The matching is fixed: query k is matched to class k if the image contains it, and to "no object" otherwise. All
+    predictions and images are computed in one batch, in which masks of absent classes have weight 0. This avoids
+    synchronisation with the device.
     """
 
     def __init__(self, config: MFuserConfig):
@@ -29,10 +41,11 @@ class MFuserLoss(nn.Module):
 
     def draw_points(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """
-        Points for the mask losses: most where the prediction is unsure, the rest anywhere.
+        Draws the points of the mask losses: most of them where the prediction is uncertain, the rest uniformly.
 
         Args:
-            mask_logits (`torch.Tensor` of shape `(M, h, w)`)
+            mask_logits (`torch.Tensor` of shape `(M, h, w)`):
+                Predicted masks.
 
         Returns:
             `torch.Tensor` of shape `(M, loss_num_points, 2)`: x and y in [0, 1].
@@ -56,20 +69,26 @@ class MFuserLoss(nn.Module):
         labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """
+        Computes all losses.
+
         Args:
-            class_logits (`torch.Tensor` of shape `(I, B, K, K + 1)`): of I predictions, "no object" last.
-            mask_logits (`torch.Tensor` of shape `(I, B, K, h, w)`)
-            score_map (`torch.Tensor` of shape `(B, K, h', w')`): cosine similarities.
-            labels (`torch.Tensor` of shape `(B, H, W)`): class ids, `semantic_loss_ignore_index` where unknown.
+            class_logits (`torch.Tensor` of shape `(I, B, K, K + 1)`):
+                Class logits of I predictions, with "no object" last.
+            mask_logits (`torch.Tensor` of shape `(I, B, K, h, w)`):
+                Mask logits of I predictions.
+            score_map (`torch.Tensor` of shape `(B, K, h', w')`):
+                Cosine similarities between class and patch embeddings.
+            labels (`torch.Tensor` of shape `(B, H, W)`):
+                Class ids, and `semantic_loss_ignore_index` for ignored pixels.
 
         Returns:
-            `dict[str, torch.Tensor]`: weighted scalars `class_i`, `mask_i`, `dice_i` for each prediction i (0 is the
-            one before the first layer) and `score_map`; their sum is the loss.
+            `dict[str, torch.Tensor]`: Weighted scalars `class_i`, `mask_i` and `dice_i` for each prediction i (0 is
+            the prediction before the first decoder layer), and `score_map`. Their sum is the loss.
 
         Raises:
-            ValueError: labels of a wrong shape, or holding an id that is no class.
+            ValueError: If the labels have a wrong shape or dtype, or hold an invalid class id.
         """
-        labels = self.checked(labels, class_logits.shape[1], class_logits.shape[2])
+        labels = self.validated(labels, class_logits.shape[1], class_logits.shape[2])
         num_classes = class_logits.shape[2]
         classes = torch.arange(num_classes, device=labels.device)
         targets = (labels[:, None] == classes[:, None, None]).float()  # (B, K, H, W)
@@ -82,25 +101,26 @@ class MFuserLoss(nn.Module):
         components["score_map"] = self.score_map_loss(score_map.float(), labels)
         return components
 
-    def checked(self, labels: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
+    def validated(self, labels: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
+        """Returns the labels as int64; raises `ValueError` if they are invalid."""
         if labels.dim() != 3 or labels.shape[0] != batch_size:
-            raise ValueError(f"labels must have shape ({batch_size}, height, width), not {tuple(labels.shape)}")
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; it must be ({batch_size}, height, width)")
         if labels.is_floating_point():
-            raise ValueError(f"labels must hold class ids as integers, not {labels.dtype}")
+            raise ValueError(f"labels have dtype {labels.dtype}; they must be class ids, that is integers")
         labels = labels.long()
         if not torch.compiler.is_compiling():
-            strange = labels[
+            invalid = labels[
                 ((labels < 0) | (labels >= num_classes)) & (labels != self.config.semantic_loss_ignore_index)
             ]
-            if strange.numel():
+            if invalid.numel():
                 raise ValueError(
-                    f"labels hold {sorted(set(strange.tolist()))[:5]}; they must be class ids from 0 to "
-                    f"{num_classes - 1}, or {self.config.semantic_loss_ignore_index} where ignored"
+                    f"labels hold {sorted(set(invalid.tolist()))[:5]}; they must be class ids from 0 to "
+                    f"{num_classes - 1}, or {self.config.semantic_loss_ignore_index} for ignored pixels"
                 )
         return labels
 
     def class_losses(self, logits: torch.Tensor, classes: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy over all queries of each prediction -> (I,)."""
+        """Returns the weighted cross-entropy over all queries of each prediction, of shape (I,)."""
         no_object = len(classes)
         matched = torch.where(present, classes, no_object)  # (B, K)
         weight = torch.ones(no_object + 1, device=logits.device)
@@ -114,12 +134,12 @@ class MFuserLoss(nn.Module):
     def mask_losses(
         self, logits: torch.Tensor, targets: torch.Tensor, present: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Binary cross-entropy and dice at sampled points, of the masks of present classes -> (I,), (I,)."""
+        """Returns binary cross-entropy and dice loss of the masks of present classes, each of shape (I,)."""
         predictions, batch_size, num_classes = logits.shape[:3]
         logits = logits.flatten(0, 2)  # (I * B * K, h, w)
         with torch.no_grad():
             points = self.draw_points(logits)  # (I * B * K, P, 2)
-            # the target of a mask is one for all predictions: its points are sampled together
+            # all predictions share the target of a mask, so the points of all of them are sampled together
             by_mask = points.view(predictions, batch_size * num_classes, -1, 2).transpose(0, 1)
             truth = sample_points(targets.flatten(0, 1), by_mask.flatten(1, 2))  # (B * K, I * P)
             truth = truth.view(batch_size * num_classes, predictions, -1).transpose(0, 1)  # (I, B * K, P)
@@ -136,7 +156,7 @@ class MFuserLoss(nn.Module):
         )
 
     def num_masks(self, present: torch.Tensor) -> torch.Tensor:
-        """Masks in the batch, averaged over devices, at least 1."""
+        """Returns the number of masks in the batch, averaged over devices, and at least 1."""
         count = present.sum()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(count)
@@ -144,7 +164,7 @@ class MFuserLoss(nn.Module):
         return count.clamp(min=1)
 
     def score_map_loss(self, score_map: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the score map at label size; the mean runs over ignored pixels too."""
+        """Returns the cross-entropy of the resized score map; ignored pixels count as 0 in its mean."""
         config = self.config
         if config.loss_logit_scale is None:
             logits = score_map / config.loss_temperature

@@ -1,13 +1,13 @@
-"""EVA02-CLIP, the vision-language encoder that Transformers lacks, as an ordinary Transformers model.
+"""EVA02-CLIP as a Transformers model, which Transformers itself does not include.
 
 References:
     EVA-CLIP: Improved Training Techniques for CLIP at Scale, arXiv 2303.15389
     EVA-02: A Visual Representation for Neon Genesis, arXiv 2303.11331 (the vision block)
     Foundation Transformers (Magneto), arXiv 2210.06423 (sub-LN)
-    The weights: github.com/baaivision/EVA, EVA-CLIP; the B/16, L/14 and L/14-336 models. (The E/14 models have another
-    block: fused projections, post-norm, plain MLP, no rotary embedding.)
+    Weights: github.com/baaivision/EVA, EVA-CLIP; the B/16, L/14 and L/14-336 models. (The E/14 models have a different
+    block with fused projections, post-norm, a plain MLP and no rotary embedding.)
 
-The text tower is CLIP's with another activation, so it is [`CLIPTextModel`] itself.
+The text tower differs from CLIP's only in its activation function, so it is a [`CLIPTextModel`].
 """
 
 from collections.abc import Callable
@@ -32,18 +32,23 @@ from .configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva0
 @dataclass
 class Eva02ClipOutput(ModelOutput):
     r"""
-    What [`Eva02ClipModel`] returns.
+    Output of [`Eva02ClipModel`].
 
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `return_loss=True`):
-        Contrastive loss over the batch: image i belongs to text i.
-    logits_per_image (`torch.FloatTensor` of shape `(images, texts)`):
-        Cosine similarities times `exp(logit_scale)`.
-    logits_per_text (`torch.FloatTensor` of shape `(texts, images)`):
-        Its transpose.
-    text_embeds, image_embeds (`torch.FloatTensor` of shape `(texts or images, projection_dim)`):
-        Projected class and end-of-text vectors, of length 1.
-    text_model_output, vision_model_output ([`BaseModelOutputWithPooling`]):
-        The towers' outputs; `pooler_output` is projected, not normalised.
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True` is passed):
+            Contrastive loss over the batch, in which image i matches text i.
+        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`):
+            Cosine similarities times `exp(logit_scale)`.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`):
+            The transpose of `logits_per_image`.
+        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`):
+            Projected end-of-text tokens, L2-normalised.
+        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`):
+            Projected class tokens, L2-normalised.
+        text_model_output ([`BaseModelOutputWithPooling`]):
+            Output of the text tower; `pooler_output` is projected, but not normalised.
+        vision_model_output ([`BaseModelOutputWithPooling`]):
+            Output of the vision tower; `pooler_output` is projected, but not normalised.
     """
 
     loss: torch.FloatTensor | None = None
@@ -60,12 +65,24 @@ class Eva02ClipOutput(ModelOutput):
 
 def rotary_table(grid_height: int, grid_width: int, config: Eva02ClipVisionConfig, device=None) -> torch.Tensor:
     """
-    Complex numbers (1 + grid_height * grid_width, head width / 2) of length 1, by which the channel pairs of queries
-    and keys are turned. The first row is the class token's, which is not turned. The first half of a head turns with
-    the row of a patch, the second half with its column.
+    Computes the rotary position embedding of a grid of patches, as complex numbers of modulus 1.
 
-    Positions are stretched from the grid at hand to the pretrained one, each axis for itself, so that no position is
-    seen that pre-training did not cover.
+    Queries and keys are multiplied by it, pair of channels by pair of channels. The first half of a head is rotated by
+    the row of a patch, the second half by its column; the class token is not rotated. The positions of each axis are
+    scaled to the range of the pretraining grid, so that they do not exceed the positions seen in pretraining.
+
+    Args:
+        grid_height (`int`):
+            Number of rows.
+        grid_width (`int`):
+            Number of columns.
+        config ([`Eva02ClipVisionConfig`]):
+            Configuration of the vision tower.
+        device (`torch.device`, *optional*):
+            Device of the result.
+
+    Returns:
+        `torch.Tensor` of shape `(1 + grid_height * grid_width, head_dim / 2)`: complex64, with the class token first.
     """
     axis_width = config.hidden_size // config.num_attention_heads // 2
     exponents = torch.arange(0, axis_width, 2, device=device, dtype=torch.float32) / axis_width
@@ -83,10 +100,10 @@ def rotary_table(grid_height: int, grid_width: int, config: Eva02ClipVisionConfi
 
 def apply_rotary(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """
-    Turns `states` (batch, heads, tokens, head width): neighbouring channels (a, b) are the number a + bi.
+    Rotates `states` of shape (batch, heads, tokens, head_dim); adjacent channels (a, b) are the complex number a + bi.
 
-    One complex product is one pass over memory; spelt out in real numbers it would be five. In float32 at least:
-    bfloat16 can't tell neighbouring positions apart.
+    A complex product needs one pass over memory instead of five with real numbers. It is computed at least in float32,
+    because bfloat16 can't distinguish adjacent positions.
     """
     pairs = states.to(torch.promote_types(states.dtype, torch.float32)).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * rotary).flatten(-2).to(states.dtype)
@@ -97,7 +114,7 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,  # every patch sees every other
+    attention_mask: None,  # attention is bidirectional
     scaling: float,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +124,7 @@ def eager_attention_forward(
 
 
 class Eva02ClipVisionEmbeddings(nn.Module):
-    """Pixels (B, channels, height, width) to tokens (B, 1 + patches, hidden_size), the class token first."""
+    """Embeds pixels (B, channels, height, width) as tokens (B, 1 + patches, hidden_size), the class token first."""
 
     def __init__(self, config: Eva02ClipVisionConfig):
         super().__init__()
@@ -120,12 +137,12 @@ class Eva02ClipVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
 
     def interpolate_position_embedding(self, grid_height: int, grid_width: int) -> torch.Tensor:
-        """The position table (1 + grid_height * grid_width, hidden_size), resampled where the grid is another."""
+        """Returns position embeddings (1 + grid_height * grid_width, hidden_size), resampled to the grid if needed."""
         table = self.position_embedding.weight
         if (grid_height, grid_width) == (self.grid_size, self.grid_size):
             return table
         grid = table[1:].unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]
-        # In float32: bicubic weights lose too much in half precision.
+        # Bicubic interpolation is too inaccurate in half precision.
         grid = nn.functional.interpolate(
             grid.float(), size=(grid_height, grid_width), mode="bicubic", align_corners=False
         ).to(table.dtype)
@@ -134,13 +151,13 @@ class Eva02ClipVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.patch_embedding.in_channels:
             raise ValueError(
-                f"pixel_values must have the shape (batch, {self.patch_embedding.in_channels}, height, width), got "
-                f"{tuple(pixel_values.shape)}"
+                f"pixel_values have shape {tuple(pixel_values.shape)}; it must be "
+                f"(batch, {self.patch_embedding.in_channels}, height, width)"
             )
         if min(pixel_values.shape[-2:]) < self.patch_size:
             raise ValueError(
-                f"an image of {tuple(pixel_values.shape[-2:])} pixels holds no patch of {self.patch_size}: make both "
-                f"sides at least {self.patch_size}"
+                f"images have {tuple(pixel_values.shape[-2:])} pixels; both sides must be at least the patch size, "
+                f"{self.patch_size}"
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         grid_height, grid_width = patches.shape[-2:]
@@ -150,7 +167,7 @@ class Eva02ClipVisionEmbeddings(nn.Module):
 
 
 class Eva02ClipVisionAttention(nn.Module):
-    """Self-attention with rotary queries and keys, and a norm before the output projection (sub-LN)."""
+    """Self-attention with rotary position embeddings, and a norm before the output projection (sub-LN)."""
 
     def __init__(self, config: Eva02ClipVisionConfig):
         super().__init__()
@@ -190,7 +207,7 @@ class Eva02ClipVisionAttention(nn.Module):
 
 
 class Eva02ClipVisionMLP(nn.Module):
-    """SwiGLU with a norm before its output projection (sub-LN)."""
+    """SwiGLU with a norm before the output projection (sub-LN)."""
 
     def __init__(self, config: Eva02ClipVisionConfig):
         super().__init__()
@@ -259,9 +276,9 @@ class Eva02ClipPreTrainedModel(PreTrainedModel):
 
 class Eva02ClipVisionModel(Eva02ClipPreTrainedModel):
     """
-    EVA02-CLIP's vision tower, without the projection to the shared space.
+    Vision tower of EVA02-CLIP, without the projection to the shared embedding space.
 
-    A caller that steps through the layers itself does:
+    To run the layers one by one:
 
     ```python
     hidden_states = model.embeddings(pixel_values)  # (B, 1 + patches, hidden_size)
@@ -286,19 +303,22 @@ class Eva02ClipVisionModel(Eva02ClipPreTrainedModel):
         self.post_init()
 
     def rotary_embedding(self, grid_height: int, grid_width: int) -> torch.Tensor:
-        """The `rotary` argument of the layers for a grid of patches, on the model's device ([`rotary_table`])."""
+        """Returns the `rotary` argument of the layers for a grid of patches, see [`rotary_table`]."""
         return rotary_table(grid_height, grid_width, self.config, self.device)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         r"""
-        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
-            Images of any size from one patch up, normalised with CLIP's mean and standard deviation. Pixels to the
-            right and at the bottom that don't fill a patch are not seen.
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Images of any size of at least one patch, normalised with CLIP's mean and standard deviation. Pixels at
+                the right and at the bottom that do not fill a patch are ignored.
 
-        Returns `last_hidden_state` (batch, 1 + patches, hidden_size), before the last norm as in [`CLIPVisionModel`],
-        and `pooler_output` (batch, hidden_size), the normalised class token.
+        Returns:
+            [`BaseModelOutputWithPooling`]: `last_hidden_state` of shape `(batch, 1 + patches, hidden_size)`, before
+            the last norm as in [`CLIPVisionModel`], and `pooler_output` of shape `(batch, hidden_size)`, the class
+            token after the last norm.
         """
         hidden_states = self.embeddings(pixel_values)
         height, width = pixel_values.shape[-2:]
@@ -312,7 +332,7 @@ class Eva02ClipVisionModel(Eva02ClipPreTrainedModel):
 
 
 class Eva02ClipTextModel(CLIPTextModel):
-    """EVA02-CLIP's text tower, without the projection to the shared space: CLIP's, with the exact GELU."""
+    """Text tower of EVA02-CLIP, without the projection to the shared embedding space: CLIP's with the exact GELU."""
 
     config: Eva02ClipTextConfig
     base_model_prefix = "text_model"
@@ -320,10 +340,10 @@ class Eva02ClipTextModel(CLIPTextModel):
 
 class Eva02ClipModel(Eva02ClipPreTrainedModel):
     """
-    Both towers and their projections to the shared space.
+    EVA02-CLIP: both towers and their projections to the shared embedding space.
 
-    Tokens are those of [`CLIPTokenizer`] ("openai/clip-vit-large-patch14"), pixels are normalised with CLIP's mean and
-    standard deviation.
+    Texts are tokenized by [`CLIPTokenizer`] ("openai/clip-vit-large-patch14"). Pixels are normalised with CLIP's mean
+    and standard deviation.
     """
 
     config: Eva02ClipConfig
@@ -341,7 +361,7 @@ class Eva02ClipModel(Eva02ClipPreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
-        """The vision tower's output for images (batch, channels, height, width); its `pooler_output` is projected."""
+        """Returns the output of the vision tower with a projected `pooler_output`."""
         outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
@@ -353,7 +373,7 @@ class Eva02ClipModel(Eva02ClipPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """The text tower's output for token ids (batch, length); its `pooler_output` is projected."""
+        """Returns the output of the text tower with a projected `pooler_output`."""
         outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
@@ -368,10 +388,15 @@ class Eva02ClipModel(Eva02ClipPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Eva02ClipOutput:
         r"""
-        input_ids (`torch.Tensor` of shape `(texts, length)`): Token ids.
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): See [`Eva02ClipVisionModel`].
-        attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*): 0 for padding.
-        return_loss (`bool`, defaults to `False`): Whether to return the contrastive loss; image i belongs to text i.
+        Args:
+            input_ids (`torch.Tensor` of shape `(texts, length)`):
+                Token ids.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
+                Normalised images, see [`Eva02ClipVisionModel`].
+            attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
+                1 for tokens and 0 for padding.
+            return_loss (`bool`, *optional*, defaults to `False`):
+                Whether to return the contrastive loss, in which image i matches text i.
         """
         vision_outputs = self.get_image_features(pixel_values, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask=attention_mask, **kwargs)
@@ -383,8 +408,8 @@ class Eva02ClipModel(Eva02ClipPreTrainedModel):
         if return_loss:
             if logits_per_image.shape[0] != logits_per_image.shape[1]:
                 raise ValueError(
-                    f"return_loss pairs image i with text i, but there are {logits_per_image.shape[0]} images and "
-                    f"{logits_per_image.shape[1]} texts"
+                    f"there are {logits_per_image.shape[0]} images and {logits_per_image.shape[1]} texts; return_loss "
+                    "requires one text per image"
                 )
             pairs = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
             loss = 0.5 * (

@@ -1,7 +1,8 @@
-"""From two pretrained encoders to an MFuser: configurations, class names as tokens, weights resampled to our grid."""
+"""Two pretrained encoders as parts of an MFuser: their weights, resampled, and the configuration that pairs them."""
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,14 +18,11 @@ from transformers import (
     Siglip2Model,
     SiglipModel,
 )
-from transformers.utils import logging
 
 from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids
 from .configuration_mfuser import MFuserConfig, evenly_paired
 from .modeling_eva02_clip import Eva02ClipModel
 from .towers_mfuser import Resampled, resample_grid
-
-logger = logging.get_logger(__name__)
 
 VFM_CLASSES = {
     "dinov2": Dinov2Model,
@@ -32,22 +30,30 @@ VFM_CLASSES = {
     "dinov3_vit": DINOv3ViTModel,
 }
 VLM_CLASSES = {"clip": CLIPModel, "siglip": SiglipModel, "siglip2": Siglip2Model, "eva02_clip": Eva02ClipModel}
-PROMPT_LENGTH = {"eva02_clip": 8}  # context vectors in the paper's models; 5 for all others
-PATCH_SIZE = 16  # of the paper's CLIP and SigLIP variants; its EVA02-CLIP keeps its own
+# Values of the published models.
+PROMPT_LENGTHS = {"eva02_clip": 8}  # context vectors; 5 for all others
+DEFAULT_PROMPT_LENGTH = 5
+PATCH_SIZE = 16  # of the CLIP and SigLIP variants; EVA02-CLIP keeps its own
+TAP_DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)  # of the four pyramid levels, as shares of the fused layers
+STRIDE_SHARE = 2 / 3  # of the crop
 
 
 def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], role: str) -> PreTrainedModel:
     """
-    A pretrained encoder in float32, by the class that its configuration asks for.
+    Loads a pretrained encoder in float32, as the class that its configuration names.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        classes (`dict[str, type[PreTrainedModel]]`): Accepted model types and their classes.
+        role (`str`): What the encoder is used for, for error messages.
 
     Raises:
-        ValueError: an encoder of another kind, or one whose weights are not all in its files.
+        ValueError: If the encoder has another type, or weights are missing.
     """
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type not in classes:
         raise ValueError(
-            f"{name_or_path} is of type {model_type!r}, which can't be the {role}: that must be one of "
-            f"{', '.join(classes)}"
+            f"{name_or_path} has model type {model_type!r}; the {role} must be one of {', '.join(classes)}"
         )
     model, report = classes[model_type].from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:
@@ -57,54 +63,81 @@ def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], r
     return model.eval()
 
 
-def pretrained_config(
-    vfm: PreTrainedModel,
-    vlm: PreTrainedModel,
-    class_names: list[str],
-    tokenizer,
-    crop_size: int,
-    patch_size: int | None,
-    class_token_length: int,
-    **fields,
-) -> MFuserConfig:
-    """The configuration of an MFuser of two pretrained encoders; `fields` are [`MFuserConfig`]'s and come first."""
-    variant = vlm.config.model_type
-    if patch_size is None:
-        patch_size = vlm.config.vision_config.patch_size if variant == "eva02_clip" else PATCH_SIZE
-    prompt_length = fields.setdefault("text_prompt_length", PROMPT_LENGTH.get(variant, 5))
-    vfm_config, vlm_config = (
-        _at_resolution(config, crop_size, patch_size) for config in (vfm.config, vlm.config.vision_config)
-    )
-    if not getattr(vlm_config, "vision_use_head", True):
-        raise ValueError("this SigLIP has no pooling head (vision_use_head=False), so no space to share with text")
-    text_config = copy.deepcopy(vlm.config.text_config)
-    text_length = prompt_length + class_token_length
-    if text_length > text_config.max_position_embeddings:
-        raise ValueError(
-            f"{prompt_length} context vectors and {class_token_length} class tokens are {text_length} positions; the "
-            f"text encoder has {text_config.max_position_embeddings}"
-        )
-    text_config.max_position_embeddings = text_length
-    if variant in ("clip", "eva02_clip"):
-        vlm_config.projection_dim = text_config.projection_dim = vlm.config.projection_dim
-    elif variant in ("siglip", "siglip2"):
-        fields.setdefault("loss_logit_scale", vlm.logit_scale.item())
-        fields.setdefault("loss_logit_bias", vlm.logit_bias.item())
-    depths = vfm_config.num_hidden_layers, vlm_config.num_hidden_layers
-    if depths[0] != depths[1]:
-        fields.setdefault("fusion_layer_pairs", evenly_paired(*depths))
-    steps = len(fields.get("fusion_layer_pairs") or range(depths[0]))
-    fields.setdefault("fusion_out_layers", [round(steps * part) for part in (1 / 3, 1 / 2, 2 / 3, 1)])
-    fields.setdefault("crop_stride", round(crop_size * 2 / 3))
-    return MFuserConfig(
-        vfm_config=vfm_config,
-        vlm_config=vlm_config,
-        text_config=text_config,
-        id2label=dict(enumerate(class_names)),
-        label2id={name: index for index, name in enumerate(class_names)},
-        class_token_ids=class_token_ids(class_names, tokenizer, class_token_length),
-        crop_size=crop_size,
+@dataclass(frozen=True)
+class PretrainedEncoders:
+    """
+    A pretrained vision foundation model and a pretrained vision-language model.
+
+    Args:
+        vfm, vlm ([`PreTrainedModel`]): The models.
+        vlm_source (`str`): Folder or Hub id that `vlm` was loaded from.
+    """
+
+    vfm: PreTrainedModel
+    vlm: PreTrainedModel
+    vlm_source: str
+
+    def model_config(
+        self,
+        class_names: list[str],
+        tokenizer=None,
+        crop_size: int = 512,
+        patch_size: int | None = None,
+        class_token_length: int = CLASS_TOKEN_LENGTH,
         **fields,
+    ) -> MFuserConfig:
+        """
+        The configuration of an MFuser built from these encoders.
+
+        For the arguments see [`MFuserPreTrainedModel.from_vfm_vlm_pretrained`]; `fields` override derived values.
+        """
+        if tokenizer is None or isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or self.vlm_source)
+        variant = self.vlm.config.model_type
+        if patch_size is None:
+            patch_size = self.vlm.config.vision_config.patch_size if variant == "eva02_clip" else PATCH_SIZE
+        vfm_config, vlm_config = (
+            _at_resolution(config, crop_size, patch_size)
+            for config in (self.vfm.config, self.vlm.config.vision_config)
+        )
+        text_config = copy.deepcopy(self.vlm.config.text_config)
+        prompt_length = fields.setdefault("text_prompt_length", PROMPT_LENGTHS.get(variant, DEFAULT_PROMPT_LENGTH))
+        text_length = prompt_length + class_token_length
+        if text_length > text_config.max_position_embeddings:
+            raise ValueError(
+                f"{prompt_length} context vectors and {class_token_length} class tokens are {text_length} positions; "
+                f"the text encoder has {text_config.max_position_embeddings}"
+            )
+        text_config.max_position_embeddings = text_length
+        if variant in ("clip", "eva02_clip"):
+            vlm_config.projection_dim = text_config.projection_dim = self.vlm.config.projection_dim
+        else:
+            fields.setdefault("loss_logit_scale", self.vlm.logit_scale.item())
+            fields.setdefault("loss_logit_bias", self.vlm.logit_bias.item())
+        depths = vfm_config.num_hidden_layers, vlm_config.num_hidden_layers
+        if depths[0] != depths[1]:
+            fields.setdefault("fusion_layer_pairs", evenly_paired(*depths))
+        steps = len(fields.get("fusion_layer_pairs") or range(depths[0]))
+        fields.setdefault("fusion_out_layers", [round(steps * depth) for depth in TAP_DEPTHS])
+        fields.setdefault("crop_stride", round(crop_size * STRIDE_SHARE))
+        return MFuserConfig(
+            vfm_config=vfm_config,
+            vlm_config=vlm_config,
+            text_config=text_config,
+            id2label=dict(enumerate(class_names)),
+            label2id={name: index for index, name in enumerate(class_names)},
+            class_token_ids=class_token_ids(class_names, tokenizer, class_token_length),
+            crop_size=crop_size,
+            **fields,
+        )
+
+
+def load_pretrained_encoders(vfm: str, vlm: str) -> PretrainedEncoders:
+    """Loads both encoders from their folders or Hub ids; raises `ValueError` for types that cannot be used."""
+    return PretrainedEncoders(
+        load_encoder(vfm, VFM_CLASSES, "vision foundation model"),
+        load_encoder(vlm, VLM_CLASSES, "vision-language model"),
+        vlm_source=vlm,
     )
 
 
@@ -121,16 +154,21 @@ def _at_resolution(config: PreTrainedConfig, crop_size: int, patch_size: int) ->
 
 
 @torch.no_grad()
-def load_towers(model: nn.Module, vfm: PreTrainedModel, vlm: PreTrainedModel) -> list[str]:
+def load_towers(model: nn.Module, encoders: PretrainedEncoders) -> list[str]:
     """
-    Fills the towers of an [`MFuserModel`] with pretrained weights.
+    Copies pretrained weights into the towers of an [`MFuserModel`].
+
+    Args:
+        model ([`MFuserModel`]): The model, with the configuration that [`PretrainedEncoders.model_config`] gives.
+        encoders ([`PretrainedEncoders`]): The pretrained encoders.
 
     Returns:
-        `list[str]`: what was resampled, cut or folded.
+        `list[str]`: A note for each weight that was resampled, truncated or changed.
 
     Raises:
-        ValueError: weights that don't fit, all of them listed.
+        ValueError: If weights do not fit; all of them are listed.
     """
+    vfm, vlm = encoders.vfm, encoders.vlm
     notes = _load(model.vfm.vision, vfm, "vision foundation model", model.vfm.positions, model.vfm.kernel)
     notes += _load(model.vlm.vision, vlm.vision_model, "vision-language model", model.vlm.positions, model.vlm.kernel)
     notes += _load(model.vlm.text, vlm.text_model, "text encoder")
@@ -140,7 +178,7 @@ def load_towers(model: nn.Module, vfm: PreTrainedModel, vlm: PreTrainedModel) ->
     if vlm.config.model_type == "clip":
         embeddings = model.vlm.vision.embeddings
         embeddings.position_embedding.weight[0] += embeddings.class_embedding
-        notes.append("CLIP's class embedding added to its position once more, as in the paper's code")
+        notes.append("CLIP's class embedding was added to its position once more, as in the published code")
     return notes
 
 
@@ -166,11 +204,12 @@ def _load(
                 new = new[: len(old)]
                 notes.append(f"{role}: the first {len(old)} of {len(given[name])} positions")
         if new is None or new.shape != old.shape:
-            problems.append(f"{name} {_shape(old)} from {'nothing' if new is None else _shape(new)}")
+            found = "is missing" if new is None else f"has shape {_shape(new)}"
+            problems.append(f"{name} {found}, needs {_shape(old)}")
         fitted[name] = new
-    problems += [f"{name} is left over" for name in given if name not in wanted and not name.endswith("mask_token")]
+    problems += [f"{name} is unexpected" for name in given if name not in wanted and not name.endswith("mask_token")]
     if problems:
-        raise ValueError(f"the {role}'s weights don't fit: {'; '.join(problems)}")
+        raise ValueError(f"weights of the {role} do not fit the model: {'; '.join(problems)}")
     target.load_state_dict(fitted)
     return notes
 
@@ -180,7 +219,7 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def resample_positions(positions: torch.Tensor, shape: torch.Size, how: Resampled) -> torch.Tensor:
-    """Position embeddings (..., c + g * g, C) of a square grid, at the size of `shape`; class positions kept."""
+    """Resamples position embeddings (..., c + g * g, C) of a square grid to `shape`; class positions are kept."""
     table = positions.reshape(positions.shape[-2:])
     grid = math.isqrt(shape[-2] - how.num_class_tokens)
     patches = resample_grid(table[how.num_class_tokens :], (grid, grid), how.mode)
@@ -188,38 +227,10 @@ def resample_positions(positions: torch.Tensor, shape: torch.Size, how: Resample
 
 
 def resample_kernel(kernel: torch.Tensor, shape: torch.Size, mode: str) -> torch.Tensor:
-    """
-    A patch kernel (C, 3, p, p), or SigLIP 2's linear one (C, p * p * 3), at another patch size; align_corners=False.
-    """
+    """Resamples a patch kernel (C, 3, p, p), or SigLIP 2's linear one (C, p * p * 3), to the patch size of `shape`."""
     if kernel.dim() == 2:
         old, new = (math.isqrt(size // 3) for size in (kernel.shape[1], shape[1]))
         maps = kernel.unflatten(1, (old, old, 3)).permute(0, 3, 1, 2)
         maps = F.interpolate(maps, size=(new, new), mode=mode, align_corners=False)
         return maps.permute(0, 2, 3, 1).flatten(1)
     return F.interpolate(kernel, size=tuple(shape[-2:]), mode=mode, align_corners=False)
-
-
-def build_from_pretrained(
-    model_class: type[PreTrainedModel],
-    vfm: str,
-    vlm: str,
-    class_names: list[str],
-    tokenizer=None,
-    crop_size: int = 512,
-    patch_size: int | None = None,
-    class_token_length: int = CLASS_TOKEN_LENGTH,
-    **fields,
-) -> PreTrainedModel:
-    """See [`MFuserForSemanticSegmentation.from_vfm_vlm_pretrained`]."""
-    if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or vlm)
-    vfm_model = load_encoder(vfm, VFM_CLASSES, "vision foundation model")
-    vlm_model = load_encoder(vlm, VLM_CLASSES, "vision-language model")
-    config = pretrained_config(
-        vfm_model, vlm_model, list(class_names), tokenizer, crop_size, patch_size, class_token_length, **fields
-    )
-    model = model_class(config)
-    notes = load_towers(getattr(model, model.base_model_prefix, model), vfm_model, vlm_model)
-    summary = "".join(f"\n- {note}" for note in notes)
-    logger.warning(f"MFuser of {vfm} and {vlm}; the fusion and the decoder are new and want training.{summary}")
-    return model.eval()

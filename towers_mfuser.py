@@ -1,10 +1,11 @@
-"""The two pretrained encoders, each run one layer at a time.
+"""
+The two pretrained encoders, run layer by layer.
 
-What differs between vision foundation models, or between vision-language models, is one class here, chosen by
-`model_type`. Everything else in MFuser is the same for all of them.
+Each kind of vision foundation model and of vision-language model has one class here, chosen by `model_type`, for what
+differs from the others.
 
-The encoders are Transformers' own classes, not subclasses: only of those does `from_pretrained` translate the names
-that tensors have in files. Where the paper's code resamples positions in another way, the embeddings are replaced.
+The encoders are Transformers' own classes, not subclasses: `from_pretrained` converts weight names for those alone.
+Only their embeddings are replaced, where the published code resamples positions differently.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,14 @@ from transformers import (
     SiglipTextModel,
     SiglipVisionModel,
 )
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
@@ -35,38 +44,40 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from .configuration_mfuser import MFuserConfig
 from .modeling_eva02_clip import Eva02ClipTextModel, Eva02ClipVisionModel
 
-# Mean and standard deviation that pixels are normalised with, on [0, 1]. `pixel_values` arrive in CLIP's.
-CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-
-def renormalise(pixel_values: torch.Tensor, target: tuple) -> torch.Tensor:
-    """CLIP-normalised pixels (B, 3, H, W), normalised with `target`'s mean and standard deviation instead."""
-    if target == CLIP_PIXELS:
-        return pixel_values
+def renormalise(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Pixels (B, 3, H, W) normalised with CLIP's mean and standard deviation, normalised with `mean` and `std`."""
     channels = []
-    for channel, mean, std, new_mean, new_std in zip(pixel_values.unbind(1), *CLIP_PIXELS, *target, strict=True):
-        channels.append(channel * (std / new_std) + (mean - new_mean) / new_std)
+    for channel, clip_mean, clip_std, new_mean, new_std in zip(
+        pixel_values.unbind(1), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, mean, std, strict=True
+    ):
+        channels.append(channel * (clip_std / new_std) + (clip_mean - new_mean) / new_std)
     return torch.stack(channels, dim=1)
 
 
 def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, offset: float = 0.0) -> torch.Tensor:
     """
-    Position embeddings of a square grid, resampled to another grid.
+    Resamples the position embeddings of a square grid to another grid.
 
     Args:
-        positions (`torch.Tensor` of shape `(g * g, C)`): row-major.
-        grid (`tuple[int, int]`): rows and columns wanted.
-        mode (`str`): "bicubic" or "bilinear", with align_corners=False.
-        offset (`float`): added to the wanted size when the scale is computed; DINOv2 uses 0.1 against rounding.
+        positions (`torch.Tensor` of shape `(g * g, C)`):
+            Position embeddings, row by row.
+        grid (`tuple[int, int]`):
+            Rows and columns of the new grid.
+        mode (`str`):
+            `"bicubic"` or `"bilinear"`, with `align_corners=False`.
+        offset (`float`, *optional*, defaults to 0.0):
+            Added to the new size when the scale factor is computed; DINOv2 uses 0.1 against rounding errors.
 
     Returns:
-        `torch.Tensor` of shape `(grid[0] * grid[1], C)`; `positions` itself where nothing changes.
+        `torch.Tensor` of shape `(grid[0] * grid[1], C)`: `positions` itself if the grid is the same.
+
+    Raises:
+        ValueError: If `positions` do not form a square grid.
     """
     side = round(positions.shape[0] ** 0.5)
     if side * side != positions.shape[0]:
-        raise ValueError(f"{positions.shape[0]} position embeddings are no square grid")
+        raise ValueError(f"there are {positions.shape[0]} position embeddings; they must form a square grid")
     if tuple(grid) == (side, side):
         return positions
     maps = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
@@ -80,18 +91,29 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
 
 @dataclass(frozen=True)
 class Resampled:
-    """A weight of a pretrained encoder that is resampled to our grid: its name, how, and its leading class tokens."""
+    """
+    A weight of a pretrained encoder that is resampled to the grid or patch size of the model.
+
+    Args:
+        name (`str`): Its name in `vision`.
+        mode (`str`): `"bicubic"` or `"bilinear"`.
+        num_class_tokens (`int`, *optional*, defaults to 0): Leading rows that are not part of the grid.
+    """
 
     name: str
     mode: str
     num_class_tokens: int = 0
 
 
-def drop_path(residual: torch.Tensor, rate: float) -> torch.Tensor:
-    """Stochastic depth: drops the residual branch (B, L, C) of a sample with probability `rate`."""
-    if rate == 0.0:
-        return residual
-    keep = torch.rand(residual.shape[0], 1, 1, device=residual.device) >= rate
+def drop_path(residual: torch.Tensor, rate: float, axis: str) -> torch.Tensor:
+    """
+    Stochastic depth: zeroes a residual branch (B, L, C) with probability `rate`.
+
+    The published code drops token positions, the same for the whole batch (`axis="token"`): its CLIP runs on tensors
+    (L, B, C), and it takes the first axis for the batch. The textbook form drops samples (`axis="sample"`).
+    """
+    shape = (1, residual.shape[1], 1) if axis == "token" else (residual.shape[0], 1, 1)
+    keep = torch.rand(shape, device=residual.device) >= rate
     return residual * keep / (1 - rate)
 
 
@@ -99,7 +121,7 @@ def drop_path(residual: torch.Tensor, rate: float) -> torch.Tensor:
 
 
 def dinov2_positions(embeddings: nn.Module, height: int, width: int) -> torch.Tensor:
-    """DINOv2's position embeddings (1, 1 + h * w, Dv) as its own code resamples them: by scale factor, not by size."""
+    """DINOv2's position embeddings (1, 1 + h * w, Dv), resampled as in its own code: by scale factor, not by size."""
     patch = embeddings.config.patch_size
     class_position, positions = embeddings.position_embeddings[0].tensor_split([1])
     positions = resample_grid(positions, (height // patch, width // patch), "bicubic", offset=0.1)
@@ -118,10 +140,10 @@ class MFuserDinov2WithRegistersEmbeddings(Dinov2WithRegistersEmbeddings):
 
 class Dinov2Tower(nn.Module):
     """
-    DINOv2 of any size: one class token, ImageNet pixels.
+    DINOv2 of any size: one class token, pixels normalised with ImageNet's mean and standard deviation.
 
-    positions, kernel: the position grid and the patch kernel among the weights of `vision`, how many class tokens the
-    grid begins with, and how they are resampled.
+    Attributes:
+        positions, kernel ([`Resampled`]): Position embeddings and patch kernel, and how they are resampled.
     """
 
     positions = Resampled("embeddings.position_embeddings", "bicubic", num_class_tokens=1)
@@ -137,19 +159,26 @@ class Dinov2Tower(nn.Module):
         vision.embeddings = MFuserDinov2Embeddings(config)
         return vision
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, 1 + h * w, Dv), and what else the layers take."""
-        return self.vision.embeddings(renormalise(pixel_values, IMAGENET_PIXELS)), {}
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision.encoder.layer
 
-    def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: dict) -> torch.Tensor:
-        return self.vision.encoder.layer[index](hidden_states, **layer_inputs)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, 1 + h * w, Dv) and further inputs of the layers."""
+        return self.vision.embeddings(renormalise(pixel_values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)), {}
+
+    def run_layers(self, layers: range, layer_inputs: dict, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs some of the layers on tokens (B, L, Dv)."""
+        for index in layers:
+            hidden_states = self.layers[index](hidden_states, **layer_inputs)
+        return hidden_states
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.vision.layernorm(hidden_states)
 
 
 class Dinov2WithRegistersTower(Dinov2Tower):
-    """DINOv2 with register tokens between the class token and the patches; they are fused like all others."""
+    """DINOv2 with register tokens between class token and patches; the MVFusers see them like any other token."""
 
     @staticmethod
     def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
@@ -159,7 +188,7 @@ class Dinov2WithRegistersTower(Dinov2Tower):
 
 
 class DINOv3ViTTower(Dinov2Tower):
-    """DINOv3: register tokens, and rotary positions in place of a grid."""
+    """DINOv3: register tokens, and rotary position embeddings instead of learned ones."""
 
     positions = None
     kernel = Resampled("embeddings.patch_embeddings.weight", "bicubic")
@@ -168,14 +197,14 @@ class DINOv3ViTTower(Dinov2Tower):
     def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
         return DINOv3ViTModel._from_config(config)
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        pixel_values = renormalise(pixel_values, IMAGENET_PIXELS).to(
-            self.vision.embeddings.patch_embeddings.weight.dtype
-        )
-        return self.vision.embeddings(pixel_values), {"position_embeddings": self.vision.rope_embeddings(pixel_values)}
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision.model.layer
 
-    def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: dict) -> torch.Tensor:
-        return self.vision.model.layer[index](hidden_states, **layer_inputs)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        pixel_values = renormalise(pixel_values, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        pixel_values = pixel_values.to(self.vision.embeddings.patch_embeddings.weight.dtype)
+        return self.vision.embeddings(pixel_values), {"position_embeddings": self.vision.rope_embeddings(pixel_values)}
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.vision.norm(hidden_states)
@@ -186,41 +215,53 @@ class DINOv3ViTTower(Dinov2Tower):
 
 class VisionLanguageTower(nn.Module):
     """
-    What every vision-language model does alike. A subclass names its parts, embeds, merges and encodes text.
+    What all vision-language models have in common. Subclasses implement `forward`, `merge` and `encode_text`.
 
-    num_class_tokens: tokens before the patches.
-    positions, kernel: as in [`Dinov2Tower`].
-    merges_normalised_vfm: whether `merge` wants the vision foundation model's tokens after its last norm.
+    Attributes:
+        num_class_tokens (`int`): Tokens before the patches.
+        positions, kernel ([`Resampled`]): See [`Dinov2Tower`].
+        merges_normalised_vfm (`bool`): Whether `merge` takes the tokens of the vision foundation model after its last
+            norm.
     """
 
     num_class_tokens = 1
     merges_normalised_vfm = True
     kernel = Resampled("embeddings.patch_embedding.weight", "bilinear")
 
-    def run_layer(self, index: int, hidden_states: torch.Tensor, layer_inputs: tuple, drop_path_rate: float):
-        """One layer on tokens (B, L, D); with stochastic depth on both its branches where a rate is given."""
-        layer = self.vision.encoder.layers[index]
-        if drop_path_rate == 0.0:
-            return layer(hidden_states, *layer_inputs)
-        attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
-        hidden_states = hidden_states + drop_path(attended, drop_path_rate)
-        return hidden_states + drop_path(layer.mlp(layer.layer_norm2(hidden_states)), drop_path_rate)
+    def __init__(self, config: MFuserConfig):
+        super().__init__()
+        self.drop_path_axis = config.vlm_drop_path_axis
+
+    def run_layers(
+        self, layers: range, layer_inputs: tuple, drop_path_rates: list[float], hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs some of the layers on tokens (B, L, D), with stochastic depth on both branches of each layer."""
+        for index in layers:
+            layer, rate = self.vision.encoder.layers[index], drop_path_rates[index]
+            if rate == 0.0:
+                hidden_states = layer(hidden_states, *layer_inputs)
+                continue
+            attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
+            hidden_states = hidden_states + drop_path(attended, rate, self.drop_path_axis)
+            residual = layer.mlp(layer.layer_norm2(hidden_states))
+            hidden_states = hidden_states + drop_path(residual, rate, self.drop_path_axis)
+        return hidden_states
 
     def drop_text_encoder(self):
-        """Lets go of what only `encode_text` needs."""
+        """Removes what only `encode_text` needs."""
         for name in ("text", "text_projection"):
             if hasattr(self, name):
                 delattr(self, name)
 
     def prompted_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """Embeddings of class names (K, T), with context vectors (1, P, C) after the first token -> (K, P + T, C)."""
+        """Token ids of class names (K, T) and context vectors (1, P, C), after the first token -> (K, P + T, C)."""
         names = self.text.embeddings.token_embedding(token_ids)
         names = torch.cat([names[:, :1], prompts.expand(names.shape[0], -1, -1), names[:, 1:]], dim=1)
         return self.text.embeddings(inputs_embeds=names)
 
 
 class MFuserCLIPVisionEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's embeddings, resampled bilinearly as the paper's code does (Transformers: bicubic)."""
+    """CLIP's embeddings, resampled bilinearly as in the published code (Transformers: bicubic)."""
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         positions = self.position_embedding.weight
@@ -229,14 +270,14 @@ class MFuserCLIPVisionEmbeddings(CLIPVisionEmbeddings):
 
 
 class ClipTower(VisionLanguageTower):
-    """CLIP and whatever is saved as CLIP: one class token; joint space by LayerNorm and a linear map without bias."""
+    """CLIP: one class token; the shared space is reached by LayerNorm and a linear map without bias."""
 
     merges_normalised_vfm = False
     positions = Resampled("embeddings.position_embedding.weight", "bilinear", num_class_tokens=1)
     text_class, projection_bias = CLIPTextModel, False
 
     def __init__(self, config: MFuserConfig):
-        super().__init__()
+        super().__init__(config)
         vision, text = config.vlm_config, config.text_config
         self.vision = self.new_vision(vision)
         self.visual_projection = nn.Linear(vision.hidden_size, vision.projection_dim, bias=self.projection_bias)
@@ -254,10 +295,10 @@ class ClipTower(VisionLanguageTower):
     def embedding_size(config: MFuserConfig) -> int:
         return config.vlm_config.projection_dim
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, 1 + h * w, D), and what else the layers take."""
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, 1 + h * w, D) and further inputs of the layers."""
         hidden_states = self.vision.embeddings(pixel_values, interpolate_pos_encoding=True)
-        return self.vision.pre_layrnorm(hidden_states), (None,)  # the layers want a mask, if only to be told of none
+        return self.vision.pre_layrnorm(hidden_states), (None,)  # no attention mask
 
     def merge(self, hidden_states: torch.Tensor, vfm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both encoders' tokens (B, 1 + N, D) -> global (B, 1, E) and dense (B, N, E) embeddings."""
@@ -268,19 +309,19 @@ class ClipTower(VisionLanguageTower):
         """Class names (K, T) and context vectors (1, P, C) -> class embeddings (K, E)."""
         hidden_states = self.prompted_text(token_ids, prompts)
         mask = create_causal_mask(
-            config=self.text.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
+            config=self.text.config, inputs_embeds=hidden_states, attention_mask=None, cache=None
         )
-        # sdpa gets no mask: its causality is in `is_causal`
+        # With sdpa the mask is None, and `is_causal` makes the attention causal.
         hidden_states = self.text.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True)
         hidden_states = self.text.final_layer_norm(hidden_states.last_hidden_state)
-        # the end token has the largest id; the prompts moved it back
+        # The end token has the largest id; the context vectors shift it.
         end = token_ids.argmax(dim=-1) + prompts.shape[1]
         rows = torch.arange(token_ids.shape[0], device=token_ids.device)
         return self.text_projection(hidden_states[rows, end])
 
 
 class Eva02ClipTower(ClipTower):
-    """EVA02-CLIP: rotary positions, both encoders' last norms before the sum, a linear map with bias after it."""
+    """EVA02-CLIP: rotary positions; both encoders are normalised before their sum; a linear map with bias."""
 
     merges_normalised_vfm = True
     positions = Resampled("embeddings.position_embedding.weight", "bicubic", num_class_tokens=1)
@@ -291,7 +332,7 @@ class Eva02ClipTower(ClipTower):
     def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
         return Eva02ClipVisionModel._from_config(config)
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         grid = [side // self.vision.config.patch_size for side in pixel_values.shape[-2:]]
         return self.vision.embeddings(pixel_values), (self.vision.rotary_embedding(*grid),)
 
@@ -301,7 +342,7 @@ class Eva02ClipTower(ClipTower):
 
 
 class MFuserSiglipVisionEmbeddings(SiglipVisionEmbeddings):
-    """SigLIP's embeddings, resampled bilinearly as the paper's code does (Transformers: bicubic)."""
+    """SigLIP's embeddings, resampled bilinearly as in the published code (Transformers: bicubic)."""
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = (height // self.patch_size, width // self.patch_size)
@@ -309,14 +350,14 @@ class MFuserSiglipVisionEmbeddings(SiglipVisionEmbeddings):
 
 
 class SiglipTower(VisionLanguageTower):
-    """SigLIP: no class token; joint space by attention pooling, asked once by its probe and once by every patch."""
+    """SigLIP: no class token; attention pooling with the probe as query, and with every patch as query."""
 
     num_class_tokens = 0
     positions = Resampled("embeddings.position_embedding.weight", "bilinear")
     text_class = SiglipTextModel
 
     def __init__(self, config: MFuserConfig):
-        super().__init__()
+        super().__init__(config)
         self.vision = self.new_vision(config.vlm_config)
         if config.use_text_encoder:
             self.text = self.text_class._from_config(config.text_config)
@@ -331,9 +372,9 @@ class SiglipTower(VisionLanguageTower):
     def embedding_size(config: MFuserConfig) -> int:
         return config.vlm_config.hidden_size
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, h * w, D), and what else the layers take."""
-        pixel_values = renormalise(pixel_values, HALF_PIXELS)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """CLIP-normalised pixels (B, 3, H, W) -> tokens (B, h * w, D) and further inputs of the layers."""
+        pixel_values = renormalise(pixel_values, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
         return self.vision.embeddings(pixel_values, interpolate_pos_encoding=True), (None,)
 
     def merge(self, hidden_states: torch.Tensor, vfm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -348,14 +389,14 @@ class SiglipTower(VisionLanguageTower):
         return attended + head.mlp(head.layernorm(attended))
 
     def encode_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """Class names (K, T) and context vectors (1, P, C) -> class embeddings (K, D): not causal, the last token."""
+        """Class names (K, T) and context vectors (1, P, C) -> class embeddings (K, D), read at the last position."""
         hidden_states = self.prompted_text(token_ids, prompts)
         hidden_states = self.text.encoder(inputs_embeds=hidden_states, attention_mask=None).last_hidden_state
         return self.text.head(self.text.final_layer_norm(hidden_states)[:, -1])
 
 
 class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
-    """SigLIP 2's embeddings, of images in place of lists of patches."""
+    """SigLIP 2's embeddings, computed from images instead of lists of patches."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) -> tokens (B, h * w, D)."""
@@ -368,7 +409,7 @@ class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
 
 
 class Siglip2Tower(SiglipTower):
-    """SigLIP 2 (NaFlex): SigLIP with a linear patch embedding. Its fixed-size models are saved as SigLIP."""
+    """SigLIP 2 (NaFlex): SigLIP with a linear patch embedding. Fixed-size SigLIP 2 models have the type of SigLIP."""
 
     text_class = Siglip2TextModel
 
@@ -378,8 +419,9 @@ class Siglip2Tower(SiglipTower):
         vision.embeddings = MFuserSiglip2VisionEmbeddings(config)
         return vision
 
-    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        return self.vision.embeddings(renormalise(pixel_values, HALF_PIXELS)), (None,)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        pixel_values = renormalise(pixel_values, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
+        return self.vision.embeddings(pixel_values), (None,)
 
 
 VFM_TOWERS = {

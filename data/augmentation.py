@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.data.domains import check_sizes, label_ids
+from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.image_processing_mfuser import scaled_size
 
 # A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.

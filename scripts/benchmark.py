@@ -35,8 +35,9 @@ from mfuser import selective_scan as scan_module
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.evaluation.metrics import MeanIoU
-from mfuser.modeling_mfuser import MFuserForSemanticSegmentation, window_starts
+from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.selective_scan import mamba_ssm_scan, selective_scan
+from mfuser.windows_mfuser import window_starts
 
 GEMM_SIZE = 4096
 SCAN_SHAPE = {"batch": 1, "dim": 512, "length": 2050, "state": 16}  # an MVFuser of the full-size CLIP variant

@@ -1,5 +1,8 @@
-"""Published EVA02-CLIP weights (EVA02_CLIP_B_psz16_s8B.pt, EVA02_CLIP_L_psz14_s4B.pt, EVA02_CLIP_L_336_psz14_s6B.pt of
-github.com/baaivision/EVA) to a folder that `Eva02ClipModel.from_pretrained` loads."""
+"""Converts published EVA02-CLIP weights to a folder that `Eva02ClipModel.from_pretrained` loads.
+
+The files are EVA02_CLIP_B_psz16_s8B.pt, EVA02_CLIP_L_psz14_s4B.pt and EVA02_CLIP_L_336_psz14_s6B.pt of
+github.com/baaivision/EVA.
+"""
 
 import argparse
 import json
@@ -13,13 +16,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
 from mfuser.modeling_eva02_clip import Eva02ClipModel
 
 StateDict = dict[str, torch.Tensor]
 
-# Patterns of the original names, without the prefix of the tower, to the names in Eva02ClipModel.
+# Patterns of the original names, without the prefix of the tower, and the names in Eva02ClipModel.
 _BLOCK, _VISION_LAYER = r"blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."
 VISION_NAMES = {
     r"cls_token": "vision_model.embeddings.class_embedding",
@@ -42,14 +46,14 @@ TEXT_NAMES = {
     r"token_embedding\.weight": "text_model.embeddings.token_embedding.weight",
     r"positional_embedding": "text_model.embeddings.position_embedding.weight",
     _RESBLOCK + r"ln_([12])\.(weight|bias)": _TEXT_LAYER + r"layer_norm\2.\3",
-    _RESBLOCK + r"attn\.in_proj_(weight|bias)": _TEXT_LAYER + r"self_attn.{}_proj.\2",  # q, k and v in one
+    _RESBLOCK + r"attn\.in_proj_(weight|bias)": _TEXT_LAYER + r"self_attn.{}_proj.\2",  # packed q, k and v
     _RESBLOCK + r"attn\.out_proj\.(weight|bias)": _TEXT_LAYER + r"self_attn.out_proj.\2",
     _RESBLOCK + r"mlp\.c_fc\.(weight|bias)": _TEXT_LAYER + r"mlp.fc1.\2",
     _RESBLOCK + r"mlp\.c_proj\.(weight|bias)": _TEXT_LAYER + r"mlp.fc2.\2",
     r"ln_final\.(weight|bias)": r"text_model.final_layer_norm.\1",
     r"text_projection": "text_projection.weight",
 }
-SIGNATURE = "visual.blocks.0.attn.inner_attn_ln.weight"  # the norm inside attention: no other CLIP has it
+SIGNATURE = "visual.blocks.0.attn.inner_attn_ln.weight"  # no other CLIP has this norm
 ROTARY_TABLE = re.compile(r"(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)")
 
 
@@ -57,41 +61,64 @@ def _rename(key: str, names: Mapping[str, str], tower: str) -> str:
     for pattern, name in names.items():
         if match := re.fullmatch(pattern, key):
             return match.expand(name)
-    raise KeyError(f"{key!r} is no tensor of EVA02-CLIP's {tower} tower")
+    raise KeyError(f"{key!r} is not a tensor of the {tower} tower of EVA02-CLIP")
 
 
 def rename_vision_key(key: str) -> str:
     """
-    Name in [`Eva02ClipModel`] of a tensor of the original vision tower, given without prefix (`blocks.0.norm1.bias`).
+    Returns the name in [`Eva02ClipModel`] of a tensor of the original vision tower.
+
+    Args:
+        key (`str`):
+            The original name without prefix, e.g. `blocks.0.norm1.bias`.
+
+    Returns:
+        `str`: The name in [`Eva02ClipModel`].
 
     Raises:
-        KeyError: the tower has no such parameter.
+        KeyError: If the tower has no such parameter.
     """
     return _rename(key, VISION_NAMES, "vision")
 
 
 def rename_text_key(key: str) -> list[str]:
     """
-    Names in [`Eva02ClipModel`] of a tensor of the original text tower, given without a prefix: one name, or query's,
-    key's and value's for the packed input projection. OpenAI's CLIP names its text tower alike.
+    Returns the names in [`Eva02ClipModel`] of a tensor of the original text tower, which has OpenAI's CLIP's names.
+
+    Args:
+        key (`str`):
+            The original name without prefix.
+
+    Returns:
+        `list[str]`: One name, or the names of query, key and value for the packed input projection.
 
     Raises:
-        KeyError: the tower has no such parameter.
+        KeyError: If the tower has no such parameter.
     """
     name = _rename(key, TEXT_NAMES, "text")
     return [name.format(part) for part in "qkv"] if "{}" in name else [name]
 
 
 def dropped_vision_reason(key: str) -> str | None:
-    """Why a tensor of the original vision tower, given without a prefix, has no place in ours; None if it has one."""
-    return "rotary table: computed at run time for the grid at hand" if ROTARY_TABLE.fullmatch(key) else None
+    """Returns the reason for which a tensor of the original vision tower is dropped, or `None` if it is converted."""
+    return "rotary table: computed at run time for each grid" if ROTARY_TABLE.fullmatch(key) else None
 
 
 def convert_vision_tensor(key: str, tensor: torch.Tensor) -> StateDict:
-    """One tensor of the original vision tower (key without prefix) under its name, in its shape in [`Eva02ClipModel`].
+    """
+    Converts a tensor of the original vision tower to its name and shape in [`Eva02ClipModel`].
+
+    Args:
+        key (`str`):
+            The original name without prefix.
+        tensor (`torch.Tensor`):
+            The tensor.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The converted tensor by its name.
 
     Raises:
-        KeyError: the tower has no such parameter.
+        KeyError: If the tower has no such parameter.
     """
     if key == "cls_token":  # (1, 1, width)
         tensor = tensor.flatten()
@@ -101,36 +128,52 @@ def convert_vision_tensor(key: str, tensor: torch.Tensor) -> StateDict:
 
 
 def convert_text_tensor(key: str, tensor: torch.Tensor) -> StateDict:
-    """One tensor of the original text tower (key without prefix) under its name or names in [`Eva02ClipModel`].
+    """
+    Converts a tensor of the original text tower to its name or names in [`Eva02ClipModel`].
+
+    Args:
+        key (`str`):
+            The original name without prefix.
+        tensor (`torch.Tensor`):
+            The tensor.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The converted tensors by their names.
 
     Raises:
-        KeyError: the tower has no such parameter.
+        KeyError: If the tower has no such parameter.
     """
     names = rename_text_key(key)
-    if key == "text_projection":  # (text width, projection width): the original multiplies from the left
+    if key == "text_projection":  # (text width, projection width): the original code multiplies from the left
         tensor = tensor.T
-    # Copies, because safetensors takes neither transposed nor shared memory.
+    # safetensors can save neither transposed nor shared memory.
     parts = [part.clone(memory_format=torch.contiguous_format) for part in tensor.chunk(len(names))]
     return dict(zip(names, parts, strict=True))
 
 
 def is_eva02_clip_state_dict(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are the names of a published EVA02-CLIP with the block of B/16 and L/14."""
+    """Returns whether these are the tensors of a published EVA02-CLIP-B/16 or L/14."""
     return SIGNATURE in state_dict
 
 
 def dropped_reason(key: str) -> str | None:
-    """Why a tensor of a published checkpoint has no place in [`Eva02ClipModel`]; None if it has one."""
+    """Returns the reason for which a tensor of a published checkpoint is dropped, or `None` if it is converted."""
     return dropped_vision_reason(key.removeprefix("visual.")) if key.startswith("visual.") else None
 
 
 def convert_eva02_clip_state_dict(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     """
-    The tensors of a published EVA02-CLIP checkpoint under the names of [`Eva02ClipModel`]. Every tensor is converted,
-    or dropped for the reason that [`dropped_reason`] gives.
+    Converts all tensors of a published EVA02-CLIP checkpoint to the names of [`Eva02ClipModel`].
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            Tensors under the original names. Those with a [`dropped_reason`] are dropped.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The converted tensors.
 
     Raises:
-        ValueError: tensors that the model doesn't know or that it misses, all of them listed.
+        ValueError: If tensors are unexpected, missing or of a wrong shape; the error lists all of them.
     """
     converted, unknown = {}, []
     for key, tensor in state_dict.items():
@@ -149,30 +192,30 @@ def convert_eva02_clip_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Sta
         hint = ""
         if any(key.endswith("attn.qkv.weight") for key in unknown):
             hint = (
-                "; attn.qkv belongs to EVA01-CLIP and EVA02-CLIP-E/14, whose block is another: the models that can be "
-                "converted are EVA02-CLIP-B/16, L/14 and L/14-336"
+                "; attn.qkv is a tensor of EVA01-CLIP and EVA02-CLIP-E/14, which have a different block: only "
+                "EVA02-CLIP-B/16, L/14 and L/14-336 can be converted"
             )
-        raise ValueError(f"not tensors of an EVA02-CLIP{hint}: {', '.join(unknown)}")
+        raise ValueError(f"unexpected tensors in an EVA02-CLIP checkpoint{hint}: {', '.join(unknown)}")
 
-    # Names and shapes don't depend on the heads: here they are the narrowest that a configuration takes.
+    # Names and shapes don't depend on the number of heads; these widths are valid for every tower.
     config = eva02_clip_config_from_state_dict(converted, vision_head_width=4, text_head_width=1)
     with torch.device("meta"):
         expected = Eva02ClipModel(config).state_dict()
     if missing := sorted(set(expected) - set(converted)):
-        raise ValueError(f"the checkpoint lacks what these tensors are made of: {', '.join(missing)}")
+        raise ValueError(f"tensors are missing from the checkpoint: {', '.join(missing)}")
     wrong = [
-        f"{name} {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+        f"{name} has shape {tuple(tensor.shape)} and must have {tuple(expected[name].shape)}"
         for name, tensor in converted.items()
         if tensor.shape != expected[name].shape
     ]
     if wrong:
-        raise ValueError(f"shapes that don't fit together: {'; '.join(wrong)}")
+        raise ValueError(f"tensors have wrong shapes: {'; '.join(wrong)}")
     return converted
 
 
 def _shape(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Size:
     if name not in state_dict:
-        raise ValueError(f"the sizes of the model can't be told without {name}")
+        raise ValueError(f"{name} is missing, so the sizes of the model can't be inferred")
     return state_dict[name].shape
 
 
@@ -185,17 +228,27 @@ def eva02_clip_vision_config_from_state_dict(
     state_dict: Mapping[str, torch.Tensor], head_width: int = 64, rope_pretrained_grid: int = 16
 ) -> Eva02ClipVisionConfig:
     """
-    Sizes of the vision tower, from tensors under the names of [`Eva02ClipModel`] (meta tensors will do). Shapes tell
-    neither the heads nor the pretrained grid: 64 channels a head and 16 patches a side for every published model.
+    Infers the configuration of the vision tower from the shapes of its tensors.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            Tensors under the names of [`Eva02ClipModel`]; tensors on the meta device suffice.
+        head_width (`int`, *optional*, defaults to 64):
+            Channels per head, 64 for all published models.
+        rope_pretrained_grid (`int`, *optional*, defaults to 16):
+            Patches per side in the pretraining, 16 for all published models.
+
+    Returns:
+        [`Eva02ClipVisionConfig`]: The configuration.
 
     Raises:
-        ValueError: a tensor is missing, or the position table belongs to no square grid.
+        ValueError: If a tensor is missing, or the position embeddings do not form a square grid.
     """
     hidden_size, num_channels, patch_size, _ = _shape(state_dict, "vision_model.embeddings.patch_embedding.weight")
     positions = _shape(state_dict, "vision_model.embeddings.position_embedding.weight")[0]
     grid_size = round((positions - 1) ** 0.5)
     if grid_size**2 + 1 != positions:
-        raise ValueError(f"{positions} positions are not a class token and a square grid")
+        raise ValueError(f"there are {positions} position embeddings; they must be a class token and a square grid")
     return Eva02ClipVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=_shape(state_dict, "vision_model.encoder.layers.0.mlp.gate_proj.weight")[0],
@@ -213,10 +266,19 @@ def eva02_clip_text_config_from_state_dict(
     state_dict: Mapping[str, torch.Tensor], head_width: int = 64
 ) -> Eva02ClipTextConfig:
     """
-    Sizes of the text tower, from tensors under the names of [`Eva02ClipModel`] (meta tensors will do).
+    Infers the configuration of the text tower from the shapes of its tensors.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            Tensors under the names of [`Eva02ClipModel`]; tensors on the meta device suffice.
+        head_width (`int`, *optional*, defaults to 64):
+            Channels per head, 64 for all published models.
+
+    Returns:
+        [`Eva02ClipTextConfig`]: The configuration.
 
     Raises:
-        ValueError: a tensor is missing.
+        ValueError: If a tensor is missing.
     """
     vocab_size, hidden_size = _shape(state_dict, "text_model.embeddings.token_embedding.weight")
     return Eva02ClipTextConfig(
@@ -236,7 +298,7 @@ def eva02_clip_config_from_state_dict(
     text_head_width: int = 64,
     rope_pretrained_grid: int = 16,
 ) -> Eva02ClipConfig:
-    """Sizes of both towers, from tensors under the names of [`Eva02ClipModel`]; see the functions for one tower."""
+    """Infers the configuration of both towers, see [`eva02_clip_vision_config_from_state_dict`]."""
     vision_config = eva02_clip_vision_config_from_state_dict(state_dict, vision_head_width, rope_pretrained_grid)
     text_config = eva02_clip_text_config_from_state_dict(state_dict, text_head_width)
     return Eva02ClipConfig(
@@ -246,10 +308,17 @@ def eva02_clip_config_from_state_dict(
 
 def read_state_dict(path: Path) -> StateDict:
     """
-    The tensors of a `.safetensors` file or of a pickle (read as weights only), taken out of what wraps them.
+    Reads the tensors of a `.safetensors` file or of a pickle, which is loaded with `weights_only=True`.
+
+    Args:
+        path (`Path`):
+            The file. The tensors may be nested in "model", "module" or "state_dict".
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors by their names.
 
     Raises:
-        ValueError: the file is none of these, holds Python objects, or no tensors.
+        ValueError: If the file is corrupt, holds other Python objects or does not hold a state dict.
     """
     try:
         state_dict = (
@@ -259,34 +328,41 @@ def read_state_dict(path: Path) -> StateDict:
         )
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no file of tensors alone, or a damaged one. A pickle of other objects can run code and is not "
-            "read; if you trust its source, load it with torch.load(..., weights_only=False) and save its state_dict "
-            f"alone. ({str(error).splitlines()[0]})"
+            f"{path} is corrupt or does not hold only tensors. A pickle of other objects can run code, so it is not "
+            "read; if you trust its source, load it with torch.load(..., weights_only=False) and save its state_dict. "
+            f"({str(error).splitlines()[0]})"
         ) from None
     except (EOFError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint: {error or 'it ends too soon'}") from None
+        raise ValueError(f"{path} is corrupt or not a checkpoint: {error or 'unexpected end of file'}") from None
     for wrapper in ("model", "module", "state_dict"):
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in state_dict.values()
     ):
-        raise ValueError(f"{path} holds no state_dict: names with a tensor each")
+        raise ValueError(f"{path} holds no state_dict, that is a mapping from names to tensors")
     return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
 
 
 def load_eva02_clip_state_dict(path: str | Path) -> StateDict:
     """
-    The tensors of a published checkpoint file (`.pt` or `.safetensors`).
+    Reads the tensors of a published EVA02-CLIP checkpoint.
+
+    Args:
+        path (`str` or `Path`):
+            The file, `.pt` or `.safetensors`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors under their original names.
 
     Raises:
-        ValueError: the file holds no EVA02-CLIP.
+        ValueError: If the file does not hold an EVA02-CLIP-B/16 or L/14.
     """
     state_dict = read_state_dict(Path(path))
     if not is_eva02_clip_state_dict(state_dict):
         raise ValueError(
-            f"{path} is no EVA02-CLIP-B/16 or L/14: it has no tensor {SIGNATURE}, but "
-            f"{', '.join(list(state_dict)[:5])} ..."
+            f"{path} is not an EVA02-CLIP-B/16 or L/14: it holds {', '.join(list(state_dict)[:5])} ..., but not "
+            f"{SIGNATURE}"
         )
     return state_dict
 
@@ -295,10 +371,21 @@ def eva02_clip_from_state_dict(
     state_dict: Mapping[str, torch.Tensor], vision_head_width: int = 64, text_head_width: int = 64
 ) -> Eva02ClipModel:
     """
-    A model in eval mode with the tensors of a published checkpoint, in their dtype.
+    Builds a model from the tensors of a published checkpoint.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            Tensors under their original names.
+        vision_head_width (`int`, *optional*, defaults to 64):
+            Channels per head of the vision tower.
+        text_head_width (`int`, *optional*, defaults to 64):
+            Channels per head of the text tower.
+
+    Returns:
+        [`Eva02ClipModel`]: The model in eval mode, in the dtype of the tensors.
 
     Raises:
-        ValueError: tensors are unknown, missing or of another shape.
+        ValueError: If tensors are unexpected, missing or of a wrong shape; the error lists all of them.
     """
     converted = convert_eva02_clip_state_dict(state_dict)
     config = eva02_clip_config_from_state_dict(converted, vision_head_width, text_head_width)
@@ -306,7 +393,7 @@ def eva02_clip_from_state_dict(
 
 
 def image_processor_config(image_size: int) -> dict:
-    """`preprocessor_config.json` of the published models: the centre square, resized, normalised as for CLIP."""
+    """Returns the `preprocessor_config.json` of the published models: resize, centre crop, CLIP's normalisation."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -318,15 +405,15 @@ def image_processor_config(image_size: int) -> dict:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mfuser.scripts.convert_eva02_clip", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="the published file, .pt or .safetensors")
-    parser.add_argument("output", type=Path, help="the folder to write")
+    parser.add_argument("checkpoint", type=Path, help="published file, .pt or .safetensors")
+    parser.add_argument("output", type=Path, help="folder to write to")
     options = parser.parse_args(arguments)
 
     state_dict = load_eva02_clip_state_dict(options.checkpoint)

@@ -1,4 +1,4 @@
-"""The README.md of a model folder."""
+"""Writes the model card, the README.md of a model folder."""
 
 from pathlib import Path
 
@@ -38,13 +38,25 @@ segment = pipeline("image-segmentation", model="{folder}", trust_remote_code=Tru
 segment("street.jpg")
 ```
 
-Images larger than {crop} pixels are segmented by windows of {crop}, {stride} apart. The licences of the encoders and
-of the training data apply beside this one.
+Images larger than {crop} pixels are segmented in sliding windows of {crop} pixels with a stride of {stride}. The
+licences of the encoders and of the training data apply as well.
 """
 
 
-def write_model_card(folder: Path, config: MFuserConfig, title: str, about: str):
-    """Writes `README.md` into a model folder; `about` says where the weights come from and what they are good for."""
+def write_model_card(folder: Path, config: MFuserConfig, title: str, about: str) -> None:
+    """
+    Writes `README.md` into a model folder.
+
+    Args:
+        folder (`Path`):
+            The model folder. Its name stands in the card's example.
+        config (`MFuserConfig`):
+            Configuration of the model.
+        title (`str`):
+            Heading of the card.
+        about (`str`):
+            A paragraph on the origin of the weights and their intended use.
+    """
     encoders = [ENCODER_NAMES.get(part.model_type, part.model_type) for part in (config.vfm_config, config.vlm_config)]
     card = CARD.format(
         title=title,

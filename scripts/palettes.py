@@ -1,4 +1,4 @@
-"""Colours for classes, and the pictures drawn with them: label maps, overlays, legends."""
+"""Colours of classes, and images drawn with them: label images, overlays and legends."""
 
 from collections.abc import Sequence
 
@@ -27,33 +27,40 @@ CITYSCAPES_COLOURS = {
     "motorcycle": (0, 0, 230),
     "bicycle": (119, 11, 32),
 }
-# What CamVid calls the same things.
+# CamVid's names of Cityscapes classes.
 SYNONYMS = {"tree": "vegetation", "sign": "traffic sign", "pedestrian": "person", "bicyclist": "rider"}
-# Weights of squared differences in red, green and blue after which the eye tells colours apart ("redmean" at mid red).
+# Weights of the squared differences in red, green and blue in a perceptual distance ("redmean" at medium red).
 CHANNEL_WEIGHTS = np.array([2.5, 4.0, 2.5])
 MAX_CLASSES = 256
 
 
 def class_colours(class_names: Sequence[str]) -> np.ndarray:
-    """One RGB colour per class, uint8 (K, 3).
+    """
+    Chooses a distinct colour for each class; the same names always give the same colours.
 
-    A class named as in Cityscapes, or as CamVid names the same, has its Cityscapes colour. Every other one gets the
-    colour of a coarse grid that is farthest from all colours given so far, so that the same names always give the
-    same, distinct colours.
+    Classes of Cityscapes, also under the names that CamVid gives them, have their Cityscapes colours. Each other class
+    gets the colour of a coarse grid that is farthest from all colours chosen before.
+
+    Args:
+        class_names (`Sequence[str]`):
+            Names of the classes, at most 256.
+
+    Returns:
+        `np.ndarray` of shape `(num_classes, 3)` and type `uint8`: RGB colours.
 
     Raises:
-        ValueError: For more classes than a label image of 8 bit can hold.
+        ValueError: If there are more classes than an 8-bit label image can hold.
     """
     if len(class_names) > MAX_CLASSES:
         raise ValueError(
-            f"A label image of 8 bit holds at most {MAX_CLASSES} classes, the model has {len(class_names)}."
+            f"The model has {len(class_names)} classes; an 8-bit label image holds at most {MAX_CLASSES} classes."
         )
     names = [name.lower().replace("_", " ").replace("-", " ") for name in class_names]
     names = [SYNONYMS[name] if name in SYNONYMS and SYNONYMS[name] not in names else name for name in names]
     known = [CITYSCAPES_COLOURS.get(name) for name in names]
     levels = np.linspace(0, 255, 8).round()
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    # Black and white count as taken: they would pass for "no class" or for the background of a legend.
+    # Black and white are excluded: black is commonly used for "no class", and white is the background of the legend.
     taken = [(0, 0, 0), (255, 255, 255), *filter(None, known)]
     distance = np.min([_distance(grid, colour) for colour in taken], axis=0)
     colours = []
@@ -70,19 +77,58 @@ def _distance(colours: np.ndarray, colour: Sequence[float]) -> np.ndarray:
 
 
 def label_image(label_map: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """A palette image whose values are the class ids of `label_map` (H, W), and which viewers show in `colours`."""
+    """
+    Makes a palette image: its pixel values are class ids, which image viewers show in the classes' colours.
+
+    Args:
+        label_map (`np.ndarray` of shape `(height, width)`):
+            Class ids.
+        colours (`np.ndarray` of shape `(num_classes, 3)`):
+            RGB colours of the classes.
+
+    Returns:
+        `Image.Image`: The label image, in mode "P".
+    """
     image = Image.fromarray(label_map.astype(np.uint8))
     image.putpalette(colours.tobytes())
     return image
 
 
 def overlay(image: Image.Image, label_map: np.ndarray, colours: np.ndarray, alpha: float) -> Image.Image:
-    """`image` (RGB) under the colours of `label_map`, which are opaque at `alpha` 1 and invisible at 0."""
+    """
+    Blends an image with the colours of its label map.
+
+    Args:
+        image (`Image.Image`):
+            An RGB image.
+        label_map (`np.ndarray` of shape `(height, width)`):
+            Class ids.
+        colours (`np.ndarray` of shape `(num_classes, 3)`):
+            RGB colours of the classes.
+        alpha (`float`):
+            Opacity of the colours, from 0 (invisible) to 1 (opaque).
+
+    Returns:
+        `Image.Image`: The blended image.
+    """
     return Image.blend(image, Image.fromarray(colours[label_map]), alpha)
 
 
 def legend(class_names: Sequence[str], colours: np.ndarray, rows: int = 20) -> Image.Image:
-    """A picture of every class's colour, id and name, in columns of at most `rows` classes."""
+    """
+    Draws the colour, id and name of every class.
+
+    Args:
+        class_names (`Sequence[str]`):
+            Names of the classes.
+        colours (`np.ndarray` of shape `(num_classes, 3)`):
+            RGB colours of the classes.
+        rows (`int`, *optional*, defaults to 20):
+            Largest number of classes in a column.
+
+    Returns:
+        `Image.Image`: The legend.
+    """
     font = ImageFont.load_default(size=16)
     line, swatch, margin = 26, 36, 10
     texts = [f"{index}  {name}" for index, name in enumerate(class_names)]

@@ -1,4 +1,4 @@
-"""`mfuser segment`: images in; colour overlays, label images, a legend and the share of each class out."""
+"""`mfuser segment`: segments images and writes colour overlays, label images and a legend."""
 
 import argparse
 import json
@@ -16,19 +16,19 @@ from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import palettes
 
-# Comes with the repository, so that the command runs offline.
+# Included in the repository, so that the command runs offline.
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser-tiny-camvid"
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# What PIL, the processor and the model raise for a file that is no usable image (SyntaxError: broken PNGs).
+# Raised by PIL, the processor and the model for an invalid image (SyntaxError: corrupt PNG files).
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-DESCRIPTION = """Segments images. Into the output folder it writes, for each image,
-  NAME_overlay.jpg   the image under the colours of its classes
-  NAME_labels.png    the class of each pixel: a palette PNG, whose indices are the class ids
+DESCRIPTION = """Segments images. For each image, it writes into the output folder
+  NAME_overlay.jpg   the image, overlaid with the colours of its classes
+  NAME_labels.png    a palette PNG whose indices are the class ids
 and once
   legend.png, legend.json   the classes with their ids and colours
-and it prints the share of all pixels that each class takes. Classes named as in Cityscapes have their colours there.
-Exit code: 0 if every image was segmented, 1 if one was skipped, 2 if the command could not run."""
+It prints the share of each class in all pixels. Classes with the name of a Cityscapes class have its colour.
+Exit code: 0 if all images were segmented, 1 if an image was skipped, 2 if the command could not run."""
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,7 +36,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="mfuser segment", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="images, or folders to search for images"
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE_OR_FOLDER",
+        help="images, or folders that are searched for images",
     )
     parser.add_argument(
         "--model",
@@ -49,25 +53,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--size",
         type=_size,
         metavar="LONGxSHORT",
-        help="segment at the largest size within LONG x SHORT pixels, upright or not, with the ratio kept, e.g. "
-        "2048x1024 as published for Cityscapes; results have the image's own size all the same "
-        "(default: as saved with the model, usually the image's own size)",
+        help="resize each image to the largest size within LONG x SHORT pixels, with the aspect ratio kept, e.g. "
+        "2048x1024 as published for Cityscapes; results always have the size of the image "
+        "(default: the saved setting of the model, usually no resizing)",
     )
-    parser.add_argument("--alpha", type=_fraction, default=0.5, help="opacity of the colours, 0 to 1 (default: 0.5)")
-    parser.add_argument("--device", type=_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument(
+        "--alpha", type=_fraction, default=0.5, help="opacity of the colours, from 0 to 1 (default: 0.5)"
+    )
+    parser.add_argument("--device", type=_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="precision to compute in (default: that of the saved weights)",
+        help="dtype of the weights and the computation (default: the dtype of the saved weights)",
     )
     parsed = parser.parse_args(arguments)
     if parsed.model is None:
         if not DEFAULT_MODEL.is_dir():
-            parser.error(f"name a model with --model: there is no demonstration checkpoint in {DEFAULT_MODEL}")
+            parser.error(f"--model is required, because the demonstration checkpoint {DEFAULT_MODEL} does not exist")
         parsed.model = str(DEFAULT_MODEL)
     for folder in filter(Path.is_dir, parsed.inputs):
         if parsed.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-            parser.error(f"--output {parsed.output} would mix the results with the images of {folder}")
+            parser.error(
+                f"--output {parsed.output} contains the images of {folder}; choose a folder without input images"
+            )
     return parsed
 
 
@@ -75,9 +83,9 @@ def _size(text: str) -> dict[str, int]:
     try:
         long_edge, short_edge = (int(length) for length in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form LONGxSHORT, like 2048x1024") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form LONGxSHORT, e.g. 2048x1024") from None
     if not 0 < short_edge <= long_edge:
-        raise argparse.ArgumentTypeError(f"{text!r} must name the longer edge first, and at least one pixel")
+        raise argparse.ArgumentTypeError(f"{text!r} must give the longer edge first, and at least one pixel")
     return {"longest_edge": long_edge, "shortest_edge": short_edge}
 
 
@@ -87,7 +95,7 @@ def _fraction(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and 1")
     return value
 
 
@@ -95,19 +103,28 @@ def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
     except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be an available device: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path], list[str]]:
-    """Which images to segment, and where to.
+    """
+    Finds the images to segment, and names their results.
 
-    Folders are searched with their subfolders, files named on the command line are taken whatever their suffix, and a
-    file reached twice counts once. Images under `output` are results of an earlier run and left out of the search.
+    Folders are searched recursively. Files are accepted with any suffix. A file that is found twice is returned once.
+    Images in `output` are results of an earlier run and are not returned.
+
+    Args:
+        inputs (`Sequence[Path]`):
+            Images and folders.
+        output (`Path`):
+            Folder of the results.
 
     Returns:
-        images: from each image to its results' place, relative to the output folder and without suffix. Images of a
-            folder keep their subfolders; equal names get a number.
-        problems: what is wrong with inputs that give no image.
+        `tuple[dict[Path, Path], list[str]]`: The path of the results of each image, relative to `output` and without
+        suffix (images of a folder keep their subfolder; duplicate names are numbered), and an error message for each
+        input without images.
     """
     images, problems, seen, taken = {}, [], set(), set()
     output = output.resolve()
@@ -118,19 +135,19 @@ def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path],
             )
             found = [path for path in found if output not in path.resolve().parents]
             if not found:
-                problems.append(f"{given}: no image in this folder")
+                problems.append(f"{given}: the folder contains no image")
         elif given.is_file():
             found = [given]
         else:
             found = []
-            problems.append(f"{given}: no such file or folder")
+            problems.append(f"{given}: the file or folder does not exist")
         for path in found:
             if path.resolve() in seen:
                 continue
             seen.add(path.resolve())
             place = path.relative_to(given).with_suffix("") if given.is_dir() else Path(path.stem)
             numbered, number = place, 1
-            # Names that differ in case only are one name on some file systems.
+            # Some file systems ignore case.
             while str(numbered).lower() in taken:
                 number += 1
                 numbered = place.with_name(f"{place.name}-{number}")
@@ -141,7 +158,7 @@ def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path],
 
 @torch.inference_mode()
 def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor) -> np.ndarray:
-    """The class id of each pixel of an RGB image (3, H, W), as an array (H, W)."""
+    """Returns the class ids, of shape (H, W), of an RGB image of shape (3, H, W)."""
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
     outputs = model(pixel_values=pixel_values.to(model.device, model.dtype))
     (label_map,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.shape[1:]])
@@ -149,16 +166,16 @@ def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: 
 
 
 def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
-    """The image, upright, as uint8 RGB (3, H, W)."""
+    """Reads an image as uint8 RGB of shape (3, H, W), rotated as its EXIF orientation says."""
     with Image.open(path) as image:
         pixels = processor.process_image(ImageOps.exif_transpose(image), do_convert_rgb=True)
     if pixels.dtype != np.uint8:
-        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bit")
+        raise ValueError(f"its pixels have dtype {pixels.dtype} and an unknown range; save it with 8 or 16 bits")
     return pixels
 
 
 def share_table(class_names: Sequence[str], counts: np.ndarray) -> str:
-    """The classes that occur with their share of all pixels, the largest first."""
+    """Formats the share of each class in all pixels, the largest first, and the names of absent classes."""
     shares = 100 * counts / counts.sum()
     width = max(len(name) for name in class_names)
     order = np.argsort(-counts, kind="stable")

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
-from mfuser.data.domains import load_domain
+from mfuser.data.loading import load_domain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.validation import ValidationDataset
 from mfuser.image_processing_mfuser import MFuserImageProcessor

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
-from mfuser.scripts.convert_checkpoint import convert_tensor, detect_variant
+from mfuser.scripts.checkpoint_names import convert_tensor, detect_variant
 from mfuser.scripts.convert_checkpoint import main as convert
 
 OUTPUT_TOLERANCE = 1e-4

@@ -124,5 +124,6 @@ if __name__ == "__main__":
     torch.distributed.all_gather_object(everyone, (result["seen"], reduced_counts()))
     if torch.distributed.get_rank() == 0:
         seen, reduced = zip(*everyone, strict=True)
-        torch.save(result | {"seen": list(seen), "sharded": sharded, "reduced": sum(reduced, [])}, sys.argv[1])
+        reduced = [matrix for part in reduced for matrix in part]
+        torch.save(result | {"seen": list(seen), "sharded": sharded, "reduced": reduced}, sys.argv[1])
     torch.distributed.destroy_process_group()

@@ -63,23 +63,23 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         (dict(fusion_out_layers=["1", "2", "3", "4"]), "four ascending numbers"),
         (
             dict(vfm_config=DINOV2 | dict(num_hidden_layers=6)),
-            "name the layers to fuse after, for example fusion_layer_pairs=[[2, 1], [3, 2], [5, 3], [6, 4]]",
+            "give the layers that an MVFuser follows, for example fusion_layer_pairs=[[2, 1], [3, 2], [5, 3], [6, 4]]",
         ),
-        (dict(fusion_layer_pairs=[[1, 1], [2, 2], [3, 3], [5, 4]]), "within the encoders' 4 and 4 layers"),
-        (dict(fusion_layer_pairs=[[1, 1], [2, 2], [3, 3], [4, 5]]), "within the encoders' 4 and 4 layers"),
+        (dict(fusion_layer_pairs=[[1, 1], [2, 2], [3, 3], [5, 4]]), "ends with [5, 4]; the encoders have 4 and 4"),
+        (dict(fusion_layer_pairs=[[1, 1], [2, 2], [3, 3], [4, 5]]), "ends with [4, 5]; the encoders have 4 and 4"),
         (
             dict(fusion_layer_pairs=[[2, 1], [1, 2], [3, 3], [4, 4]]),
-            "ascending pairs of 1-based layers; [1, 2] is not",
+            "fusion_layer_pairs contains [1, 2]; it must hold ascending pairs",
         ),
         (
             dict(fusion_layer_pairs=[[0, 1], [2, 2], [3, 3], [4, 4]]),
-            "ascending pairs of 1-based layers; [0, 1] is not",
+            "fusion_layer_pairs contains [0, 1]; it must hold ascending pairs",
         ),
-        (dict(fusion_layer_pairs=[1, 2, 3, 4]), "ascending pairs of 1-based layers; 1 is not"),
+        (dict(fusion_layer_pairs=[1, 2, 3, 4]), "fusion_layer_pairs contains 1; it must hold ascending pairs"),
         (dict(fusion_layer_pairs=[[1, 1], [2, 2], [4, 4]]), "from 1 to 3, the number of fused layers"),
         (
             dict(vfm_config=DINOV2 | dict(hidden_size=48), fusion_project_vfm=False),
-            "fusion_project_vfm=False needs encoders of one width; they have 48 and 32: set it to True",
+            "fusion_project_vfm is False; it must be True for encoders of different width, 48 and 32",
         ),
         (dict(fusion_conv_kernel=4), "fusion_conv_kernel is 4; it must be odd"),
         (dict(fusion_conv_kernel=-1), "fusion_conv_kernel is -1; it must be at least 1"),
@@ -89,7 +89,7 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         # encoders
         (dict(vfm_config=DINOV2 | dict(patch_size=8)), "vfm_config.patch_size is 8 and vlm_config.patch_size 16"),
         (dict(vfm_config=DINOV2 | dict(num_attention_heads=3)), "vfm_config.hidden_size (32) must be divisible"),
-        (dict(vfm_config=dict(model_type="vit")), "'vit' is no model_type of an encoder; it must be one of dinov2,"),
+        (dict(vfm_config=dict(model_type="vit")), "model_type of an encoder is 'vit'; it must be one of dinov2,"),
         (
             dict(vfm_config=CLIP["vlm_config"]),
             "vfm_config.model_type is 'clip_vision_model'; it must be one of dinov2,",
@@ -97,12 +97,12 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         (dict(vlm_config=DINOV2), "vlm_config.model_type is 'dinov2'; it must be one of clip_vision_model,"),
         (
             dict(text_config=TEXT | dict(model_type="siglip_text_model")),
-            "the text tower of 'clip_vision_model' is 'clip_text_model'",
+            "the text encoder of a 'clip_vision_model' is a 'clip_text_model'",
         ),
         (
             PAIRS["dinov2+siglip"]
             | dict(vlm_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False)),
-            "no pooling head (vision_use_head=False)",
+            "vision_use_head is False; SigLIP must have its pooling head",
         ),
         (
             PAIRS["dinov2+siglip"] | dict(text_config=SIGLIP["text_config"] | dict(projection_size=24)),
@@ -111,22 +111,31 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         # class names
         (
             dict(class_token_ids=None),
-            "class_token_ids is missing: give one row of token ids for each of the 4 classes",
+            "class_token_ids is missing; give one row of token ids for each of the 4 classes",
         ),
         (dict(class_token_ids=CLIP_TOKENS[:3]), "3 rows, but the model has 4 labels (road, sky, car, ...)"),
-        (dict(class_token_ids=[*CLIP_TOKENS[:3], [49406, 49407]]), "rows of [2, 5] ids; pad them to one length"),
-        (dict(class_token_ids=[*CLIP_TOKENS[:3], [49408] * 5]), "the vocabulary goes from 0 to 49407"),
-        (dict(class_token_ids=[*CLIP_TOKENS[:3], [-1] * 5]), "the vocabulary goes from 0 to 49407"),
-        (dict(class_token_ids=[*CLIP_TOKENS[:3], []]), "a list of token ids for each label; [] is none"),
-        (dict(class_token_ids=[*CLIP_TOKENS[:3], "person"]), "a list of token ids for each label; 'person' is none"),
+        (
+            dict(class_token_ids=[*CLIP_TOKENS[:3], [49406, 49407]]),
+            "[2, 5] ids; all rows must have the same length",
+        ),
+        (dict(class_token_ids=[*CLIP_TOKENS[:3], [49408] * 5]), "ids must lie between 0 and 49407"),
+        (dict(class_token_ids=[*CLIP_TOKENS[:3], [-1] * 5]), "ids must lie between 0 and 49407"),
+        (
+            dict(class_token_ids=[*CLIP_TOKENS[:3], []]),
+            "contains []; it must hold a list of token ids",
+        ),
+        (
+            dict(class_token_ids=[*CLIP_TOKENS[:3], "person"]),
+            "contains 'person'; it must hold a list of token ids",
+        ),
         (dict(class_token_ids=[[7] * 6] * 4), "need 11 positions; text_config.max_position_embeddings is 10"),
         (dict(text_prompt_length=6), "text_prompt_length (6) and the class tokens need 11 positions"),
         (dict(text_prompt_length=-1), "text_prompt_length is -1"),
         (dict(id2label={0: "road", 1: "sky"}), "class_token_ids has 4 rows, but the model has 2 labels (road, sky)"),
         (dict(id2label=dict(enumerate("abcd", start=1))), "id2label has the keys [1, 2, 3, 4]; they must be 0 to 3"),
         # decoder
-        (dict(decoder_hidden_size=80), "decoder_hidden_size is 80; it must be a multiple of 32 from 64 up"),
-        (dict(decoder_hidden_size=32), "decoder_hidden_size is 32; it must be a multiple of 32 from 64 up"),
+        (dict(decoder_hidden_size=80), "decoder_hidden_size is 80; it must be a multiple of 32, at least 64"),
+        (dict(decoder_hidden_size=32), "decoder_hidden_size is 32; it must be a multiple of 32, at least 64"),
         (dict(decoder_num_heads=3), "decoder_hidden_size (64) must be divisible by decoder_num_heads (3)"),
         (dict(enhancer_num_heads=3), "enhancer_hidden_size (32) must be divisible by enhancer_num_heads (3)"),
         *(
@@ -144,9 +153,9 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
             ]
         ),
         # losses
-        (dict(loss_logit_scale=1.0), "loss_logit_scale and loss_logit_bias go together"),
-        (dict(loss_logit_bias=1.0), "loss_logit_scale and loss_logit_bias go together"),
-        (dict(semantic_loss_ignore_index=2), "semantic_loss_ignore_index 2 is also the label 'car'"),
+        (dict(loss_logit_scale=1.0), "loss_logit_scale is 1.0 and loss_logit_bias None; give both or neither"),
+        (dict(loss_logit_bias=1.0), "loss_logit_scale is None and loss_logit_bias 1.0; give both or neither"),
+        (dict(semantic_loss_ignore_index=2), "semantic_loss_ignore_index is 2, the label of 'car'"),
         (dict(loss_temperature=0.0), "loss_temperature is 0.0; it must be positive"),
         (dict(loss_dice_weight=-1.0), "loss_dice_weight is -1.0; it must not be negative"),
         (dict(loss_importance_ratio=1.5), "loss_importance_ratio is 1.5; it must be in [0, 1]"),
@@ -154,7 +163,7 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         # crops
         (dict(crop_stride=65), "crop_stride is 65; it must be between 1 and crop_size (64)"),
         (dict(crop_stride=0), "crop_stride is 0; it must be between 1 and crop_size (64)"),
-        (dict(crop_size=15, crop_stride=15), "crop_size is 15; it must hold a patch, 16 pixels"),
+        (dict(crop_size=15, crop_stride=15), "crop_size is 15; it must be at least patch_size (16)"),
         # names
         (
             dict(decoder_num_layer=3),

@@ -8,20 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_eva02_clip import published_shapes
+from test_convert_eva02_clip import published_shapes
 from tiny_models import tiny_tokenizer
 from transformers import SiglipConfig, SiglipModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from mfuser import MFuserForSemanticSegmentation
-from mfuser.scripts.convert_checkpoint import (
-    config_from_state_dict,
-    convert_state_dict,
-    convert_tensor,
-    detect_variant,
-    dropped_reason,
-    main,
-)
+from mfuser.scripts.checkpoint_names import convert_state_dict, convert_tensor, detect_variant, dropped_reason
+from mfuser.scripts.convert_checkpoint import config_from_state_dict, main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ("clip", "eva02_clip", "siglip")
@@ -76,7 +70,7 @@ def test_every_published_tensor_is_converted_or_dropped_for_a_reason(full_size):
 def test_what_is_dropped_has_no_use(full_size):
     variant, tensors, trains, _, _ = full_size
     dropped = {key: dropped_reason(key, variant) for key in tensors if dropped_reason(key, variant)}
-    assert dropped["backbone.dinov2.mask_token"] == "only DINOv2's masked pre-training uses it"
+    assert dropped["backbone.dinov2.mask_token"] == "used only by DINOv2's masked pretraining"
     assert all(len(reason) > 10 for reason in dropped.values())
     trained = {key for key in dropped if key in trains}
     assert (
@@ -145,7 +139,7 @@ def test_the_folder_is_complete(checkpoint, capsys):
     total = len(checkpoint.tensors)
     printed = capsys.readouterr().out
     assert f"clip: {total - 1} of {total} tensors converted" in printed
-    assert "1 dropped: only DINOv2's masked pre-training uses it" in printed
+    assert "1 dropped: used only by DINOv2's masked pretraining" in printed
     root = Path(__file__).parent.parent
     code = {path.name for path in checkpoint.output.glob("*.py")}
     for name in code:
@@ -185,30 +179,30 @@ def damaged(name):
     def change(tensors):
         if name == "unknown":
             tensors["backbone.surprise.weight"] = tensors["decode_head.other"] = torch.zeros(2)
-            return "not tensors of an MFuser checkpoint (clip): backbone.surprise.weight, decode_head.other"
+            return "unexpected tensors in an MFuser checkpoint (clip): backbone.surprise.weight, decode_head.other"
         if name == "missing":
             del tensors["gamma"], tensors["decode_head.cls_embed.bias"]
             return "missing: decoder.predictor.class_head.bias; missing: mfuser.enhancer.gamma"
         if name == "missing, and a size with it":
             del tensors["contexts"]
-            return "can't be told without mfuser.prompts"
+            return "mfuser.prompts is missing"
         if name == "missing, folded":
             del tensors["backbone.class_embedding"]
             return "missing: mfuser.vlm.vision.embeddings.class_embedding"
         if name == "of another shape":
             tensors["gamma"] = torch.zeros(7)
             tensors["backbone.dinov2.blocks.1.attn.qkv.bias"] = torch.zeros(2)
-            return "mfuser.enhancer.gamma has shape (7,), not ("
+            return "mfuser.enhancer.gamma has shape (7,) and must have ("
         if name == "of another shape, folded":
             tensors["backbone.class_embedding"] = torch.zeros(7)
-            return "mfuser.vlm.vision.embeddings.class_embedding has shape (7,), not ("
+            return "mfuser.vlm.vision.embeddings.class_embedding has shape (7,) and must have ("
         if name == "of other dimensions":
             tensors["contexts"] = torch.zeros(7)
-            return "mfuser.prompts has shape (7,), not 3 dimensions"
+            return "mfuser.prompts has shape (7,); it must have 3 dimensions"
         if name == "of something else":
             tensors.clear()
             tensors["layer.weight"] = torch.zeros(2)
-            return "this is no MFuser checkpoint: it has none of backbone.conv1.weight,"
+            return "this is not an MFuser checkpoint: it holds layer.weight ..., but none of backbone.conv1.weight,"
         raise ValueError(name)
 
     return pytest.param(change, id=name)
@@ -247,7 +241,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
     torch.save({"state_dict": {"gamma": torch.zeros(2)}, "meta": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
     assert main([str(tmp_path / "bad.pth"), "--output", str(tmp_path / "converted")]) == 1
     printed = capsys.readouterr().err
-    assert "can run code and is not read" in printed and len(printed.splitlines()) == 1
+    assert "can run code, so it is not read" in printed and len(printed.splitlines()) == 1
     assert not (tmp_path / "owned").exists() and not (tmp_path / "converted").exists()
 
 
@@ -272,7 +266,7 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, capsys):
         ({"decoder_num_head": 4}, "no field 'decoder_num_head'; did you mean 'decoder_num_heads'?"),
         ({"decoder_num_heads": "4"}, "'decoder_num_heads' expected int, got str"),
         ({"fusion_out_layers": [1, 2, 3, 99]}, "four ascending numbers"),
-        ({"id2label": {"0": "road"}}, "but 1 are named: give id2label and class_token_ids with --config"),
+        ({"id2label": {"0": "road"}}, "but id2label has 1; pass id2label and class_token_ids with --config"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields, message, checkpoint, capsys):
@@ -332,7 +326,7 @@ def test_a_published_eva02_clip_that_lacks_tensors_is_refused(tmp_path, capsys):
     del tensors["visual.head.bias"]
     torch.save(tensors, tmp_path / "EVA02.pt")
     assert main([str(tmp_path / "EVA02.pt"), "--output", str(tmp_path / "eva02")]) == 1
-    assert "lacks what these tensors are made of: visual_projection.bias" in capsys.readouterr().err
+    assert "tensors are missing from the checkpoint: visual_projection.bias" in capsys.readouterr().err
     assert not (tmp_path / "eva02").exists()
 
 

@@ -1,5 +1,5 @@
-"""The domain tables agree, id by id, with the datasets' published definitions; downloads and labels are read as they
-are, and what does not fit is said."""
+"""The domain tables agree, id by id, with the datasets' published definitions; downloads and labels are read exactly,
+and everything that does not fit is reported."""
 
 import io
 import json
@@ -10,26 +10,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfuser.data import domains
-from mfuser.data.domains import (
+from mfuser.data import loading
+from mfuser.data.label_maps import LabelMap, image_size, label_ids, read_label
+from mfuser.data.layouts import find_pairs
+from mfuser.data.loading import load_domain, parse_id2label
+from mfuser.data.tables import (
     ACDC,
     BDD100K,
     CAMVID,
     CITYSCAPES,
+    CITYSCAPES_LABELS,
     DOMAINS,
     GTA5,
+    GTA5_LABELS,
     MAPILLARY,
+    MAPILLARY_LABELS,
     SYNTHIA,
-    LabelMap,
-    find_pairs,
-    image_size,
-    label_ids,
-    load_domain,
-    parse_id2label,
-    read_label,
+    SYNTHIA_LABELS,
 )
 
-# raw id: train id, transcribed from the sources independently of the module's tables; all other ids are 255.
+# raw id:train id, transcribed from the sources independently of `mfuser.data.tables`; all other ids are 255.
 CITYSCAPES_IDS = (
     "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16 32:17 33:18"
 )
@@ -66,6 +66,7 @@ def table(text: str) -> np.ndarray:
         (MAPILLARY, None, MAPILLARY_A, range(66)),
         (MAPILLARY, "A", MAPILLARY_A, range(66)),
         (MAPILLARY, "B", MAPILLARY_B, range(66)),
+        (CAMVID, None, " ".join(f"{index}:{index}" for index in range(11)), [*range(11), 255]),
     ],
 )
 def test_every_raw_id_maps_to_its_published_train_id(domain, name, expected, valid):
@@ -73,6 +74,18 @@ def test_every_raw_id_maps_to_its_published_train_id(domain, name, expected, val
     np.testing.assert_array_equal(label_map.lookup, table(expected))
     assert np.flatnonzero(label_map.valid).tolist() == list(valid)
     assert label_map.lookup.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"), [(CITYSCAPES_LABELS, 34), (GTA5_LABELS, 35), (SYNTHIA_LABELS, 23), (MAPILLARY_LABELS, 66)]
+)
+def test_label_tables_have_one_row_per_id_with_a_unique_name(labels, count):
+    assert [row[0] for row in labels] == list(range(count))
+    assert len({row[1] for row in labels}) == count
+
+
+def test_the_names_of_cityscapes_ids_are_those_of_their_classes():
+    assert all(train_class in (None, name) for _, name, train_class in CITYSCAPES_LABELS)
 
 
 def test_the_two_mapillary_maps_differ_in_eleven_ids():
@@ -117,6 +130,7 @@ def test_camvid_has_its_eleven_classes():
         (MAPILLARY, "P2", (600, 800), (1024, 1365)),  # small images grow
         (MAPILLARY, "P2", (3264, 2448), (1365, 1024)),  # portrait: the long edge is bounded by the longer bound
         (MAPILLARY, "P1", (601, 803), (512, 684)),  # halved to 300 x 401 first
+        (MAPILLARY, "P1", (101, 301), (341, 1024)),  # halved to 50 x 150 first; 344 x 1024 otherwise
         (SYNTHIA, "P2", (760, 1280), (760, 1280)),
         (CAMVID, "P1", (360, 480), (360, 480)),
     ],
@@ -135,7 +149,7 @@ def test_only_mapillary_under_p1_is_halved_first():
     assert halved == [("mapillary", "P1")]
 
 
-def test_ids_that_may_not_occur_are_named():
+def test_invalid_ids_are_named():
     ids = fake.all_ids([0, 18, 19, 77, 255])
     with pytest.raises(ValueError, match=r"label values \[19, 77\] are not among the valid ids 0-18, 255"):
         LabelMap.identity(19)(ids)
@@ -149,12 +163,12 @@ def test_palette_labels_are_read_by_index_not_by_colour():
 
 def test_sixteen_bit_single_channel_labels_are_read_if_ids_fit():
     assert label_ids(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16))).tolist() == [[200, 200], [200, 200]]
-    with pytest.raises(ValueError, match="from 300 to 300"):
+    with pytest.raises(ValueError, match="range from 300 to 300"):
         label_ids(Image.fromarray(np.full((2, 2), 300, dtype=np.uint16)))
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (6, 8)), (3, (6, 8)), (6, (8, 6))])
-def test_image_sizes_are_those_readers_see(orientation, size):
+def test_image_sizes_are_those_after_exif_rotation(orientation, size):
     stream, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (8, 6)).save(stream, "JPEG", exif=exif)
@@ -191,7 +205,7 @@ def test_eight_bit_red_channel_labels_are_read_too():
 
 
 def test_red_channel_labels_with_large_values_or_other_channels_are_refused():
-    with pytest.raises(ValueError, match="reach 256 and more"):
+    with pytest.raises(ValueError, match="reach at least 256"):
         read_label(fake.encoded_16_bit_rgb(np.full((2, 2, 3), 300)), class_in_red_channel=True)
     with pytest.raises(ValueError, match="PNG of mode RGBA; expected an RGB PNG"):
         read_label(fake.encoded_16_bit_rgb(np.ones((2, 2, 4), dtype=int)), class_in_red_channel=True)
@@ -263,7 +277,7 @@ def test_unmatched_files_are_listed_from_both_sides(tmp_path):
     assert found.labels_without_image == ["labels/sem_seg/masks/train/9342e334.png"]
 
 
-def test_an_absent_download_says_which_folders_were_looked_for(tmp_path):
+def test_a_missing_download_is_an_error_that_lists_the_known_folders(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         find_pairs(BDD100K, tmp_path, "validation")
     for words in ("images/10k/val, labels/sem_seg/masks/val", "seg/images/val, seg/labels/val", "its folder bdd100k"):
@@ -275,7 +289,7 @@ def test_an_absent_download_says_which_folders_were_looked_for(tmp_path):
 def test_a_download_without_any_pair_is_an_error(tmp_path):
     fake.write(tmp_path / "images/00001.png", fake.encoded_image())
     fake.write(tmp_path / "labels/00002.png", fake.encoded_label(fake.all_ids([0])))
-    with pytest.raises(FileNotFoundError, match="1 images and 1 labels are alone"):
+    with pytest.raises(FileNotFoundError, match="1 images and 1 labels are unmatched"):
         find_pairs(GTA5, tmp_path, "train")
 
 
@@ -354,7 +368,7 @@ def test_class_names_come_from_a_domain_a_file_or_the_folder(tmp_path):
     assert load_domain(tmp_path, id2label=tmp_path / "id2label.json").id2label[18] == "class 18"
 
 
-def test_missing_class_names_are_asked_for(tmp_path):
+def test_unknown_class_names_are_an_error(tmp_path):
     rows(1).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="does not name its classes"):
         load_domain(tmp_path)
@@ -370,7 +384,7 @@ def test_missing_class_names_are_asked_for(tmp_path):
         ("nowhere.json", "neither a JSON file nor a domain"),
     ],
 )
-def test_class_names_that_do_not_number_the_ids_are_refused(names, message):
+def test_class_names_that_are_not_numbered_consecutively_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         parse_id2label(names)
 
@@ -402,7 +416,7 @@ def test_an_empty_dataset_is_an_error(tmp_path):
         load_domain(tmp_path / "empty", id2label=THREE)
 
 
-def test_absent_paths_and_unprepared_downloads_are_said_to_be_so(tmp_path):
+def test_missing_paths_and_unprepared_downloads_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_domain(tmp_path / "nowhere")
     fake.cityscapes(tmp_path / "raw")
@@ -410,17 +424,17 @@ def test_absent_paths_and_unprepared_downloads_are_said_to_be_so(tmp_path):
         load_domain(tmp_path / "raw", "val")
 
 
-def test_hub_datasets_load_with_the_names_beside_them(tmp_path, monkeypatch):
+def test_hub_datasets_load_with_the_names_in_their_repository(tmp_path, monkeypatch):
     side_file = tmp_path / "id2label.json"
     side_file.write_text(json.dumps(THREE))
 
     def download(repo, file_name, repo_type):
         assert (repo, repo_type) == ("someone/scenes", "dataset")
         if file_name != "id2label.json":
-            raise domains.EntryNotFoundError(file_name)
+            raise loading.EntryNotFoundError(file_name)
         return str(side_file)
 
-    monkeypatch.setattr(domains, "hf_hub_download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", download)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "validation"])
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split, streaming: rows(2))
     check(load_domain("someone/scenes", "val"), 2)

@@ -1,11 +1,13 @@
 """What the image processor promises: which pixels reach the model, and how scores become label maps."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from by_hand import bilinear
 from PIL import Image
 
 # The class itself is a dummy under `transformers.AutoImageProcessor` in releases that want torchvision for it.
@@ -121,6 +123,19 @@ def test_16_bit_images_are_scaled_to_8_bit(processor, tmp_path):
         assert_pixels(processor(form), expected)
 
 
+def test_a_16_bit_image_that_holds_8_bit_values_is_warned_of(processor, caplog):
+    logger = logging.getLogger("mfuser.image_processing_mfuser")
+    logger.addHandler(caplog.handler)
+    try:
+        processor(np.full((4, 4), 256, dtype=np.uint16))
+        processor(np.zeros((4, 4), dtype=np.uint16))
+        assert not caplog.text
+        processor(np.full((4, 4), 255, dtype=np.uint16))
+        assert "convert it to uint8" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def test_floats_are_taken_in_either_range_but_never_scaled_twice(processor):
     image = random_image()
     assert_pixels(processor(image.astype(np.float64)), image)
@@ -131,6 +146,8 @@ def test_floats_are_taken_in_either_range_but_never_scaled_twice(processor):
         processor(image / 255)
     with pytest.raises(ValueError, match="0..255"):
         processor(processor(image)["pixel_values"])
+    with pytest.raises(ValueError, match=r"from 0 to 300; .* 0\.\.255"):
+        processor(np.linspace(0, 300, 75).reshape(5, 5, 3))
     with pytest.raises(ValueError, match="NaN"):
         processor(np.full((5, 5, 3), np.nan))
     assert_pixels(processor(np.zeros((5, 5, 3))), np.zeros((5, 5, 3)))
@@ -141,8 +158,8 @@ def test_floats_are_taken_in_either_range_but_never_scaled_twice(processor):
     [
         (np.full((4, 4, 3), 300, dtype=np.int64), r"int64 values from 300 to 300.*0\.\.255"),
         (np.full((4, 4, 3), -1, dtype=np.int16), r"0\.\.255"),
-        (np.zeros((5, 6, 7), dtype=np.uint8), r"1, 3 or 4 channels.*\(5, 6, 7\)"),
-        (np.zeros(7, dtype=np.uint8), r"\(H, W, C\).*\(7,\)"),
+        (np.zeros((5, 6, 7), dtype=np.uint8), r"\(5, 6, 7\).*1, 3 or 4 channels"),
+        (np.zeros(7, dtype=np.uint8), r"\(7,\).*\(H, W, C\)"),
         (np.zeros((0, 4, 3), dtype=np.uint8), r"\(0, 4, 3\)"),
         (np.zeros((4, 4, 3), dtype=complex), "complex"),
         ([[Image.new("RGB", (4, 4))]], "flat list"),
@@ -169,7 +186,7 @@ def test_an_ambiguous_layout_can_be_named(processor):
 
 @pytest.mark.parametrize("option", [{"do_center_crop": True, "crop_size": 8}, {"data_format": "channels_last"}])
 def test_options_that_would_be_ignored_are_refused(processor, option):
-    with pytest.raises(ValueError, match="does not crop|channels first"):
+    with pytest.raises(ValueError, match="does not crop|channels_first"):
         processor(random_image(), **option)
 
 
@@ -268,8 +285,8 @@ def test_reduced_labels_turn_zero_into_ignored(processor):
 @pytest.mark.parametrize(
     ("maps", "message"),
     [
-        (np.zeros((4, 5), dtype=np.uint8), r"own \(height, width\)"),
-        ([np.zeros((4, 4), dtype=np.uint8)] * 2, r"own \(height, width\)"),
+        (np.zeros((4, 5), dtype=np.uint8), r"\[\(4, 4\)\].*\[\(4, 5\)\].*the image's \(height, width\)"),
+        ([np.zeros((4, 4), dtype=np.uint8)] * 2, r"\[\(4, 4\), \(4, 4\)\].*one map per image"),
         (Image.new("RGB", (4, 4)), "one channel"),
         (np.zeros((4, 4), dtype=np.float32), "integers"),
         (np.full((4, 4), -1), "label -1.*255"),
@@ -378,6 +395,14 @@ def test_images_of_one_size_can_be_mapped_to_any_other(processor):
     outputs = SimpleNamespace(logits=torch.rand(2, 4, 6, 8))
     maps = processor.post_process_semantic_segmentation(outputs, [(60, 7), (60, 7)])
     assert [tuple(label_map.shape) for label_map in maps] == [(60, 7)] * 2
+
+
+def test_a_processor_that_does_not_pad_takes_scores_as_they_are():
+    outputs = SimpleNamespace(logits=torch.rand(2, 4, 6, 8))
+    maps = MFuserImageProcessor(do_pad=False).post_process_semantic_segmentation(outputs, [(60, 7), (12, 16)])
+    assert [tuple(label_map.shape) for label_map in maps] == [(60, 7), (12, 16)]
+    for scores, label_map in zip(outputs.logits, maps, strict=True):
+        assert torch.equal(bilinear(scores, tuple(label_map.shape)).argmax(0), label_map)
 
 
 # Saving and loading

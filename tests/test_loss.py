@@ -52,6 +52,19 @@ def test_ignored_pixels_are_background_in_every_mask_and_zero_in_the_mean_of_the
     assert losses[0] < 0.2 * losses[1]
 
 
+def test_the_label_that_is_ignored_is_the_configurations():
+    inputs, labels = predictions(), torch.randint(0, 4, (2, 64, 64), generator=torch.Generator().manual_seed(0))
+    labels[:, :40] = 7
+    losses = []
+    for ignored in (7, 255, 1000):
+        torch.manual_seed(0)
+        masked = torch.where(labels == 7, ignored, labels)
+        losses.append(objective(semantic_loss_ignore_index=ignored)(**inputs, labels=masked))
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(ValueError, match=r"labels hold \[7\]; .* from 0 to 3, or 255 for ignored pixels"):
+        objective()(**inputs, labels=labels)
+
+
 def test_each_query_is_matched_to_its_own_class_if_the_image_holds_it():
     labels = torch.full((1, 8, 8), 255)
     labels[0, 0, :2] = torch.tensor([1, 3])

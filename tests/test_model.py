@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny_models import CLASSES, PAIRS, tiny_batch, tiny_config, tiny_model, tiny_tokenizer
+from tiny_models import CLASSES, PAIRS, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mfuser import MFuserForSemanticSegmentation, MFuserModel
-from mfuser.modeling_mfuser import window_starts
+from mfuser.decoder_mfuser import MFuserUpsampling, PyramidLevel
 
 PAIR = pytest.mark.parametrize("pair", PAIRS)
 
@@ -68,45 +69,11 @@ def test_loading_keeps_the_encoders_frozen(pair, tmp_path):
     assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trainable
 
 
-@PAIR
-def test_large_images_are_the_average_of_their_windows(pair):
-    model = tiny_model(pair)
-    pixel_values = tiny_batch((88, 130))["pixel_values"]
-    crop = model.config.crop_size
-    expected, counts = torch.zeros(2, len(CLASSES), 88, 130), torch.zeros(88, 130)
-    with torch.no_grad():
-        for top in window_starts(88, crop, 42):
-            for left in window_starts(130, crop, 42):
-                window = (..., slice(top, top + crop), slice(left, left + crop))
-                expected[window] += model(pixel_values[window]).logits
-                counts[window] += 1
-        scores = model(pixel_values).logits
-    torch.testing.assert_close(scores, expected / counts, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (17, 100), (64, 64), (48, 200), (300, 64), (65, 64)])
 def test_any_size_from_one_patch_up(size):
     outputs = tiny_model()(**tiny_batch(size))
     assert outputs.logits.shape == (2, len(CLASSES), *size)
     assert outputs.loss.isfinite()
-
-
-def test_the_number_of_windows_computed_together_changes_nothing():
-    scores = []
-    for together in (1, 2, 100):
-        with torch.no_grad():
-            model = tiny_model(windows_per_batch=together)
-            scores.append(model(tiny_batch((88, 130))["pixel_values"]).logits)
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-6)
-
-
-def test_windows_cover_a_side_and_stay_inside():
-    for length in (10, 512, 513, 853, 1024, 2048, 4096):
-        starts = window_starts(length, 512, 341)
-        covered = {pixel for start in starts for pixel in range(start, start + min(512, length))}
-        assert covered == set(range(length))
-    assert window_starts(1024, 512, 341) == [0, 341, 512]
 
 
 def test_batching_changes_nothing():
@@ -136,16 +103,33 @@ def test_stochastic_depth_acts_in_training_alone_and_keeps_the_mean():
     from mfuser.towers_mfuser import drop_path
 
     torch.manual_seed(0)
-    dropped = drop_path(torch.ones(20000, 1, 1), 0.25)
-    assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-    model, batch = tiny_model(vlm_drop_path_rate=0.9, fusion_dropout=0.0), tiny_batch()
+    for axis, dropped in (
+        ("token", drop_path(torch.ones(3, 20000, 2), 0.25, "token")[0, :, 0]),
+        ("sample", drop_path(torch.ones(20000, 3, 2), 0.25, "sample")[:, 0, 0]),
+    ):
+        assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75]), axis
+        assert dropped.mean().item() == pytest.approx(1, abs=0.02), axis
+    model, batch = tiny_model(vlm_drop_path_rate=0.9, fusion_dropout=0.0, enhancer_dropout=0.0), tiny_batch()
     with torch.no_grad():
         first, second = (model.mfuser(batch["pixel_values"]).score_map for _ in range(2))
         assert torch.equal(first, second)
         model.mfuser.train()
         first, second = (model.mfuser(batch["pixel_values"]).score_map for _ in range(2))
         assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_the_fusions_dropout_acts_in_training_alone_and_at_its_rate():
+    model, dropped = tiny_model(fusion_dropout=0.25), []
+    for layer in model.mfuser.fusion_layers:
+        layer.mvfuser.register_forward_hook(lambda module, inputs, output: dropped.append((output == 0).float()))
+    pixel_values = tiny_batch(batch=8)["pixel_values"]
+    model(pixel_values)
+    assert len(dropped) == 4 and not any(zeros.any() for zeros in dropped)
+    dropped.clear()
+    torch.manual_seed(0)
+    model.train()(pixel_values)
+    assert [zeros.mean().item() for zeros in dropped] == pytest.approx([0.25] * 4, abs=0.02)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -229,16 +213,40 @@ def test_weights_offloaded_to_disk_give_the_same_scores(tmp_path):
 
 def test_start_values_are_the_papers():
     model = MFuserForSemanticSegmentation(tiny_config())
-    mvfuser = model.mfuser.fusion_layers[0].mvfuser
-    torch.testing.assert_close(mvfuser.A_log.exp(), torch.arange(1.0, 17.0).expand(16, -1))
-    assert torch.equal(mvfuser.D, torch.ones(16))
-    assert mvfuser.scale.item() == pytest.approx(1e-3)
-    assert mvfuser.dt_proj.weight.abs().max() <= mvfuser.time_step_rank**-0.5
-    steps = F.softplus(mvfuser.dt_bias)
-    assert 1e-4 <= steps.min() and steps.max() <= 0.1001
+    mvfusers = [layer.mvfuser for layer in model.mfuser.fusion_layers]
+    for mvfuser in mvfusers:
+        torch.testing.assert_close(mvfuser.A_log.exp(), torch.arange(1.0, 17.0).expand(16, -1))
+        assert torch.equal(mvfuser.D, torch.ones(16))
+        assert mvfuser.scale.item() == pytest.approx(1e-3)
+        assert mvfuser.dt_proj.weight.abs().max() <= mvfuser.time_step_rank**-0.5
+    # steps are spread evenly on a logarithmic scale between 1e-3 and 1e-1
+    steps = torch.cat([F.softplus(mvfuser.dt_bias) for mvfuser in mvfusers])
+    assert 0.99e-3 <= steps.min() < 3e-3 and 3e-2 < steps.max() <= 1.01e-1
+    assert 5e-3 < steps.log().mean().exp() < 2e-2
     gamma = model.mfuser.enhancer.gamma
     assert 0.3 < gamma.std() < 1.5 and gamma.abs().max() <= 2
-    assert model.pixel_decoder.layers[0].self_attention.sampling_offsets.weight.abs().max() == 0
+
+
+def test_deformable_attention_starts_with_each_heads_samples_along_its_own_direction_and_of_one_weight():
+    attention = MFuserForSemanticSegmentation(tiny_config()).pixel_decoder.layers[0].self_attention
+    offsets = attention.sampling_offsets.bias.view(4, 3, 4, 2)  # heads, levels, points, xy
+    for head, direction in enumerate(((1, 0), (0, 1), (-1, 0), (0, -1))):
+        for level in range(3):
+            expected = torch.tensor([[distance * side for side in direction] for distance in (1.0, 2.0, 3.0, 4.0)])
+            torch.testing.assert_close(offsets[head, level], expected)
+    assert not attention.sampling_offsets.weight.any()
+    assert not attention.attention_weights.weight.any() and not attention.attention_weights.bias.any()
+
+
+def test_a_query_attends_inside_its_mask_or_everywhere_if_its_mask_is_empty():
+    model = tiny_model()
+    logits = torch.full((1, 3, 4, 4), -1.0)
+    logits[0, 0, :2, :2] = 1.0  # the upper left quarter
+    logits[0, 1, 3, 3] = 1.0  # one cell of four, fewer than half
+    mask = model.decoder.attention_mask(logits, (2, 2))
+    assert mask.tolist() == [[[[True, False, False, False], [True] * 4, [True] * 4]]]
+    logits[0, 1, 2:, 2:] = 0.0  # a probability of one half is inside
+    assert model.decoder.attention_mask(logits, (2, 2))[0, 0, 1].tolist() == [False, False, False, True]
 
 
 def test_hidden_states_of_both_encoders():
@@ -247,29 +255,16 @@ def test_hidden_states_of_both_encoders():
     assert len(outputs.hidden_states) == len(outputs.vfm_hidden_states) == 5
     assert all(states.shape == (2, 17, 32) for states in outputs.hidden_states + outputs.vfm_hidden_states)
     assert model(batch["pixel_values"]).hidden_states is None
-    with pytest.raises(ValueError, match="crop by crop"):
-        model(tiny_batch((64, 128))["pixel_values"], output_hidden_states=True)
 
 
-def test_outputs_as_a_tuple():
-    model, batch = tiny_model(), tiny_batch()
-    as_tuple = model(**batch, return_dict=False)
-    torch.manual_seed(0)
-    assert isinstance(as_tuple, tuple) and as_tuple[1].shape == (2, len(CLASSES), 64, 64)
-
-
-def test_class_embeddings_are_computed_once_and_again_after_a_change(monkeypatch):
-    model, batch = tiny_model(), tiny_batch()
-    calls = []
-    encode = model.mfuser.vlm.encode_text
-    monkeypatch.setattr(model.mfuser.vlm, "encode_text", lambda *args: calls.append(1) or encode(*args))
-    with torch.no_grad():
-        before = model(batch["pixel_values"]).logits
-        model(tiny_batch((88, 130))["pixel_values"])
-        assert len(calls) == 1
-        model.mfuser.prompts.add_(1)
-        assert not torch.equal(model(batch["pixel_values"]).logits, before)
-    assert len(calls) == 2
+@torch.no_grad()
+def test_a_tuple_holds_the_outputs_in_their_order():
+    model, pixel_values = tiny_model(), tiny_batch()["pixel_values"]
+    for part in (model, model.mfuser):
+        outputs = part(pixel_values, output_hidden_states=True)
+        as_tuple = part(pixel_values, output_hidden_states=True, return_dict=False)
+        assert type(as_tuple) is tuple
+        torch.testing.assert_close(as_tuple, outputs.to_tuple(), rtol=0, atol=0)
 
 
 def test_weights_that_change_are_seen_by_the_next_image():
@@ -291,90 +286,35 @@ def test_weights_that_change_are_seen_by_the_next_image():
         assert torch.equal(cached, model(pixel_values).logits)
 
 
-def test_weights_combined_for_inference_are_combined_once(monkeypatch):
-    model, pixel_values = tiny_model(), tiny_batch()["pixel_values"]
-    made = []
-    einsum = torch.einsum
-    monkeypatch.setattr(torch, "einsum", lambda *args: made.append(args[0]) or einsum(*args))
-    with torch.no_grad():
-        model(pixel_values)
-        model(pixel_values)
-    assert made.count("oc,icyx->iyxo") == 2
-    model(pixel_values)  # with gradients
-    assert made.count("oc,icyx->iyxo") == 4
+class Upsamplings(TorchFunctionMode):
+    """Records the weights of every transposed convolution."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv_transpose2d:
+            self.weights.append(args[1])
+        return function(*args, **(kwargs or {}))
+
+    def of(self, model, pixel_values) -> list[torch.Tensor]:
+        self.weights = []
+        with self:
+            model(pixel_values)
+        return self.weights
 
 
-@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+siglip"])
-def test_stored_class_embeddings_replace_the_text_encoder(pair, tmp_path):
-    model, batch = tiny_model(pair), tiny_batch()
-    with torch.no_grad():
-        expected = model(batch["pixel_values"]).logits
-        model.mfuser.store_class_embeddings()
-        assert torch.equal(model(batch["pixel_values"]).logits, expected)
-        model.save_pretrained(tmp_path)
-        loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
-        assert not [name for name, _ in loaded.named_parameters() if ".text" in name and "mfuser.vlm" in name]
-        torch.testing.assert_close(loaded(batch["pixel_values"]).logits, expected, rtol=1e-4, atol=1e-6)
-    assert not loaded.mfuser.stored_class_embeddings.requires_grad
+def test_upsampling_goes_straight_to_the_decoders_channels():
+    model, pixel_values = tiny_model(decoder_hidden_size=96), tiny_batch()["pixel_values"]
+    kernels = Upsamplings().of(model, pixel_values)
+    # Stride 4: the first doubling, which a norm follows; then the last doubling of strides 4 and 8, from 64 channels.
+    assert [tuple(kernel.shape) for kernel in kernels] == [(64, 64, 2, 2), (64, 96, 2, 2), (64, 96, 2, 2)]
 
 
-@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip"])
-def test_new_class_names_without_training(pair, tmp_path):
-    model, batch = tiny_model(pair), tiny_batch()
-    with torch.no_grad():
-        before = model(batch["pixel_values"])
-        rows = model.decoder.predictor.class_head.weight[: len(CLASSES)].clone()
-        model.set_class_names(
-            ["street", "tree", "sky", "car", "person", "light"], tiny_tokenizer("siglip" not in pair)
-        )
-        after = model(batch["pixel_values"])
-        large = model(tiny_batch((88, 100))["pixel_values"])
-    assert after.logits.shape == (2, 6, 64, 64) and large.logits.shape == (2, 6, 88, 100)
-    assert after.score_map.shape[1] == 6 and before.score_map.shape[1] == 4
-    assert model.config.num_labels == 6 and model.config.id2label[1] == "tree"
-    assert all((row == rows).all(1).any() for row in model.decoder.predictor.class_head.weight[:-1])
-    # no two classes look the same, though they share rows of the class head
-    scores = after.logits.transpose(0, 1).flatten(1)
-    assert all(not torch.equal(scores[i], scores[j]) for i in range(6) for j in range(i))
-    model.save_pretrained(tmp_path)
-    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(batch["pixel_values"]).logits, after.logits, rtol=1e-4, atol=1e-6)
-    assert loaded(**batch).loss.isfinite()
-
-
-def test_new_class_names_need_a_text_encoder_and_few_tokens():
-    model = tiny_model()
-    with pytest.raises(ValueError, match="'way of life light' needs 6"):
-        model.set_class_names(["way of life light", "car"], tiny_tokenizer())
-    assert model.config.num_labels == len(CLASSES)
-    model.mfuser.store_class_embeddings()
-    with pytest.raises(ValueError, match="no text encoder"):
-        model.set_class_names(["car"], tiny_tokenizer())
-
-
-def test_another_number_of_labels_on_loading_reports_what_is_new(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    names = {0: "road", 1: "sky"}
-    config = tiny_config(id2label=names, label2id={"road": 0, "sky": 1}, class_token_ids=[[5] * 5, [6] * 5])
-    with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
-        MFuserForSemanticSegmentation.from_pretrained(tmp_path, config=config)
-    model, report = MFuserForSemanticSegmentation.from_pretrained(
-        tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    assert {name for name, *_ in report["mismatched_keys"]} == {
-        "decoder.predictor.class_head.weight",
-        "decoder.predictor.class_head.bias",
-        "decoder.query_position_embedding",
-        "pixel_decoder.text_position_embedding",
-    }
-    assert model(tiny_batch()["pixel_values"]).logits.shape[1] == 2
-
-
-def test_labels_that_differ_from_the_token_ids_are_refused(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="class_token_ids has 4 rows, but the model has 2 labels"):
-        MFuserForSemanticSegmentation.from_pretrained(tmp_path, id2label={0: "road", 1: "sky"})
+def test_an_upsampling_and_its_projection_are_one_linear_map():
+    torch.manual_seed(0)
+    upsampling, projection = MFuserUpsampling(8), nn.Conv2d(8, 5, 1)
+    maps = torch.randn(2, 8, 3, 4)
+    expected = projection(upsampling(maps))
+    torch.testing.assert_close(PyramidLevel(maps, upsampling).project(projection), expected)
+    torch.testing.assert_close(PyramidLevel(maps, upsampling).project(nn.Identity()), upsampling(maps))
 
 
 def test_the_base_model_loads_from_the_same_folder(tmp_path):
@@ -394,7 +334,7 @@ def test_the_base_model_loads_from_the_same_folder(tmp_path):
         (torch.zeros(1, 1, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 100, 100), r"shape \(batch, 3, height, width\)"),
-        (torch.zeros(1, 3, 15, 64), "holds no patch of 16"),
+        (torch.zeros(1, 3, 15, 64), "both sides must be at least one patch, 16 pixels"),
     ],
 )
 def test_impossible_pixels_are_refused(pixel_values, message):
@@ -406,27 +346,15 @@ def test_impossible_pixels_are_refused(pixel_values, message):
     ("size", "labels", "message"),
     [
         ((64, 64), torch.full((2, 64, 64), 4), r"labels hold \[4\]; they must be class ids from 0 to 3, or 255"),
-        ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]"),
-        ((64, 64), torch.zeros(2, 64, 64), "integers, not torch.float32"),
-        ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(2, height, width\)"),
-        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "give both in one size"),
+        ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]; they must be class ids from 0 to 3"),
+        ((64, 64), torch.zeros(2, 64, 64), "dtype torch.float32; they must be class ids, that is integers"),
+        ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(1, 64, 64\); it must be \(2, height, width\)"),
+        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "needs labels of its own size"),
     ],
 )
 def test_impossible_labels_are_refused(size, labels, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(tiny_batch(size)["pixel_values"], labels=labels)
-
-
-def test_augmented_scores_average_scales_and_flips():
-    model, pixel_values = tiny_model(), tiny_batch((48, 64))["pixel_values"]
-    with torch.no_grad():
-        plain = model(pixel_values).logits.softmax(1)
-        flipped = model(pixel_values.flip(-1)).logits.softmax(1).flip(-1)
-    torch.testing.assert_close(model.augmented_scores(pixel_values, flip=False), plain)
-    torch.testing.assert_close(model.augmented_scores(pixel_values), (plain + flipped) / 2)
-    scores = model.augmented_scores(pixel_values, scales=(0.5, 1.0, 1.5))
-    assert scores.shape == plain.shape
-    torch.testing.assert_close(scores.sum(1), torch.ones(2, 48, 64))
 
 
 @pytest.mark.parametrize(

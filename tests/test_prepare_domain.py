@@ -1,9 +1,8 @@
-"""`mfuser prepare` turns every official layout into a dataset with checked labels, the same however it is run, and
-goes on after being stopped at any point."""
+"""`mfuser prepare` converts every official layout to a dataset with checked labels. The result does not depend on the
+number of workers, and a run that was stopped at any point continues."""
 
 import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,9 +13,13 @@ import filelock
 import numpy as np
 import pytest
 
-from mfuser.data.domains import DOMAINS, MAPILLARY, PREPARATION_FILE, LabelMap, load_domain
+from mfuser.data import preparation
+from mfuser.data import rows as data_rows
+from mfuser.data.loading import PREPARATION_FILE, load_domain
+from mfuser.data.preparation import prepare
+from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.scripts import prepare_domain
-from mfuser.scripts.prepare_domain import main, prepare
+from mfuser.scripts.prepare_domain import main
 
 run = functools.partial(prepare, workers=1, shard_size=2)
 
@@ -73,7 +76,7 @@ def test_every_layout_becomes_a_dataset_of_original_images_and_train_ids(tmp_pat
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_the_record_says_what_was_prepared_and_how(tmp_path):
+def test_the_record_describes_what_was_prepared_and_how(tmp_path):
     fake.mapillary(tmp_path / "raw")
     record = run("mapillary", tmp_path / "raw", tmp_path / "out", splits=["val"])
     assert record == json.loads((tmp_path / "out" / PREPARATION_FILE).read_text())
@@ -149,6 +152,18 @@ def test_bad_pairs_are_skipped_and_listed_with_the_reason(tmp_path, capsys):
     assert "unusual sizes" in printed
 
 
+def test_labels_without_an_image_and_missing_folders_are_printed_and_recorded(tmp_path, capsys):
+    raw = fake.acdc(tmp_path / "raw")
+    (raw / "gt/night").rename(tmp_path / "elsewhere")
+    (raw / "rgb_anon/fog/val/GOPR0475/GOPR0475_fog_val_rgb_anon.png").unlink()
+    record = run("acdc", raw, tmp_path / "out", splits=["validation"])["splits"]["validation"]
+    label = "gt/fog/val/GOPR0475/GOPR0475_fog_val_gt_labelTrainIds.png"
+    assert (record["labels_without_image"], record["missing_folders"]) == ([label], ["gt/night/val"])
+    printed = capsys.readouterr().out
+    assert f"1 labels without an image left out:\n    {label}" in printed
+    assert "1 folders missing:\n    gt/night/val" in printed
+
+
 def test_a_split_of_bad_pairs_only_is_an_error_and_not_a_dataset(tmp_path, capsys):
     raw = fake.gta5(tmp_path / "raw", count=2)
     for number in (1, 2):
@@ -161,9 +176,9 @@ def test_a_split_of_bad_pairs_only_is_an_error_and_not_a_dataset(tmp_path, capsy
 
 def test_an_unreadable_file_stops_the_run_instead_of_counting_as_a_bad_pair(tmp_path, monkeypatch, capsys):
     raw = fake.gta5(tmp_path / "raw", count=4)
-    found = prepare_domain.find_pairs(DOMAINS["gta5"], raw, "train")
-    monkeypatch.setattr(prepare_domain, "find_pairs", lambda *arguments: found)
-    monkeypatch.setattr(prepare_domain, "_identity", lambda pair: pair.name)
+    found = preparation.find_pairs(DOMAINS["gta5"], raw, "train")
+    monkeypatch.setattr(preparation, "find_pairs", lambda *arguments: found)
+    monkeypatch.setattr(data_rows, "_identity", lambda pair: pair.name)
     (raw / "labels").rename(tmp_path / "unplugged")
     arguments = ["gta5", str(raw), str(tmp_path / "out"), "--workers", "1", "--shard-size", "2"]
     assert main(arguments) == 1
@@ -174,7 +189,7 @@ def test_an_unreadable_file_stops_the_run_instead_of_counting_as_a_bad_pair(tmp_
     assert len(load_domain(tmp_path / "out").dataset) == 4
 
 
-# the same however it is run
+# independent of the number of workers
 
 
 def test_workers_do_not_change_a_byte(tmp_path):
@@ -190,9 +205,9 @@ def test_workers_do_not_change_a_byte(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mfuser.scripts import prepare_domain
+from mfuser.data import preparation, shards
 
-original, calls = prepare_domain.convert, []
+original, calls = shards.convert, []
 
 def convert(*arguments):
     calls.append(arguments)
@@ -200,12 +215,12 @@ def convert(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-prepare_domain.convert = convert
-prepare_domain.prepare("gta5", sys.argv[1], sys.argv[2], shard_size=2)
+shards.convert = convert
+preparation.prepare("gta5", sys.argv[1], sys.argv[2], shard_size=2)
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
+def test_a_killed_run_continues_where_it_stopped(tmp_path, capsys):
     raw, out = fake.gta5(tmp_path / "raw", count=7), tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, raw, out], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
@@ -222,7 +237,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
     assert contents(out) == contents(tmp_path / "uninterrupted")
 
 
-def test_a_finished_folder_is_no_dataset_while_it_is_written_again(tmp_path):
+def test_a_finished_folder_is_not_loadable_while_it_is_rewritten(tmp_path):
     out = tmp_path / "out"
     run("gta5", fake.gta5(tmp_path / "raw", count=7), out)
     raw = fake.gta5(tmp_path / "raw", count=8)
@@ -235,7 +250,7 @@ def test_a_finished_folder_is_no_dataset_while_it_is_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "gone", "no record", "half a record"])
-def test_a_damaged_shard_is_noticed_and_written_again(tmp_path, harm):
+def test_a_damaged_shard_is_detected_and_rewritten(tmp_path, harm):
     raw, out = fake.gta5(tmp_path / "raw", count=6), tmp_path / "out"
     run("gta5", raw, out)
     good = contents(out)
@@ -257,7 +272,7 @@ def test_a_damaged_shard_is_noticed_and_written_again(tmp_path, harm):
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
-def test_only_the_shard_of_a_replaced_file_is_written_again(tmp_path):
+def test_only_the_shard_of_a_replaced_file_is_rewritten(tmp_path):
     raw, out = fake.gta5(tmp_path / "raw", count=6), tmp_path / "out"
     label = (raw / "labels/00003.png").read_bytes()
     fake.write(raw / "labels/00003.png", label[:40])
@@ -271,7 +286,7 @@ def test_only_the_shard_of_a_replaced_file_is_written_again(tmp_path):
     assert len(load_domain(out).dataset) == 6
 
 
-def test_a_download_that_grew_leaves_no_shard_of_the_earlier_cut(tmp_path):
+def test_shards_of_an_earlier_cut_are_removed_when_the_download_has_grown(tmp_path):
     out = tmp_path / "out"
     run("gta5", fake.gta5(tmp_path / "raw", count=3), out)
     run("gta5", fake.gta5(tmp_path / "raw", count=5), out)
@@ -279,7 +294,7 @@ def test_a_download_that_grew_leaves_no_shard_of_the_earlier_cut(tmp_path):
     assert len(load_domain(out).dataset) == 5
 
 
-def test_splits_prepared_one_after_the_other_end_in_one_dataset(tmp_path):
+def test_splits_prepared_in_separate_runs_form_one_dataset(tmp_path):
     fake.cityscapes(tmp_path / "raw")
     run("cityscapes", tmp_path / "raw", tmp_path / "out", splits=["val"])
     run("cityscapes", tmp_path / "raw", tmp_path / "out", splits=["train"])
@@ -289,25 +304,10 @@ def test_splits_prepared_one_after_the_other_end_in_one_dataset(tmp_path):
     assert set(record["splits"]) == {"train", "validation"}
 
 
-def test_a_worker_does_not_outlive_a_killed_parent(tmp_path):
-    script = (
-        "import os, sys\n"
-        "from mfuser.scripts.prepare_domain import _process_pool\n"
-        "pool = _process_pool(1)\n"
-        "print(pool.submit(os.getpid).result(), flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    os.kill(int(parent.stdout.readline()), 0)
-    parent.kill()
-    # The output ends when its last holder, the worker, is gone; a surviving worker runs into the timeout.
-    parent.communicate(timeout=20)
+# the format of the folder
 
 
-# the folder is what it says
-
-
-def test_the_folder_is_what_save_to_disk_would_write(tmp_path):
+def test_the_folder_has_the_format_of_save_to_disk(tmp_path):
     run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
     dataset = datasets.load_from_disk(str(tmp_path / "out"))["train"]
     dataset.save_to_disk(tmp_path / "saved")
@@ -328,7 +328,7 @@ def test_prepared_rows_stream(tmp_path):
     assert [row["name"] for row in stream] == [f"images/{number:05}.png" for number in range(1, 6)]
 
 
-def test_another_map_or_domain_does_not_go_into_the_same_folder(tmp_path, capsys):
+def test_another_map_or_domain_is_refused_in_the_same_folder(tmp_path, capsys):
     fake.mapillary(tmp_path / "raw")
     run("mapillary", tmp_path / "raw", tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -339,14 +339,14 @@ def test_another_map_or_domain_does_not_go_into_the_same_folder(tmp_path, capsys
     assert contents(tmp_path / "out") == before
 
 
-def test_a_folder_of_other_files_is_left_alone(tmp_path):
+def test_a_folder_of_other_files_is_left_unchanged(tmp_path):
     fake.write(tmp_path / "out/thesis.tex", b"precious")
     with pytest.raises(ValueError, match="holds other files, such as thesis.tex"):
         run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
     assert contents(tmp_path / "out") == {"thesis.tex": b"precious"}
 
 
-def test_two_runs_do_not_write_to_one_folder(tmp_path, capsys):
+def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with filelock.FileLock(tmp_path / "out/.lock"):
         assert main(["gta5", str(fake.gta5(tmp_path / "raw")), str(tmp_path / "out"), "--workers", "1"]) == 1
@@ -402,7 +402,7 @@ def test_any_dataset_with_two_columns_and_class_names_is_prepared(tmp_path):
     assert encoded(loaded.dataset)[1]["image"]["bytes"] == fake.encoded_image(1)
 
 
-def test_values_without_a_class_name_make_bad_pairs(tmp_path, capsys):
+def test_pairs_with_values_without_a_class_name_are_bad(tmp_path, capsys):
     parquet(tmp_path / "raw/train.parquet", [0, 1, 2])
     (tmp_path / "names.json").write_text('{"0": "cat", "1": "dog"}')
     arguments = ["custom", str(tmp_path / "raw"), str(tmp_path / "out"), *COLUMNS]
@@ -431,7 +431,7 @@ def test_raw_ids_in_a_column_are_mapped_by_their_domain(tmp_path):
     np.testing.assert_array_equal(np.array(dataset[2]["label"]), expected)
 
 
-def test_columns_are_resumed_too(tmp_path, capsys):
+def test_an_interrupted_run_over_columns_continues(tmp_path, capsys):
     parquet(tmp_path / "raw/train.parquet", range(11))
     arguments = {"image_column": "pixels", "label_column": "mask"}
     run("camvid", tmp_path / "raw", tmp_path / "out", **arguments)
@@ -442,7 +442,7 @@ def test_columns_are_resumed_too(tmp_path, capsys):
     assert contents(tmp_path / "out") == before
 
 
-def test_repeated_names_give_way_to_positions(tmp_path, capsys):
+def test_repeated_names_are_replaced_by_positions(tmp_path, capsys):
     parquet(tmp_path / "raw/train.parquet", range(11))
     dataset = datasets.Dataset.from_parquet(str(tmp_path / "raw/train.parquet"))
     dataset.remove_columns("name").add_column("name", ["same"] * 3).save_to_disk(tmp_path / "saved")
@@ -463,11 +463,3 @@ def test_pushing_uploads_a_private_dataset_and_its_record(tmp_path, monkeypatch)
     assert (calls[1]["repo_id"], calls[1]["repo_type"]) == ("someone/gta5", "dataset")
     assert calls[1]["path_in_repo"] == PREPARATION_FILE
     assert calls[1]["path_or_fileobj"] == str(tmp_path / "out" / PREPARATION_FILE)
-
-
-def test_labels_are_stored_as_small_as_png_allows_and_read_back_exactly():
-    ids = np.random.default_rng(0).integers(0, 34, (64, 64)).astype(np.uint8)
-    entry = prepare_domain.Entry("a", fake.encoded_image(size=(64, 64)), fake.encoded_label(ids), None)
-    converted = prepare_domain.convert(entry, LabelMap({7: 0}, range(34)), False)
-    np.testing.assert_array_equal(prepare_domain.read_label(converted.label), np.where(ids == 7, 0, 255))
-    assert converted.pixels[0] == (ids == 7).sum() and converted.pixels.sum() == ids.size

@@ -203,6 +203,28 @@ def test_eva02_clip_keeps_its_patch_and_is_resampled_bicubically(pretrained):
     assert model(**tiny_batch((60, 60))).loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "taps"), [(4, [1, 2, 3, 4]), (6, [2, 3, 4, 6]), (12, [4, 6, 8, 12]), (24, [8, 12, 16, 24])]
+)
+def test_taps_and_stride_are_the_papers_at_any_depth_and_crop(num_layers, taps, pretrained):
+    folders = [str(pretrained(kind, num_hidden_layers=num_layers)[0]) for kind in ("dinov2", "clip")]
+    fields = {name: value for name, value in FUSION.items() if name != "fusion_out_layers"}
+    for crop_size, stride in ((512, 341), (64, 43)):
+        config = MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
+            *folders, CLASSES, crop_size=crop_size, **fields
+        ).config
+        assert config.fusion_out_layers == taps
+        assert (config.crop_size, config.crop_stride) == (crop_size, stride)
+        assert config.vfm_config.image_size == config.vlm_config.image_size == crop_size
+
+
+def test_encoders_saved_in_half_precision_are_loaded_in_float32(pretrained, tmp_path):
+    VLMS["clip"]().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = build(pretrained("dinov2")[0], tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("vlm", ["clip", "siglip"])
 def test_patch_14_on_crops_that_are_no_multiple_of_it(vlm, pretrained):
     model = build(pretrained("dinov2")[0], pretrained(vlm)[0], crop_size=60, patch_size=14)
@@ -283,8 +305,8 @@ def test_what_was_resampled_is_reported(pretrained, caplog):
         "- vision-language model: positions 10x32 to 17x32, bilinear",
         "- vision-language model: patch kernel 32x3x14x14 to 32x3x16x16, bilinear",
         "- text encoder: the first 10 of 16 positions",
-        "- CLIP's class embedding added to its position once more, as in the paper's code",
-        "the fusion and the decoder are new and want training",
+        "- CLIP's class embedding was added to its position once more, as in the published code",
+        "its fusion and decoder are newly initialised and need training",
     ):
         assert line in caplog.text
 
@@ -302,7 +324,7 @@ def test_saved_and_loaded_it_is_the_same_model(pretrained, tmp_path):
 
 def test_other_encoders_are_refused(pretrained):
     vfm, vlm = pretrained("dinov2")[0], pretrained("clip")[0]
-    with pytest.raises(ValueError, match="of type 'clip', which can't be the vision foundation model: .* dinov2,"):
+    with pytest.raises(ValueError, match="has model type 'clip'; the vision foundation model must be one of dinov2,"):
         build(vlm, vlm)
     with pytest.raises(ValueError, match="of type 'dinov2', which can't be the vision-language model: .* clip,"):
         build(vfm, vfm, tokenizer=tiny_tokenizer())

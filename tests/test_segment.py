@@ -25,10 +25,11 @@ class ThresholdModel:
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
-        self.sizes = []
+        self.sizes, self.dtypes = [], []
 
     def __call__(self, pixel_values):
         self.sizes.append(tuple(pixel_values.shape[-2:]))
+        self.dtypes.append(pixel_values.dtype)
         red = pixel_values[:, 0] * 0.26862954 + 0.48145466
         return SimpleNamespace(logits=torch.stack([-(red - centre).abs() for centre in (0.0, 0.5, 1.0)], dim=1))
 
@@ -38,6 +39,7 @@ def model(monkeypatch):
     model = ThresholdModel()
 
     def load_for_inference(name, device, dtype, size):
+        model.loaded_with = name, size, device, dtype
         return model, MFuserImageProcessor(**({} if size is None else {"size": size}))
 
     monkeypatch.setattr(segment, "load_for_inference", load_for_inference)
@@ -114,6 +116,24 @@ def test_results_have_the_image_size_whatever_the_model_saw(model, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_labels.png")), classes)
 
 
+def test_the_model_is_loaded_as_the_options_say(model, tmp_path):
+    write_image(tmp_path / "a.png")
+    arguments = ["--output", tmp_path / "out", "--size", "2048x1024", "--device", "meta", "--dtype", "bfloat16"]
+    assert run(tmp_path / "a.png", *arguments) == 0
+    size = {"longest_edge": 2048, "shortest_edge": 1024}
+    assert model.loaded_with == ("stand-in", size, torch.device("meta"), "bfloat16")
+    assert run(tmp_path / "a.png", "--output", tmp_path / "out") == 0
+    default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert model.loaded_with == ("stand-in", None, default, None)
+
+
+def test_pixels_reach_the_model_in_its_dtype(model, tmp_path):
+    write_image(tmp_path / "a.png")
+    model.dtype = torch.bfloat16
+    assert run(tmp_path / "a.png", "--output", tmp_path / "out") == 0
+    assert model.dtypes == [torch.bfloat16]
+
+
 def test_photographs_are_turned_upright(model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
@@ -147,8 +167,10 @@ def test_folders_are_searched_and_names_that_collide_are_kept_apart(model, tmp_p
     assert len(files(output)) == 2 * len(labels) + 2
 
 
-def test_what_is_no_image_is_reported_and_skipped(model, tmp_path, capsys):
+def test_what_is_no_image_is_reported_and_skipped(model, tmp_path, capsys, monkeypatch):
     write_image(tmp_path / "good.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("L", (60, 60)).save(tmp_path / "bomb.png")  # more than twice as many pixels as PIL allows
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
     Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "float.tif")
@@ -156,9 +178,9 @@ def test_what_is_no_image_is_reported_and_skipped(model, tmp_path, capsys):
     missing = tmp_path / "missing.jpg"
     assert run(tmp_path, tmp_path / "empty", missing, "--output", tmp_path / "out") == 1
     printed = capsys.readouterr()
-    for path in (tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "float.tif", tmp_path / "empty", missing):
-        assert f"skipped {path}: " in printed.err
-    assert "segmented: 1, skipped: 5" in printed.out
+    for name in ("bomb.png", "text.png", "cut.png", "float.tif", "empty", "missing.jpg"):
+        assert f"skipped {tmp_path / name}: " in printed.err
+    assert "segmented: 1, skipped: 6" in printed.out
     assert "good_labels.png" in files(tmp_path / "out")
     assert run(missing, "--output", tmp_path / "out") == 1
 
@@ -181,9 +203,9 @@ def test_an_image_that_the_model_refuses_is_skipped_too(model, tmp_path, monkeyp
         (["a.png", "--size", "1024x2048"], "longer edge first"),
         (["a.png", "--alpha", "2"], "between 0 and 1"),
         (["a.png", "--alpha", "x"], "between 0 and 1"),
-        (["a.png", "--device", "gpu"], "no device 'gpu'"),
-        (["{folder}", "--output", "{folder}"], "mix"),
-        (["{folder}/sub", "--output", "{folder}"], "mix"),
+        (["a.png", "--device", "gpu"], "'gpu' must be an available device"),
+        (["{folder}", "--output", "{folder}"], "choose a folder without input images"),
+        (["{folder}/sub", "--output", "{folder}"], "choose a folder without input images"),
     ],
 )
 def test_usage_errors_are_explained_with_exit_code_2(tmp_path, capsys, arguments, message):

@@ -24,12 +24,8 @@ from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProce
 from mfuser.data.augmentation import ShuffledSampler
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.loading import restore_weights
-from mfuser.scripts.convert_checkpoint import (
-    config_from_state_dict,
-    convert_state_dict,
-    convert_tensor,
-    dropped_reason,
-)
+from mfuser.scripts.checkpoint_names import convert_state_dict, convert_tensor, dropped_reason
+from mfuser.scripts.convert_checkpoint import config_from_state_dict
 from mfuser.training.checkpoints import without_scalars
 from mfuser.training.optimization import PolynomialSchedule, parameter_groups
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
@@ -141,7 +137,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(tmp_path):
         trainer = trainer_in(tmp_path, tiny_model(fusion_dropout=0.0, vlm_drop_path_rate=0.0), **fields)
         trainer.train()
         logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
-        assert trainer.model.mfuser.gradient_checkpointing == checkpointing
+        assert trainer.model.mfuser.fusion_layers[0].gradient_checkpointing == checkpointing
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-6)
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5)
 

@@ -1,0 +1,1 @@
+../../initialization_mfuser.py

@@ -1,0 +1,1 @@
+../../weights_cache_mfuser.py

@@ -1,0 +1,1 @@
+../../windows_mfuser.py

@@ -1,0 +1,307 @@
+"""Opening a dataset with an image and a label column, wherever it is, in one form."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.data.label_maps import LabelMap, check_sizes, image_size, label_ids
+from mfuser.data.layouts import has_split
+from mfuser.data.tables import DOMAINS
+
+try:
+    import datasets
+except ImportError:
+    datasets = None
+
+
+# Written into a prepared folder: its domain, classes and label map, and the pairs that were skipped with the reason.
+PREPARATION_FILE = "mfuser_preparation.json"
+SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
+
+
+class LoadedDomain(NamedTuple):
+    """
+    A dataset opened by `load_domain`.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Columns `image` and `label`, decoded to PIL images (label values are train ids, 255 ignored), and, where
+            the source has them, `name` and `condition`.
+        id2label (`dict[int, str]`):
+            The name of each train id.
+        preparation (`dict`):
+            The record that `mfuser prepare` wrote; empty for other sources.
+    """
+
+    dataset: Any
+    id2label: dict[int, str]
+    preparation: dict[str, Any]
+
+
+def load_domain(
+    source: str | Path,
+    split: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    id2label: dict[int, str] | str | Path | None = None,
+    streaming: bool = False,
+) -> LoadedDomain:
+    """
+    Opens a dataset with an image and a label column.
+
+    Args:
+        source (`str` or `Path`):
+            A folder written by `mfuser prepare` or `save_to_disk`, a parquet file, a folder of parquet files named
+            after their splits, or anything else that `datasets.load_dataset` accepts, such as a Hub id.
+        split (`str`, *optional*):
+            The split. Required if the source has several.
+        image_column, label_column (`str`, *optional*, defaults to `"image"` and `"label"`):
+            The names of the two columns in the source.
+        id2label (`dict[int, str]`, `str` or `Path`, *optional*):
+            The class names: a dictionary, a JSON file, or the name of a known domain. Not required for a prepared
+            folder, nor if the folder or the Hub repository contains an `id2label.json`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to return an `IterableDataset`, without copying or downloading the data first.
+
+    Returns:
+        `LoadedDomain`: The dataset, its class names and the record of its preparation.
+
+    Raises:
+        FileNotFoundError: If `source` is a path that does not exist.
+        ValueError: If the split is missing or ambiguous, a column is missing or of another type, the class names are
+            unknown or not numbered 0 to n - 1, or one of a few sampled labels holds colours or values without a name.
+    """
+    source = str(source)
+    dataset, split = open_columns(source, split, image_column, label_column, streaming)
+    preparation = _side_file(source, PREPARATION_FILE) or {}
+    names = class_names(source, id2label, preparation)
+    rows = dataset.take(1) if streaming else _first_middle_last(dataset)
+    _check_samples(rows, LabelMap.identity(len(names)), f"{source}, split {split}")
+    return LoadedDomain(dataset, names, preparation)
+
+
+def parse_id2label(names: dict | str | Path) -> dict[int, str]:
+    """
+    Class names as a dictionary from ids to names, in the order of the ids.
+
+    Args:
+        names (`dict`, `str` or `Path`):
+            A dictionary whose keys are integers or digits, a JSON file of one, or the name of a known domain.
+
+    Raises:
+        ValueError: If `names` is none of these, or the ids are not 0 to n - 1 with n at most 255.
+    """
+    if isinstance(names, (str, Path)):
+        if str(names) in DOMAINS:
+            return DOMAINS[str(names)].id2label
+        if not Path(names).is_file():
+            raise ValueError(f"class names: {names} is neither a JSON file nor a domain ({', '.join(DOMAINS)})")
+        given = _read_json(names)
+    else:
+        given = names
+    try:
+        ordered = {int(index): str(name) for index, name in sorted(given.items(), key=lambda item: int(item[0]))}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"class names must be a dictionary from ids to names, not {given!r}") from None
+    if list(ordered) != list(range(len(ordered))) or not 1 <= len(ordered) <= IGNORE_INDEX:
+        raise ValueError(
+            f"class ids are {list(ordered)}; they must be 0 to n - 1 with n from 1 to {IGNORE_INDEX} (255 is ignored)"
+        )
+    return ordered
+
+
+def pick_split(available: list[str], wanted: str | None, source: str) -> str:
+    """
+    The split to open.
+
+    Args:
+        available (`list[str]`):
+            The splits of the source.
+        wanted (`str`, *optional*):
+            The requested split. `val` and the folder names of Mapillary are understood. By default the only split.
+        source (`str`):
+            The name of the source in error messages.
+
+    Raises:
+        ValueError: If there is no such split, or no split is requested and there are several.
+    """
+    if wanted is None and len(available) == 1:
+        return available[0]
+    for candidate in (wanted, SPLIT_ALIASES.get(wanted or "")):
+        if candidate in available:
+            return candidate
+    problem = "has several splits; name one of them" if wanted is None else f"has no split {wanted!r}; it has"
+    raise ValueError(f"{source} {problem}: {', '.join(available)}")
+
+
+def parquet_splits(source: str | Path) -> dict[str, list[str]]:
+    """The parquet files of each split, of one file or of a folder (train.parquet, train-00000-of-00002.parquet)."""
+    source = Path(source)
+    files = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet"))
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(str(file))
+    return splits
+
+
+def available_splits(source: str | Path) -> list[str]:
+    """
+    The splits of anything that `load_domain` opens.
+
+    Raises:
+        FileNotFoundError: If `source` is a path that does not exist.
+        ValueError: If `source` is a download that must be prepared first, or is not completely prepared.
+    """
+    if datasets is None:
+        raise ImportError("loading a dataset requires the library datasets: pip install 'mfuser[train]'")
+    source, path = str(source), Path(source)
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise FileNotFoundError(f"{source} does not exist")
+    if (path / "dataset_dict.json").is_file():
+        return _read_json(path / "dataset_dict.json")["splits"]
+    if (path / "state.json").is_file():
+        return [_read_json(path / "state.json")["_split"] or path.name]
+    if path.is_dir() and _side_file(source, PREPARATION_FILE):
+        raise ValueError(f"{source} is not completely prepared: run the same `mfuser prepare` command again")
+    if files := parquet_splits(path):
+        return list(files)
+    for domain in DOMAINS.values():
+        if path.is_dir() and any(has_split(domain, path, split) for split in domain.splits):
+            raise ValueError(
+                f"{source} looks like the download of {domain.title}: "
+                f"run `mfuser prepare {domain.name} {source} OUTPUT` once and load OUTPUT"
+            )
+    return datasets.get_dataset_split_names(source)
+
+
+def open_columns(
+    source: str | Path, split: str | None, image_column: str, label_column: str, streaming: bool = False
+) -> tuple[Any, str]:
+    """
+    Opens a source of `load_domain` without reading its labels.
+
+    Args:
+        source, split, image_column, label_column, streaming:
+            As in `load_domain`.
+
+    Returns:
+        `tuple(datasets.Dataset or datasets.IterableDataset, str)`: The dataset with columns `image` and `label`, cast
+        to `datasets.Image`, and `name` and `condition` where it has them; and the name of the split.
+    """
+    source = str(source)
+    split = pick_split(available_splits(source), split, source)
+    path = Path(source)
+    folder = path / split if (path / "dataset_dict.json").is_file() else path
+    if (folder / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(folder))
+        if streaming:
+            files = _read_json(folder / "state.json")["_data_files"]
+            dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(files), len(dataset))))
+    elif folder != path:
+        raise ValueError(f"{folder} is not completely prepared: run the same `mfuser prepare` command again")
+    elif files := parquet_splits(path):
+        dataset = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=streaming)
+    else:
+        dataset = datasets.load_dataset(source, split=split, streaming=streaming)
+    return _normalise_columns(dataset, image_column, label_column, source), split
+
+
+def class_names(source: str, id2label=None, preparation: dict | None = None) -> dict[int, str]:
+    """
+    The class names of a source of `load_domain`.
+
+    Args:
+        source (`str`):
+            The source.
+        id2label (`dict[int, str]`, `str` or `Path`, *optional*):
+            The names as given by the user, see `load_domain`. By default those of the source.
+        preparation (`dict`, *optional*):
+            The record of the preparation, if the source was prepared.
+
+    Raises:
+        ValueError: If no names are known, or `id2label` differs from the names of the preparation.
+    """
+    prepared = parse_id2label(dict(enumerate(preparation["classes"]))) if preparation else None
+    if id2label is None:
+        names = prepared or _side_file(source, "id2label.json")
+        if names is None:
+            raise ValueError(
+                f"{source} does not name its classes: give id2label, a dictionary, a JSON file or one of "
+                f"{', '.join(DOMAINS)}"
+            )
+        return parse_id2label(names)
+    names = parse_id2label(id2label)
+    if prepared and names != prepared:
+        raise ValueError(f"{source} was prepared with classes {prepared}, but id2label is {names}")
+    return names
+
+
+def _side_file(source: str, file_name: str) -> dict | None:
+    """A JSON file of a source: in its folder or the parent (a split was named), or in its Hub repository."""
+    path = Path(source)
+    if path.exists():
+        found = (folder / file_name for folder in (path, path.parent) if (folder / file_name).is_file())
+        file = next(found, None)
+        return None if file is None else _read_json(file)
+    try:
+        return _read_json(hf_hub_download(source, file_name, repo_type="dataset"))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return None
+
+
+def _read_json(file: str | Path) -> Any:
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _normalise_columns(dataset, image_column: str, label_column: str, source: str):
+    """The dataset with its image and label columns cast to `datasets.Image` and named `image` and `label`."""
+    if image_column == label_column:
+        raise ValueError(f"image and label cannot both be column {image_column!r} of {source}")
+    features = dataset.features or dataset._resolve_features().features
+    for role, column in (("image", image_column), ("label", label_column)):
+        if column not in features:
+            raise ValueError(f"{source} has no {role} column {column!r}; its columns are {', '.join(features)}")
+        if not _holds_images(features[column]):
+            raise ValueError(f"column {column!r} of {source} holds {features[column]}, not {role} images")
+        dataset = dataset.cast_column(column, datasets.Image())
+    optional = [column for column in ("name", "condition") if column in features]
+    kept = [column for column in optional if column not in (image_column, label_column)]
+    dataset = dataset.select_columns([image_column, label_column, *kept])
+    # Renamed in one step, so that swapped names (image_column="label") work too.
+    renamed = {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    return dataset.rename_columns(renamed) if renamed else dataset
+
+
+def _holds_images(feature) -> bool:
+    """Whether a column holds images or can be cast to them: encoded bytes, paths, or {bytes, path}."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary", "string", "large_string")
+    return isinstance(feature, datasets.Image)
+
+
+def _first_middle_last(dataset) -> Iterator[dict[str, Any]]:
+    """Those three rows, fewer if the dataset has fewer."""
+    positions = {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ()
+    return (dataset[position] for position in sorted(positions))
+
+
+def _check_samples(rows: Iterable[dict[str, Any]], label_map: LabelMap, source: str) -> None:
+    """Checks a few rows, so that wrong columns, colour labels and unnamed classes are found early."""
+    checked = 0
+    try:
+        for row in rows:
+            if row["label"] is not None:
+                check_sizes(image_size(row["image"]), label_map(label_ids(row["label"])).shape)
+            checked += 1
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source}: row {checked} of a few sampled rows: {error}") from error
+    if not checked:
+        raise ValueError(f"{source} is empty")

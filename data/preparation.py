@@ -1,0 +1,342 @@
+"""
+Preparation of a dataset: from an official download to a folder that `datasets` loads, with labels as train ids.
+
+The result is what `Dataset.save_to_disk` writes, one folder per split, memory-mapped when loaded (no second copy in a
+cache): columns `image` (the content of the original file), `label` (8-bit PNG of train ids, 255 ignored), `name` (the
+path of the image in the download, which is unique) and, for ACDC, `condition`. Every pair is decoded and checked.
+Pairs that cannot be used are skipped and listed, with the reason, in `mfuser_preparation.json` next to the splits.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+
+from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.data.domain import Domain
+from mfuser.data.label_maps import LabelMap
+from mfuser.data.layouts import find_pairs, has_split
+from mfuser.data.loading import (
+    PREPARATION_FILE,
+    SPLIT_ALIASES,
+    available_splits,
+    class_names,
+    open_columns,
+    pick_split,
+)
+from mfuser.data.rows import DatasetRows, DownloadRows, Rows
+from mfuser.data.shards import (
+    FORMAT,
+    Conversion,
+    Shard,
+    cut_into_shards,
+    prepared_features,
+    process_pool,
+    remove_leftovers,
+    run,
+    verify_shard,
+    write_shard,
+)
+from mfuser.data.tables import DOMAINS
+from mfuser.files import write_text
+
+try:
+    import datasets
+except ImportError:
+    datasets = None
+
+
+CUSTOM = "custom"
+
+
+class SplitSource(NamedTuple):
+    """The rows of one split, and what to record about their origin."""
+
+    rows: Rows
+    record: dict[str, Any]
+
+
+def pairs_of_download(domain: Domain, root: Path, split: str) -> SplitSource:
+    """One split of an official download."""
+    found = find_pairs(domain, root, split)
+    record = {
+        "layout": found.layout.name,
+        "expected_pairs": domain.splits[split].pairs,
+        "images_without_label": found.images_without_label,
+        "labels_without_image": found.labels_without_image,
+        "missing_folders": found.missing_folders,
+    }
+    return SplitSource(DownloadRows(found.pairs, domain.class_in_red_channel), record)
+
+
+def rows_of_dataset(source: str, split: str, image_column: str, label_column: str) -> SplitSource:
+    """One split of any dataset with an image and a label column."""
+    dataset, split = open_columns(source, split, image_column, label_column)
+    if "name" in dataset.column_names and len(set(dataset["name"])) < len(dataset):
+        print(f"{source}, {split}: names repeat, so rows are named by their position", file=sys.stderr)
+        dataset = dataset.remove_columns("name")
+    record = {"layout": f"columns {image_column} and {label_column}", "expected_pairs": None}
+    return SplitSource(DatasetRows(dataset), record)
+
+
+def prepare_split(
+    source: SplitSource, folder: Path, conversion: Conversion, title: str, shard_size: int, workers: int
+) -> dict[str, Any]:
+    """
+    Writes one split. Shards of an earlier run that are intact are kept.
+
+    Args:
+        source (`SplitSource`):
+            The rows.
+        folder (`Path`):
+            The folder to write, named after the split.
+        conversion (`Conversion`):
+            The conversion of the labels.
+        title (`str`):
+            The name of the dataset in messages and in the description of the split.
+        shard_size (`int`):
+            Pairs per shard.
+        workers (`int`):
+            Number of processes.
+
+    Returns:
+        `dict`: What to record about the split.
+
+    Raises:
+        ValueError: If no pair can be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    description = f"{title} {folder.name}"
+    shards = cut_into_shards(source.rows, folder, conversion, shard_size)
+    records: list[dict[str, Any] | None] = [None] * len(shards)
+    if any(shard.record_file.exists() for shard in shards):
+        # Threads suffice: hashing releases the interpreter's lock.
+        records = run(verify_shard, shards, ThreadPoolExecutor(workers), f"{description}: checking existing shards")
+    pending = [index for index, record in enumerate(records) if record is None]
+    state_file = folder / "state.json"
+    if pending:
+        state_file.unlink(missing_ok=True)
+        remove_leftovers(folder, shards)
+        pool = process_pool(min(workers, len(pending))) if workers > 1 else ThreadPoolExecutor(1)
+        written = run(write_shard, [shards[index] for index in pending], pool, description)
+        for index, record in zip(pending, written, strict=True):
+            records[index] = record
+    result = _split_record(source, records, conversion.classes) | {"shards_kept": len(shards) - len(pending)}
+    if not result["rows"]:
+        skipped = result["skipped"]
+        raise ValueError(f"{description}: all {len(skipped)} pairs are bad; the first: {_reason(skipped[0])}")
+    if pending or not state_file.exists():
+        _finish(folder, shards, records, prepared_features(source.rows.has_conditions), description)
+    return result
+
+
+def _split_record(source: SplitSource, records: list, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What to record about a split whose shards have these records."""
+    sizes: Counter[str] = Counter()
+    pixels = np.zeros(256, dtype=np.int64)
+    for record in records:
+        sizes.update(record["sizes"])
+        pixels += record["pixels"]
+    return source.record | {
+        "pairs": len(source.rows),
+        "rows": sum(record["rows"] for record in records),
+        "skipped": [item for record in records for item in record["skipped"]],
+        "sizes": dict(sorted(sizes.items())),
+        "pixels": {name: int(pixels[index]) for index, name in enumerate(classes)},
+        "ignored_pixels": int(pixels[IGNORE_INDEX]),
+    }
+
+
+def _finish(folder: Path, shards: list[Shard], records: list, features, description: str) -> None:
+    """Writes the two files that `save_to_disk` writes next to its data, `state.json` last."""
+    description = f"{description}, by mfuser prepare: labels are train ids, {IGNORE_INDEX} ignored"
+    datasets.DatasetInfo(description=description, features=features).write_to_directory(str(folder))
+    fingerprint = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()[:16]
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": shard.file.name} for shard in shards],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=2))
+
+
+def prepare(
+    domain_name: str,
+    root: str | Path,
+    output: str | Path,
+    splits: list[str] | None = None,
+    label_map: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    id2label: dict[int, str] | str | Path | None = None,
+    workers: int = 1,
+    shard_size: int = 100,
+) -> dict[str, Any]:
+    """
+    Prepares a dataset, and prints for each split how many pairs were prepared and what was left out.
+
+    Args:
+        domain_name (`str`):
+            A key of `DOMAINS`, or "custom" for a dataset whose labels are already train ids.
+        root (`str` or `Path`):
+            The folder in which the official archives were unpacked. For "custom", "camvid", or if a column is named:
+            anything that `load_domain` opens.
+        output (`str` or `Path`):
+            The folder to write. It must be new, empty, or from an earlier run with the same domain and label map.
+        splits (`list[str]`, *optional*):
+            The splits. By default every split that is found and has public labels.
+        label_map (`str`, *optional*):
+            One of the domain's label maps. By default the first.
+        image_column, label_column (`str`, *optional*):
+            The columns of a dataset that is not an official download.
+        id2label (`dict[int, str]`, `str` or `Path`, *optional*):
+            The class names of "custom", see `load_domain`.
+        workers (`int`, *optional*, defaults to 1):
+            Number of processes. The result does not depend on it.
+        shard_size (`int`, *optional*, defaults to 100):
+            Pairs per file.
+
+    Returns:
+        `dict`: The content of `mfuser_preparation.json`.
+
+    Raises:
+        FileNotFoundError: If the download, or a split of it, is not at `root`.
+        ValueError: If an argument does not fit the domain, `output` holds something else, or no pair of a split can
+            be used.
+        filelock.Timeout: If another run is writing to `output`.
+    """
+    if datasets is None:
+        raise ImportError("mfuser prepare requires the library datasets: pip install 'mfuser[train]'")
+    domain = _check_arguments(domain_name, label_map, id2label, workers, shard_size)
+    root, output = str(root), Path(output)
+    if domain is None or not domain.layouts or image_column or label_column:
+        sources = _sources_of_dataset(root, splits, image_column or "image", label_column or "label")
+    else:
+        sources = _sources_of_download(domain, Path(root), splits)
+    if domain:
+        conversion = Conversion(domain.label_map(label_map), domain.classes, domain.class_in_red_channel)
+        title, map_name = domain.title, domain.label_map_name(label_map)
+    else:
+        classes = tuple(class_names(root, id2label).values())
+        conversion = Conversion(LabelMap.identity(len(classes)), classes)
+        title, map_name = Path(root).name, "trainIds"
+    preparation: dict[str, Any] = {"format": FORMAT, "domain": domain_name, "title": title, "label_map": map_name}
+    preparation |= _conversion_record(conversion, domain)
+
+    output.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(output / ".lock", timeout=0):
+        preparation["splits"] = _earlier_splits(output, preparation)
+        write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2))
+        for split, source in sources.items():
+            record = prepare_split(source, output / split, conversion, title, shard_size, workers)
+            report(title, split, record, domain)
+            preparation["splits"][split] = {key: value for key, value in record.items() if key != "shards_kept"}
+            write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2))
+            write_text(output / "dataset_dict.json", json.dumps({"splits": sorted(preparation["splits"])}))
+    return preparation
+
+
+def _check_arguments(
+    domain_name: str, label_map: str | None, id2label: Any, workers: int, shard_size: int
+) -> Domain | None:
+    """The domain of that name, `None` for a custom dataset, if the arguments of `prepare` fit it."""
+    if workers < 1 or shard_size < 1:
+        raise ValueError(f"workers is {workers} and shard_size is {shard_size}; both must be at least 1")
+    domain = DOMAINS.get(domain_name)
+    if domain is None and domain_name != CUSTOM:
+        raise ValueError(
+            f"there is no domain {domain_name!r}; the domains are {', '.join(DOMAINS)}, and {CUSTOM} for any other "
+            "dataset"
+        )
+    if domain and id2label is not None:
+        raise ValueError(f"{domain.title} has its own class names; id2label is for {CUSTOM}")
+    if domain is None and label_map:
+        raise ValueError(f"{CUSTOM} has no label map {label_map!r}; its labels are train ids")
+    if domain:
+        domain.label_map_name(label_map)  # raises ValueError if there is no such map
+    return domain
+
+
+def _sources_of_dataset(
+    source: str, splits: list[str] | None, image_column: str, label_column: str
+) -> dict[str, SplitSource]:
+    """The requested splits of any dataset with an image and a label column, by default all."""
+    available = available_splits(source)
+    picked = [pick_split(available, split, source) for split in splits or available]
+    return {split: rows_of_dataset(source, split, image_column, label_column) for split in picked}
+
+
+def _sources_of_download(domain: Domain, root: Path, splits: list[str] | None) -> dict[str, SplitSource]:
+    """The requested splits of an official download, by default those that are found and have public labels."""
+    if not splits:
+        public = [name for name, split in domain.splits.items() if split.labelled]
+        # If none is found, all are tried, so that the error message lists the missing folders.
+        splits = [name for name in public if has_split(domain, root, name)] or public
+    names = [SPLIT_ALIASES.get(split, split) for split in splits]
+    return {name: pairs_of_download(domain, root, name) for name in names}
+
+
+def _conversion_record(conversion: Conversion, domain: Domain | None) -> dict[str, Any]:
+    """What to record about the conversion of the labels."""
+    label_map, classes = conversion.label_map, list(conversion.classes)
+    return {
+        "raw_to_train_id": {str(raw): int(label_map.lookup[raw]) for raw in np.flatnonzero(label_map.valid).tolist()},
+        "classes": classes,
+        "evaluation_classes": list(domain.evaluation_classes) if domain else classes,
+        "ignore_index": IGNORE_INDEX,
+    }
+
+
+def _earlier_splits(output: Path, preparation: dict[str, Any]) -> dict[str, Any]:
+    """The splits that an earlier run finished, if `output` holds the same domain and label map."""
+    if not (output / PREPARATION_FILE).is_file():
+        unknown = sorted(path.name for path in output.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
+        if unknown:
+            raise ValueError(f"{output} holds other files, such as {unknown[0]}; give a new or empty folder")
+        return {}
+    earlier = json.loads((output / PREPARATION_FILE).read_text(encoding="utf-8"))
+    for key in ("format", "domain", "label_map", "classes"):
+        if earlier[key] != preparation[key]:
+            raise ValueError(
+                f"{output} holds another preparation: its {key} is {earlier[key]}, not {preparation[key]}; "
+                "give another folder"
+            )
+    return earlier["splits"]
+
+
+def report(title: str, split: str, record: dict[str, Any], domain: Domain | None, shown: int = 5) -> None:
+    """Prints how many pairs of a split were prepared, and everything that was left out."""
+    print(f"{title} {split}: {record['rows']} of {record['pairs']} pairs prepared ({record['layout']})")
+    if record["shards_kept"]:
+        print(f"  {record['shards_kept']} intact shards of an earlier run kept")
+    for key, words in (
+        ("skipped", "bad pairs skipped"),
+        ("images_without_label", "images without a label left out"),
+        ("labels_without_image", "labels without an image left out"),
+        ("missing_folders", "folders missing"),
+    ):
+        items = record.get(key, [])
+        if items:
+            lines = [_reason(item) if key == "skipped" else item for item in items[:shown]]
+            more = [f"... all {len(items)} in {PREPARATION_FILE}"] if len(items) > shown else []
+            print("\n    ".join([f"  {len(items)} {words}:", *lines, *more]))
+    if record["expected_pairs"] not in (None, record["pairs"]):
+        print(f"  note: {record['expected_pairs']} pairs were expected")
+    known = {f"{height}x{width}" for height, width in domain.sizes} if domain else set()
+    unusual = {size: number for size, number in record["sizes"].items() if known and size not in known}
+    if unusual:
+        print(f"  note: unusual sizes (height x width, images): {unusual}; known: {', '.join(sorted(known))}")
+
+
+def _reason(skipped: dict[str, str]) -> str:
+    return f"{skipped['name']}: {skipped['reason']}"

@@ -1,0 +1,144 @@
+"""`mfuser evaluate` records the scores and all settings, and gives the same score for any number of processes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import fake_downloads as fake
+import numpy as np
+import pytest
+import torch
+from colour_scorer import pixels_and_labels, write_dataset
+from tiny_models import tiny_model
+
+from mfuser import MFuserImageProcessor
+from mfuser.evaluation.report import score_table
+from mfuser.scripts import evaluate as command
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments) -> int:
+    return command.main([str(argument) for argument in (*arguments, "--workers", 0)])
+
+
+def test_the_report_holds_the_scores_and_all_settings(tmp_path, saved_model, capsys):
+    day = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(3))
+    write_dataset(tmp_path / "data/dusk.parquet", pixels_and_labels(2, seed=1))
+    output = tmp_path / "new/report.json"
+    arguments = ("--model", saved_model, "--domains", f"mine={day.parent}", f"mine:dusk={day.parent}")
+    assert run(*arguments, "--output", output, "--flip", "--protocol", "P1") == 0
+    report = json.loads(output.read_text())
+    assert report["complete"] and list(report["domains"]) == ["mine", "mine:dusk"]
+    assert [result["split"] for result in report["domains"].values()] == ["validation", "dusk"]
+    scores = [result["mean_iou"] for result in report["domains"].values()]
+    assert report["mean_iou"] == pytest.approx(np.mean(scores))
+    weights = (saved_model / "model.safetensors").read_bytes()
+    assert report["model"]["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+    assert report["protocol"] == {
+        "name": "P1", "crop_size": 64, "crop_stride": 42, "resizing": command.RESIZING, "flip": True, "scales": [1.0]
+    }  # fmt: skip
+    assert report["run"]["dtype"] == "float32" and report["run"]["processes"] == 1
+    assert report["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert f"mine:dusk: {100 * scores[1]:.2f} % mean IoU, P1, segmented at the images' size, flip" in printed
+    assert f"mean over domains: {100 * report['mean_iou']:.2f} %" in printed
+    road = report["domains"]["mine"]["pooled"]["per_class_iou"]["road"]
+    assert next(line for line in printed.splitlines() if line.startswith("road")).split()[1] == f"{100 * road:.2f}"
+
+
+def test_the_table_shows_conditions_beside_the_pool_and_a_dash_where_a_class_does_not_count():
+    def scores(iou, averaged):
+        return {"per_class_iou": iou, "classes_averaged": averaged, "mean_iou": 0.5, "images": 7}
+
+    pooled = scores({"road": 0.5, "sky": 0.25}, ["road", "sky"])
+    result = {"pooled": pooled, "conditions": {"fog": scores({"road": 0.5, "sky": None}, ["road"])}}
+    table = [line.split("  ") for line in score_table({"acdc": result}).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in table]
+    assert cells == [
+        ["class", "acdc fog", "acdc pooled"],
+        ["road", "50.00", "50.00"],
+        ["sky", "-", "25.00"],
+        ["mean IoU", "50.00", "50.00"],
+        ["images", "7", "7"],
+    ]
+
+
+def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, capsys):
+    rows = list(pixels_and_labels(9))  # odd, so that images repeated to fill up the shares would be noticed
+    rows[2] = (rows[2][0], rows[2][1][:-1])  # a bad pair, in the second process
+    rows[7] = (rows[7][0], None)  # an image without a label, in the second process
+    source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow"] * 2 + ["rain"] * 3)
+
+    def arguments(number):
+        files = "--output", tmp_path / f"{number}.json", "--save-predictions", tmp_path / f"predictions {number}"
+        return "--model", saved_model, "--domains", f"mine={source}", "--batch-size", 2, "--workers", 0, *files
+
+    assert command.main([str(argument) for argument in arguments(1)]) == 1  # one was skipped
+    assert "mine: skipped 1, the first: 00000002:" in capsys.readouterr().err
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mfuser.scripts.evaluate"]
+    finished = subprocess.run(
+        [sys.executable, *launch, *map(str, arguments(2)), "--device", "cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
+    assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2), finished.stderr[-3000:]
+    for report in (one, two):
+        report["domains"]["mine"].pop("seconds")
+    assert one["domains"] == two["domains"]
+    assert (one["domains"]["mine"]["images"], one["domains"]["mine"]["unlabelled_images"]) == (7, 1)
+    saved = [{file.name: file.read_bytes() for file in (tmp_path / f"predictions {n}/mine").iterdir()} for n in (1, 2)]
+    assert len(saved[0]) == 8 and saved[0] == saved[1]
+
+
+@pytest.mark.parametrize(
+    ("domains", "extra", "message"),
+    [
+        (["cityscapes"], [], "not of the form NAME=SOURCE"),
+        (["mine=a", "mine=b"], [], "names mine more than once"),
+        (["bdd100k=a"], ["--mapillary-map", "B"], "not among the --domains"),
+        (["bdd100k=a"], ["--id2label", "classes.json"], "have their own class names"),
+    ],
+)
+def test_impossible_arguments_are_refused(saved_model, capsys, domains, extra, message):
+    with pytest.raises(SystemExit):
+        run("--model", saved_model, "--domains", *domains, *extra)
+    assert message in capsys.readouterr().err
+
+
+def test_errors_are_found_before_the_first_image_is_segmented(tmp_path, saved_model, capsys, monkeypatch):
+    monkeypatch.setattr(command, "evaluate_domain", lambda *_, **__: pytest.fail("segmented"))
+    good = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))
+    fake.acdc(tmp_path / "acdc")
+    unlabelled = write_dataset(tmp_path / "test/test.parquet", pixels_and_labels(1), labelled=False)
+    for second, message in (
+        (f"acdc={tmp_path / 'acdc'}", "the model's 4 classes are not the 19 of acdc"),
+        ("cityscapes=/nowhere/at/all", "/nowhere/at/all does not exist"),
+        (f"theirs={unlabelled}", "has no labels; give --save-predictions"),
+        (f"camvid:train={good}", "has no split 'train'"),
+    ):
+        output = tmp_path / "report.json"
+        assert run("--model", saved_model, "--domains", f"mine={good}", second, "--output", output) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
+    assert run("--model", tmp_path / "no/model/here", "--domains", f"mine={good}") == 2
+    assert "there is no model" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""The rows of a download and the rows of the dataset prepared from it are the same rows."""
+
+import datasets
+import fake_downloads as fake
+import numpy as np
+import pytest
+
+from mfuser.data.layouts import find_pairs
+from mfuser.data.loading import load_domain
+from mfuser.data.preparation import prepare
+from mfuser.data.rows import DatasetRows, DownloadRows
+from mfuser.data.tables import DOMAINS
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(params=["acdc", "synthia", "cityscapes test"])
+def both(request, tmp_path):
+    name, _, split = request.param.partition(" ")
+    domain, split = DOMAINS[name], split or "train"
+    getattr(fake, name)(tmp_path / "raw")
+    prepare(name, tmp_path / "raw", tmp_path / "prepared", splits=[split])
+    pairs = find_pairs(domain, tmp_path / "raw", split).pairs
+    prepared = DatasetRows(load_domain(tmp_path / "prepared").dataset)
+    return domain, DownloadRows(pairs, domain.class_in_red_channel), prepared
+
+
+def test_names_conditions_and_images_are_those_of_the_download(both):
+    domain, download, prepared = both
+    assert len(prepared) == len(download) > 0
+    assert prepared.names == download.names
+    assert prepared.conditions == download.conditions
+    assert prepared.has_conditions == download.has_conditions == bool(domain.conditions)
+    assert prepared.labelled == download.labelled
+    assert [row.image for row in prepared.encoded()] == [row.image for row in download.encoded()]
+
+
+def test_rows_are_read_as_upright_images_and_ids(both):
+    domain, download, prepared = both
+    for index in range(len(download)):
+        image, ids = download.read(index)
+        prepared_image, train_ids = prepared.read(index)
+        assert image.mode == "RGB" and image.tobytes() == prepared_image.tobytes()
+        assert (ids is None) == (train_ids is None) == (not download.labelled)
+        if ids is not None:
+            np.testing.assert_array_equal(domain.label_map()(ids), train_ids)
+
+
+def test_a_slice_keeps_names_conditions_and_content(both):
+    _, *rows = both
+    for each in rows:
+        part = each.slice(1, len(each))
+        assert len(part) == len(each) - 1
+        assert part.names == each.names[1:] and part.conditions == each.conditions[1:]
+        assert list(part.encoded()) == list(each.encoded())[1:]
+
+
+def test_rows_without_names_are_named_by_their_position_in_the_split():
+    dataset = datasets.Dataset.from_dict({"image": [b"0", b"1", b"2"], "label": [b"0", b"1", b"2"]})
+    rows = DatasetRows(dataset).slice(1, 3)
+    assert rows.names == ["00000001", "00000002"]
+    assert rows.slice(1, 2).names == ["00000002"]
+
+
+def test_the_identity_of_a_row_changes_with_its_files(tmp_path):
+    fake.gta5(tmp_path)
+    pairs = find_pairs(DOMAINS["gta5"], tmp_path, "train").pairs
+    before = DownloadRows(pairs).identities
+    fake.write(tmp_path / "labels/00002.png", b"another")
+    after = DownloadRows(pairs).identities
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_an_image_and_a_label_of_different_sizes_are_refused(tmp_path):
+    fake.gta5(tmp_path)
+    fake.write(tmp_path / "labels/00001.png", fake.encoded_label(np.zeros((3, 8))))
+    rows = DownloadRows(find_pairs(DOMAINS["gta5"], tmp_path, "train").pairs)
+    with pytest.raises(ValueError, match="the image has 6x8 pixels, its label 3x8"):
+        rows.read(0)
