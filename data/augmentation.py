@@ -1,10 +1,11 @@
-"""Training transforms of the published recipe: resize, crop, flip, photometric distortion, normalise, pad.
+"""
+Training transforms of the published recipe: resize, crop, flip, photometric distortion, normalise, pad.
 
 Ranges, order and rounding follow MMSegmentation's `Resize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion`,
-`Normalize` and `Pad` as configured for MFuser, on OpenCV's definitions of resizing and of HSV, in numpy alone.
+`Normalize` and `Pad` as configured for MFuser. Resizing and HSV follow OpenCV's definitions, implemented in numpy.
 
-Every random number comes from a generator seeded by (seed, epoch, position in the epoch), so a sample is the same
-whichever worker makes it, after a resume too.
+All random numbers of a sample come from a generator seeded by (seed, epoch, position in the epoch). The sample is
+therefore the same in every worker, and after the training is resumed.
 """
 
 from collections.abc import Iterator
@@ -20,23 +21,31 @@ from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.image_processing_mfuser import scaled_size
 
-# Rejected crops are drawn anew this often; the last draw is kept unseen, as the reference does.
+# A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.
 REDRAWS = 10
 
 
 class Draw(NamedTuple):
-    """One sample to make: what a sampler yields and `AugmentedDataset` takes for an index.
+    """
+    One training sample: the index type of [`AugmentedDataset`], yielded by its samplers.
 
-    `epoch` travels with the draw because neither a persistent worker nor a data loader wrapped by Accelerate over
-    several processes tells the dataset of a new epoch.
+    A draw carries its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
+    processes report a new epoch to the dataset.
 
     Attributes:
-        index: row of the dataset.
-        epoch, position: what the sample's random numbers are seeded by, with the dataset's seed.
-        class_id: the crop should hold more than `min_class_pixels` of this class, if given.
+        row (`int`):
+            Index of the row in the dataset.
+        epoch (`int`):
+            Epoch, which seeds the sample's random numbers together with `position` and the dataset's seed.
+        position (`int`):
+            Position of the sample in the epoch.
+        class_id (`int`, *optional*):
+            Class of which the crop should hold more than `min_class_pixels` pixels.
+        min_class_pixels (`float`, *optional*, defaults to 0):
+            See `class_id`.
     """
 
-    index: int
+    row: int
     epoch: int
     position: int
     class_id: int | None = None
@@ -44,7 +53,7 @@ class Draw(NamedTuple):
 
 
 def random_generator(seed: int, epoch: int, position: int, stream: int) -> np.random.Generator:
-    """A generator that depends on its arguments alone; different streams are independent."""
+    """A generator that depends only on its arguments; different streams are independent."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream, epoch, position))))
 
 
@@ -52,18 +61,31 @@ AUGMENTATION_STREAM, SHUFFLE_STREAM, RARE_CLASS_STREAM = range(3)
 
 
 class TrainingAugmentation:
-    """The training transforms, in the reference's order; the defaults are the published ones.
+    """
+    The training transforms in the reference's order. The defaults are the published settings.
 
     Args:
-        crop_size: side of the square crop, in pixels.
-        scale_range: the image is resized by a factor drawn uniformly from this range, keeping its aspect ratio.
-        max_class_ratio: largest share of a crop's labelled pixels that one class may hold; up to 10 crops are drawn
-            anew until one meets it.
-        flip_probability: of a horizontal flip.
-        brightness_delta: largest brightness offset, of 255.
-        contrast_range, saturation_range: ranges of the factors.
-        hue_delta: hue offsets are integers in [-hue_delta, hue_delta), in OpenCV's units of 2 degrees.
-        image_mean, image_std: of the normalisation, for pixels in [0, 1].
+        crop_size (`int`, *optional*, defaults to 512):
+            Side of the square crop in pixels.
+        scale_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
+            Range of the factor, drawn uniformly, by which the image is resized. The aspect ratio is kept.
+        max_class_ratio (`float`, *optional*, defaults to 0.75):
+            Upper limit of the share of a crop's labelled pixels that belong to one class. Crops above it are redrawn,
+            up to 10 times.
+        flip_probability (`float`, *optional*, defaults to 0.5):
+            Probability of a horizontal flip.
+        brightness_delta (`float`, *optional*, defaults to 32):
+            Maximum brightness offset, for pixels in [0, 255].
+        contrast_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.5)`):
+            Range of the contrast factor.
+        saturation_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.5)`):
+            Range of the saturation factor.
+        hue_delta (`int`, *optional*, defaults to 18):
+            Hue offsets are integers in [-hue_delta, hue_delta), in OpenCV's unit of 2 degrees.
+        image_mean (`tuple[float, float, float]`, *optional*, defaults to CLIP's):
+            Mean of the normalisation, for pixels in [0, 1].
+        image_std (`tuple[float, float, float]`, *optional*, defaults to CLIP's):
+            Standard deviation of the normalisation, for pixels in [0, 1].
     """
 
     def __init__(
@@ -80,23 +102,25 @@ class TrainingAugmentation:
         image_std: tuple[float, float, float] = tuple(OPENAI_CLIP_STD),
     ):
         if crop_size < 1:
-            raise ValueError(f"crop_size must be at least 1, got {crop_size}.")
+            raise ValueError(f"crop_size is {crop_size}; it must be at least 1")
         ranges = {"scale_range": scale_range, "contrast_range": contrast_range, "saturation_range": saturation_range}
         for name, (low, high) in ranges.items():
             if not 0 <= low <= high or (name == "scale_range" and low == 0):
-                raise ValueError(f"{name} must be an increasing pair of positive factors, got {(low, high)}.")
+                raise ValueError(f"{name} is {(low, high)}; it must be an increasing pair of positive factors")
         for name, share in {"max_class_ratio": max_class_ratio, "flip_probability": flip_probability}.items():
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {share}.")
+                raise ValueError(f"{name} is {share}; it must be between 0 and 1")
         if brightness_delta < 0 or hue_delta < 0:
-            raise ValueError(f"Deltas must not be negative, got {brightness_delta=}, {hue_delta=}.")
+            raise ValueError(
+                f"brightness_delta is {brightness_delta} and hue_delta {hue_delta}; both must be at least 0"
+            )
         self.crop_size = crop_size
-        self.scale_range = tuple(scale_range)
+        self.scale_range = scale_range
         self.max_class_ratio = max_class_ratio
         self.flip_probability = flip_probability
         self.brightness_delta = brightness_delta
-        self.contrast_range = tuple(contrast_range)
-        self.saturation_range = tuple(saturation_range)
+        self.contrast_range = contrast_range
+        self.saturation_range = saturation_range
         self.hue_delta = hue_delta
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
@@ -109,18 +133,26 @@ class TrainingAugmentation:
         class_id: int | None = None,
         min_class_pixels: float = 0,
     ) -> dict[str, torch.Tensor]:
-        """One training sample.
+        """
+        Makes a training sample from an image and its label map.
 
         Args:
-            image: RGB image (height, width); an array must be uint8 (height, width, 3).
-            label: class ids (height, width), 255 ignored; never interpolated.
-            rng: source of every random number.
-            class_id, min_class_pixels: scale and crop are drawn anew, up to 10 times, until the crop holds more than
-                `min_class_pixels` pixels of class `class_id`.
+            image (`PIL.Image.Image` or `np.ndarray` of shape `(height, width, 3)`):
+                RGB image; an array must be uint8.
+            label (`PIL.Image.Image` or `np.ndarray` of shape `(height, width)`):
+                Class ids as uint8, and 255 for ignored pixels. They are never interpolated.
+            rng (`np.random.Generator`):
+                Source of all random numbers.
+            class_id (`int`, *optional*):
+                Scale and crop are redrawn, up to 10 times, until the crop holds more than `min_class_pixels` pixels
+                of this class.
+            min_class_pixels (`float`, *optional*, defaults to 0):
+                See `class_id`.
 
         Returns:
-            `pixel_values`, float32 (3, crop_size, crop_size), and `labels`, int64 (crop_size, crop_size). What the
-            resized image does not fill, on the right and at the bottom, is 0 in the one and 255 in the other.
+            `dict`: `pixel_values`, a float32 tensor of shape `(3, crop_size, crop_size)`, and `labels`, an int64
+            tensor of shape `(crop_size, crop_size)`. An image smaller than the crop is padded on the right and at the
+            bottom, with 0 in `pixel_values` and 255 in `labels`.
         """
         pixels, label = _to_pixels(image), label_array(label)
         check_sizes(pixels.shape[:2], label.shape)
@@ -141,14 +173,26 @@ class TrainingAugmentation:
         return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(labels)}
 
     def distort(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Photometric distortion of planar RGB, uint8 (3, height, width): brightness, contrast, saturation, hue, each
-        with probability 1/2, where contrast comes second or last with equal chances."""
+        """
+        Distorts brightness, contrast, saturation and hue, each with probability 1/2.
+
+        Contrast is the second or the last of the four, with equal probability.
+
+        Args:
+            pixels (`np.ndarray` of shape `(3, height, width)`):
+                Planar RGB as uint8.
+            rng (`np.random.Generator`):
+                Source of all random numbers.
+
+        Returns:
+            `np.ndarray` of shape `(3, height, width)`: The distorted pixels.
+        """
         if rng.integers(2):
             pixels = _scale_and_shift(shift=rng.uniform(-self.brightness_delta, self.brightness_delta)).take(pixels)
         contrast_last = rng.integers(2)
         if not contrast_last:
             pixels = self._distort_contrast(pixels, rng)
-        # Two conversions where both apply: HSV in 8 bits is coarse, and rounding twice is part of the recipe.
+        # Saturation and hue each convert to HSV and back: 8-bit HSV is coarse, and the recipe rounds twice.
         if rng.integers(2):
             hue, saturation, value = rgb_to_hsv(pixels)
             saturation = _scale_and_shift(scale=rng.uniform(*self.saturation_range)).take(saturation)
@@ -163,8 +207,9 @@ class TrainingAugmentation:
         return _scale_and_shift(scale=rng.uniform(*self.contrast_range)).take(pixels) if rng.integers(2) else pixels
 
     def _draw_crop(self, label: np.ndarray, rng: np.random.Generator) -> tuple["ResizedWindow", np.ndarray]:
-        """A scale, and at that scale a crop that no class dominates, as window and as cropped label."""
-        full = resized_shape(*label.shape, rng.uniform(*self.scale_range))
+        """Draws a scale and a crop that no class dominates; returns the window and the cropped label map."""
+        height, width = label.shape
+        full = resized_shape(height, width, rng.uniform(*self.scale_range))
         size = tuple(min(length, self.crop_size) for length in full)
         for _ in range(1 + REDRAWS):
             top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(full, size, strict=True))
@@ -193,9 +238,10 @@ def resized_shape(height: int, width: int, factor: float) -> tuple[int, int]:
 
 
 class ResizedWindow(NamedTuple):
-    """A window of an image resized to `full` = (height, width), computed without resizing the rest of the image.
+    """
+    A window of an image resized to `full` = (height, width), computed without resizing the rest of the image.
 
-    Sampling positions are OpenCV's: `INTER_NEAREST` and `INTER_LINEAR`, which does not smooth when shrinking.
+    Sampling positions are those of OpenCV's `INTER_NEAREST` and `INTER_LINEAR`, without antialiasing.
     """
 
     full: tuple[int, int]
@@ -205,13 +251,13 @@ class ResizedWindow(NamedTuple):
     width: int
 
     def crop_nearest(self, label: np.ndarray) -> np.ndarray:
-        """The window of a label map (H, W), by nearest neighbours: no value that was not there."""
+        """The window of a label map (H, W), sampled by nearest neighbour."""
         rows = _nearest(label.shape[0], self.full[0], self.top, self.height)
         columns = _nearest(label.shape[1], self.full[1], self.left, self.width)
         return label.take(rows, axis=0).take(columns, axis=1)
 
     def crop_bilinear(self, pixels: np.ndarray) -> np.ndarray:
-        """The window of an image (H, W, 3), uint8, bilinear, as planar uint8 (3, height, width)."""
+        """The window of a uint8 image (H, W, 3), sampled bilinearly, as planar uint8 (3, height, width)."""
         above, below, down = _linear(pixels.shape[0], self.full[0], self.top, self.height)
         before, after, right = _linear(pixels.shape[1], self.full[1], self.left, self.width)
         pixels = pixels[above[0] : below[-1] + 1, before[0] : after[-1] + 1]
@@ -230,7 +276,7 @@ def _nearest(source: int, full: int, start: int, count: int) -> np.ndarray:
 
 
 def _linear(source: int, full: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `count` positions: the source indices on its two sides and the weight of the second."""
+    """Two source indices and the weight of the second, for each of `count` positions."""
     positions = (np.arange(start, start + count) + 0.5) * (source / full) - 0.5
     first = np.floor(positions).astype(np.intp)
     weight = (positions - first).astype(np.float32)
@@ -246,27 +292,33 @@ def _mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarra
 
 
 def _scale_and_shift(scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """Table of 256 uint8 values: scale * value + shift, clipped, its fraction cut off."""
+    """Lookup table of scale * value + shift for uint8 values, clipped and truncated."""
     return (np.arange(256, dtype=np.float32) * scale + shift).clip(0, 255).astype(np.uint8)
 
 
 def _divisions(numerator: int) -> np.ndarray:
-    """numerator / i in fixed point of 12 bits, for i in 0..255; 0 for i = 0."""
+    """Lookup table of numerator / i in fixed point with 12 fractional bits, for i in 0..255; 0 for i = 0."""
     divisors = np.arange(256)
     return np.rint((numerator << 12) / np.maximum(divisors, 1)).astype(np.int32) * (divisors > 0)
 
 
 _HUE_DIVISIONS, _SATURATION_DIVISIONS = _divisions(30), _divisions(255)
-# For red, green and blue: how far a hue (0 to 179) lies from the channel's own third of the circle, in [0, 1].
+# For red, green and blue: distance in [0, 1] of each hue (0 to 179) from the channel's third of the colour circle.
 _HUE_DISTANCES = [
     (np.abs((np.arange(180) / 30 - own + 3) % 6 - 3) - 1).clip(0, 1).astype(np.float32) for own in (0, 2, 4)
 ]
 
 
 def rgb_to_hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue (0 to 179), saturation and value (0 to 255) of planar RGB, uint8 (3, H, W), bit for bit OpenCV's.
+    """
+    Converts planar RGB to HSV, with the same integers as OpenCV.
 
-    Hue is returned as int32, the others as integers in uint8's range.
+    Args:
+        pixels (`np.ndarray` of shape `(3, height, width)`):
+            RGB as uint8.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, np.ndarray]`: Hue (0 to 179), saturation and value (0 to 255) as integers.
     """
     red, green, blue = pixels.astype(np.int16)
     value = np.maximum(np.maximum(red, green), blue)
@@ -281,10 +333,10 @@ def rgb_to_hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Planar RGB, uint8 (3, H, W), of integer HSV as `rgb_to_hsv` gives it; fractions are cut off, as in OpenCV."""
+    """Converts the integer HSV of `rgb_to_hsv` to planar RGB, uint8 (3, H, W), truncated as in OpenCV."""
     value = value.astype(np.float32)
     chroma = saturation.astype(np.float32) * (value / np.float32(255))
-    # float32 may fall just short of a whole number.
+    # The offset prevents the truncation of values just below an integer, which float32 rounding can produce.
     return np.stack([value - chroma * distance.take(hue) + np.float32(1e-4) for distance in _HUE_DISTANCES]).astype(
         np.uint8
     )
@@ -294,44 +346,57 @@ def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, Image.Image):
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"an image array must be uint8 (height, width, 3), got {image.dtype} {image.shape}")
+        raise ValueError(
+            f"the image is an array of {image.dtype} and shape {image.shape}; it must be uint8 of shape "
+            "(height, width, 3)"
+        )
     return image
 
 
 def label_array(label: Image.Image | np.ndarray) -> np.ndarray:
-    """The ids, uint8 (height, width), of a label as a dataset's row holds it."""
+    """The class ids, uint8 (height, width), of a label map in a row of a dataset."""
     if label is None:
-        raise ValueError("there is no label, as in a benchmark's test split")
+        raise ValueError("the label is missing, as in the test split of a benchmark; use a split with labels")
     if isinstance(label, Image.Image):
         return label_ids(label)
     if label.dtype != np.uint8 or label.ndim != 2:
-        raise ValueError(f"a label array must be uint8 (height, width), got {label.dtype} {label.shape}")
+        raise ValueError(
+            f"the label is an array of {label.dtype} and shape {label.shape}; it must be uint8 of shape "
+            "(height, width)"
+        )
     return label
 
 
 class AugmentedDataset(Dataset):
-    """A dataset with columns `image` and `label`, as `load_domain` opens it, through `TrainingAugmentation`.
+    """
+    Applies [`TrainingAugmentation`] to the rows of a dataset.
 
-    Indexed by the `Draw`s of `ShuffledSampler` or `RareClassSampler`, a sample depends on the draw and the seed alone.
-    Indexed by plain integers, it depends on the seed, the index and the epoch last set with `set_epoch`.
+    If the index is a [`Draw`], the sample depends only on the draw and the seed. If it is an integer, the sample
+    depends on the seed, the index and the epoch that was last set by `set_epoch`.
 
     Args:
-        dataset (`datasets.Dataset`): rows of `image` and `label`, decoded to PIL images.
-        augmentation: makes a sample from a row.
-        seed: non-negative seed of all random numbers.
+        dataset (`datasets.Dataset`):
+            Rows with the columns `image` and `label`, decoded to PIL images.
+        augmentation ([`TrainingAugmentation`]):
+            The transforms.
+        seed (`int`, *optional*, defaults to 0):
+            Non-negative seed of all random numbers.
+
+    Raises:
+        ValueError: If a column is missing, or (on access) if a row can't be transformed.
     """
 
     def __init__(self, dataset, augmentation: TrainingAugmentation, seed: int = 0):
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:
             raise ValueError(
-                f"The dataset lacks the column(s) {', '.join(sorted(missing))}; it has "
-                f"{', '.join(dataset.column_names)}. mfuser.data.loading.load_domain renames columns."
+                f"the dataset has no column {' and no column '.join(sorted(missing))}; its columns are "
+                f"{', '.join(dataset.column_names)}, and they must include image and label"
             )
         self.dataset = dataset.select_columns(["image", "label"])
         self.augmentation = augmentation
         self.seed = seed
-        # In shared memory, so that workers which outlive an epoch see the next one.
+        # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -342,21 +407,24 @@ class AugmentedDataset(Dataset):
 
     def __getitem__(self, draw: Draw | int) -> dict[str, torch.Tensor]:
         if not isinstance(draw, Draw):
-            draw = Draw(index=draw, epoch=self._epoch.item(), position=draw)
-        row = self.dataset[draw.index]
+            draw = Draw(row=draw, epoch=self._epoch.item(), position=draw)
+        row = self.dataset[draw.row]
         rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
         try:
             return self.augmentation(row["image"], row["label"], rng, draw.class_id, draw.min_class_pixels)
         except ValueError as error:
-            raise ValueError(f"Row {draw.index} of the dataset: {error}") from error
+            raise ValueError(f"Row {draw.row} of the dataset: {error}") from error
 
 
 class ShuffledSampler(Sampler[Draw]):
-    """Every row once an epoch, in an order that depends on (seed, epoch) alone.
+    """
+    Draws every row once per epoch, in a random order that depends only on the seed and the epoch.
 
     Args:
-        num_rows: rows of the dataset.
-        seed: non-negative seed of the order.
+        num_rows (`int`):
+            Number of rows of the dataset.
+        seed (`int`, *optional*, defaults to 0):
+            Non-negative seed of the order.
     """
 
     def __init__(self, num_rows: int, seed: int = 0):

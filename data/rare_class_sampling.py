@@ -1,10 +1,11 @@
-"""Rare-class sampling: images of rare classes are drawn more often, and cropped where the class is.
+"""
+Rare-class sampling: images of rare classes are drawn more often and cropped where the class occurs.
 
-A class is drawn with probability softmax((1 - frequency) / T), then an image that holds enough of it, then crops until
-one does: Hoyer et al., "DAFormer", CVPR 2022 (arXiv 2111.14887), with the settings of tqdm and MFuser, T = 100.
+A class is drawn with probability softmax((1 - frequency) / T), then an image with enough pixels of the class, then
+crops until one has enough of them: Hoyer et al., "DAFormer", CVPR 2022 (arXiv 2111.14887). As in tqdm and MFuser,
+T = 100.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -20,10 +21,11 @@ from torch.utils.data import Sampler
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.augmentation import RARE_CLASS_STREAM, Draw, label_array, random_generator
+from mfuser.files import atomic_writer
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache's key: raise it when what is counted changes.
+# Part of the cache key: increase it when the definition of the counts changes.
 _INDEX_VERSION = 1
 
 
@@ -33,35 +35,40 @@ def count_class_pixels(
     cache_file: str | Path | None = None,
     num_proc: int | None = None,
 ) -> np.ndarray:
-    """How many pixels of each class each row's label holds.
+    """
+    Counts the pixels of each class in each label map of a dataset.
 
-    Labels are read a few at a time, in parallel, with a progress bar. The counts are kept in a file beside the
-    dataset's own files and used again as long as the dataset, the label files it refers to and `num_classes` are the
-    same. Over several processes, let the first one count: call this under `accelerator.main_process_first()`.
+    Label maps are read in parallel, a few at a time, with a progress bar. The counts are cached in a file beside the
+    dataset's files. The cache is valid until the dataset, the label files it refers to or `num_classes` change. In a
+    run of several processes, call this function under `accelerator.main_process_first()`, so that only one counts.
 
     Args:
-        dataset: rows with a column `label`; `mfuser.data.loading.load_domain` opens any dataset so.
-        num_classes: number of classes; every label value must be a class or 255.
-        cache_file: where to keep the counts instead. A dataset in memory is counted anew each time without it.
-        num_proc: number of counting processes; one per CPU by default.
+        dataset (`datasets.Dataset`):
+            Rows with a column `label`.
+        num_classes (`int`):
+            Number of classes. Every label value must be a class id or 255.
+        cache_file (`str` or `Path`, *optional*):
+            Cache file to use instead. Without it, the counts of a dataset in memory are not cached.
+        num_proc (`int`, *optional*):
+            Number of processes that count; by default one per CPU.
 
     Returns:
-        int64 array (rows, num_classes), in the order of the dataset.
+        `np.ndarray` of shape `(rows, num_classes)`: The counts as int64, in the order of the dataset.
 
     Raises:
-        ValueError: the dataset is empty or streamed, or a label is missing or holds other values; the row is named.
+        ValueError: If the dataset is empty or streamed, or if a label map is missing or holds other values.
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
-            "Rare-class sampling draws rows by number and needs a datasets.Dataset, got "
-            f"{type(dataset).__name__}; load the dataset with streaming=False."
+            f"the dataset is of type {type(dataset).__name__}; rare-class sampling accesses rows by index and needs a "
+            "datasets.Dataset, loaded with streaming=False"
         )
     if "label" not in dataset.column_names:
-        raise ValueError(f"The dataset has no column 'label'; its columns are {', '.join(dataset.column_names)}.")
+        raise ValueError(f"the dataset has no column 'label'; its columns are {', '.join(dataset.column_names)}")
     if not 1 <= num_classes <= IGNORE_INDEX:
-        raise ValueError(f"num_classes must lie in 1..{IGNORE_INDEX}, got {num_classes}.")
+        raise ValueError(f"num_classes is {num_classes}; it must be between 1 and {IGNORE_INDEX}")
     if not len(dataset):
-        raise ValueError("The dataset is empty: there is nothing to sample from.")
+        raise ValueError("the dataset is empty; it must have at least one row")
 
     fingerprint = _fingerprint(dataset, num_classes)
     if cache_file is None and dataset.cache_files:
@@ -110,7 +117,7 @@ def _count_labels(labels: list, rows: list[int], num_classes: int) -> dict[str, 
 
 
 def _fingerprint(dataset: datasets.Dataset, num_classes: int) -> str:
-    """Identifies what would be counted: the dataset as `datasets` identifies it, and the files it only refers to."""
+    """Cache key of the counts: the dataset's fingerprint, and size and time of the files that it refers to."""
     key = [_INDEX_VERSION, dataset._fingerprint, len(dataset), num_classes]
     if isinstance(dataset.features["label"], datasets.Image):
         stored = dataset.data.column("label")
@@ -127,68 +134,81 @@ def _load(cache_file: Path, fingerprint: str) -> np.ndarray | None:
         with np.load(cache_file) as cached:
             if str(cached["fingerprint"]) == fingerprint:
                 return cached["pixels"]
-        logger.info("%s belongs to other data; counting anew.", cache_file)
+        logger.info("%s was written for other data; the class pixels are counted again.", cache_file)
     except FileNotFoundError:
         pass
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("%s cannot be read (%s); counting anew.", cache_file, error)
+        logger.warning("%s cannot be read (%s); the class pixels are counted again.", cache_file, error)
     return None
 
 
 def _save(cache_file: Path, fingerprint: str, counts: np.ndarray) -> None:
-    # Written aside and renamed: whoever reads it meanwhile, or after a crash, finds a whole file or none.
-    partial = cache_file.with_name(f"{cache_file.name}.{os.getpid()}.partial")
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with atomic_writer(cache_file) as file:
             np.savez_compressed(file, fingerprint=np.array(fingerprint), pixels=counts)
-        os.replace(partial, cache_file)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        logger.warning("The class pixels cannot be kept in %s and will be counted anew: %s", cache_file, error)
+        logger.warning("The class pixels cannot be cached in %s: %s", cache_file, error)
 
 
 def class_probabilities(pixels_per_class: np.ndarray, temperature: float = 100.0) -> np.ndarray:
-    """Probability of drawing each class: softmax((1 - frequency) / temperature) over the classes that occur.
+    """
+    Probability of each class, softmax((1 - frequency) / temperature) over the classes that occur.
 
     Args:
-        pixels_per_class: pixels of each class in the whole dataset, (num_classes,).
-        temperature: the higher, the more uniform.
+        pixels_per_class (`np.ndarray` of shape `(num_classes,)`):
+            Pixels of each class in the whole dataset.
+        temperature (`float`, *optional*, defaults to 100):
+            The higher the temperature, the closer the probabilities are to uniform.
 
     Returns:
-        float64 array (num_classes,), 0 for classes that don't occur.
+        `np.ndarray` of shape `(num_classes,)`: Probabilities as float64, 0 for classes that do not occur.
+
+    Raises:
+        ValueError: If `temperature` is not positive, or no class occurs.
     """
     pixels_per_class = np.asarray(pixels_per_class, dtype=np.float64)
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
+        raise ValueError(f"temperature is {temperature}; it must be positive")
     if not pixels_per_class.any():
-        raise ValueError("No label holds a pixel of any class; are all of them 255?")
+        raise ValueError("the label maps hold no pixel of any class; at least one pixel must not be 255")
     logits = (1 - pixels_per_class / pixels_per_class.sum()) / temperature
     weights = np.where(pixels_per_class > 0, np.exp(logits - logits.max()), 0)
     return weights / weights.sum()
 
 
 class RareClassSampler(Sampler[Draw]):
-    """An endless supply of draws for an `AugmentedDataset`, rare classes preferred, cut into epochs of `num_samples`.
+    """
+    Yields the draws of an [`AugmentedDataset`], with a preference for rare classes.
 
-    The draw at position k is a function of (seed, epoch, k) alone. So a run that skips what it has already seen goes
-    on as if never interrupted, and processes that share out the batches, as Accelerate makes them, work on disjoint
-    parts of one sequence.
+    The draw at position k depends only on (seed, epoch, k). A resumed run therefore continues with the same draws, and
+    the processes of a distributed run receive disjoint parts of one sequence.
 
     Args:
-        pixel_counts: pixels of each class in each row, (rows, num_classes), as `count_class_pixels` counts them.
-        seed: non-negative seed.
-        num_samples: draws in an epoch; as many as there are rows by default.
-        temperature: of the class probabilities.
-        min_pixels: an image is drawn for a class if it holds more than this many of its pixels. A class that occurs,
-            but nowhere so often, is left out with a warning.
-        min_crop_ratio: a crop should hold more than `min_crop_ratio * min_pixels` pixels of the drawn class.
+        pixel_counts (`np.ndarray` of shape `(rows, num_classes)`):
+            Pixels of each class in each row, see [`count_class_pixels`].
+        seed (`int`, *optional*, defaults to 0):
+            Non-negative seed.
+        num_samples (`int`, *optional*):
+            Number of draws per epoch; by default the number of rows.
+        temperature (`float`, *optional*, defaults to 100):
+            Temperature of the class probabilities, see [`class_probabilities`].
+        min_pixels (`int`, *optional*, defaults to 3000):
+            An image is drawn for a class if it holds more than this number of its pixels. Classes that occur, but in
+            no image this often, are excluded with a warning.
+        min_crop_ratio (`float`, *optional*, defaults to 0.5):
+            A crop should hold more than `min_crop_ratio * min_pixels` pixels of the drawn class.
 
     Attributes:
-        classes: ids of the classes that can be drawn, (n,).
-        probabilities: their probabilities, (n,).
-        rows: for each of them, the rows it is drawn from.
+        classes (`np.ndarray` of shape `(n,)`):
+            Ids of the classes that can be drawn.
+        probabilities (`np.ndarray` of shape `(n,)`):
+            Their probabilities.
+        rows (`list[np.ndarray]`):
+            For each of them, the rows with enough of its pixels.
+
+    Raises:
+        ValueError: If no image holds enough pixels of a class, or an argument is out of range.
     """
 
     def __init__(
@@ -205,26 +225,26 @@ class RareClassSampler(Sampler[Draw]):
         self.classes = np.flatnonzero(enough.any(axis=0))
         if not len(self.classes):
             raise ValueError(
-                f"No image holds more than min_pixels = {min_pixels} pixels of any class (the largest count is "
-                f"{pixel_counts.max()}); choose a smaller min_pixels."
+                f"min_pixels is {min_pixels}, and no image holds more than {pixel_counts.max()} pixels of a class; "
+                "min_pixels must be smaller than that"
             )
         scarce = np.setdiff1d(np.flatnonzero(probabilities), self.classes)
         if len(scarce):
             largest = {int(class_id): int(pixel_counts[:, class_id].max()) for class_id in scarce}
             logger.warning(
-                "Classes without an image that holds more than min_pixels = %d of their pixels are never drawn for "
-                "themselves; largest count in an image, by class: %s. A smaller min_pixels includes them.",
+                "Classes are excluded from rare-class sampling: no image holds more than min_pixels = %d of their "
+                "pixels. Largest count in an image, by class: %s. A smaller min_pixels includes them.",
                 min_pixels,
                 largest,
             )
         self.probabilities = probabilities[self.classes] / probabilities[self.classes].sum()
-        # Without the last edge, which rounding may leave below 1.
+        # The last boundary is omitted, since rounding can leave it below 1.
         self._cumulative = self.probabilities.cumsum()[:-1]
         self.rows = [np.flatnonzero(enough[:, class_id]) for class_id in self.classes]
         self.min_class_pixels = min_crop_ratio * min_pixels
         self.num_samples = len(pixel_counts) if num_samples is None else num_samples
         if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
         self.seed = seed
         self.epoch = 0
 

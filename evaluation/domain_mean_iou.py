@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-# Relative, so that `evaluate.load` takes metrics.py along and needs no installed package.
+# A relative import, so that `evaluate.load` copies metrics.py and the package need not be installed.
 from .metrics import MeanIoU
 
 _DESCRIPTION = """
@@ -13,11 +13,16 @@ confusion matrix: memory does not grow with the number of maps.
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: class ids, one (height, width) map of integers per image; sizes may differ from image to image.
-    references: label maps of the same sizes; `ignore_index` marks the pixels that do not count.
-    classes (`list[int]`, *optional*, for `compute`): average over these classes alone.
+    predictions (`list` of integer arrays of shape `(height, width)`):
+        Predicted class ids of each image. Images may differ in size.
+    references (`list` of integer arrays of shape `(height, width)`):
+        Labels of each image; pixels with the label `ignore_index` are ignored.
+    classes (`list[int]`, *optional*):
+        Classes to average over; by default all.
+
 Returns:
-    `mean_iou`, `mean_accuracy`, `overall_accuracy`, `per_category_iou`, `per_category_accuracy`, `classes_averaged`.
+    `dict`: `mean_iou`, `mean_accuracy`, `overall_accuracy`, `per_category_iou`, `per_category_accuracy` and
+    `classes_averaged`.
 """
 
 _CITATION = """\
@@ -31,20 +36,26 @@ _CITATION = """\
 
 
 class DomainMeanIou(evaluate.Metric):
-    """`MeanIoU` as a metric of the `evaluate` library.
+    """
+    [`MeanIoU`] as a metric of the `evaluate` library.
 
-    `add`, `add_batch` and `compute` count at once and store no map. One process only: over several, count with
-    `MeanIoU` in each and call `MeanIoU.reduce`.
+    `add`, `add_batch` and `compute` count immediately and store no maps. The metric runs in one process only; in
+    several, use [`MeanIoU`] and its `reduce` method.
 
     Args:
-        num_labels: number of classes.
-        ignore_index: label of the pixels that do not count.
+        num_labels (`int`, *optional*, defaults to 19):
+            Number of classes.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of ignored pixels.
     """
 
     def __init__(self, *args, num_labels: int = 19, ignore_index: int = 255, **kwargs):
         super().__init__(*args, **kwargs)
         if self.num_process != 1:
-            raise ValueError("DomainMeanIou counts in one process; over several, use MeanIoU and its reduce().")
+            raise ValueError(
+                f"num_process is {self.num_process}; DomainMeanIou runs in one process, and MeanIoU with reduce() in "
+                "several"
+            )
         self.mean_iou = MeanIoU(num_labels, ignore_index)
 
     def _info(self):
@@ -57,20 +68,22 @@ class DomainMeanIou(evaluate.Metric):
         )
 
     def add(self, *, prediction, reference):
-        """Count one predicted map (height, width) against its reference."""
+        """Counts one predicted map of shape `(height, width)` against its reference."""
         self.mean_iou.update(prediction, reference)
 
     def add_batch(self, *, predictions, references):
-        """Count predicted maps, each (height, width), against their references."""
+        """Counts predicted maps, each of shape `(height, width)`, against their references."""
         if len(predictions) != len(references):
-            raise ValueError(f"Got {len(predictions)} predictions for {len(references)} references.")
+            raise ValueError(
+                f"there are {len(predictions)} predictions for {len(references)} references; give one for each"
+            )
         for prediction, reference in zip(predictions, references, strict=True):
             self.mean_iou.update(prediction, reference)
 
     def compute(self, *, predictions=None, references=None, classes=None):
-        """Scores of everything added, and of the given maps if any; the count then starts anew."""
+        """Computes the scores of all maps added and of the given maps, then resets the counts."""
         if (predictions is None) != (references is None):
-            raise ValueError("compute needs predictions and references, or neither.")
+            raise ValueError("only one of predictions and references is given; give both or neither")
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         scores = self.mean_iou.compute(classes)

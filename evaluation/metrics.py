@@ -1,31 +1,39 @@
-"""Mean intersection over union, streamed: a confusion matrix is kept, never the maps and never the logits."""
+"""Mean intersection over union, accumulated in a confusion matrix: neither label maps nor logits are stored."""
 
 import numpy as np
 import torch
 
-# Neighbouring pixels mostly hold the same pair of classes, and a counter cannot be incremented again before its last
-# increment has reached memory. Four histograms that take turns, pixel by pixel, halve the time.
+# Neighbouring pixels mostly increment the same counter, and each increment waits for the previous one to reach memory.
+# Distributing the pixels over four histograms in turn halves the time.
 _LANES = 4
 _CHUNK_PIXELS = 1 << 18
 
 
 class MeanIoU:
-    """Streaming mean intersection over union.
+    """
+    Streaming mean intersection over union.
 
-    The state is one (num_classes, num_classes + 1) int64 matrix on `device`: entry (i, j) counts the pixels labelled i
-    and predicted j; the last column counts predictions that are no class, which are wrong wherever a label is given.
+    The state is an int64 confusion matrix of shape `(num_classes, num_classes + 1)`. Entry (i, j) is the number of
+    pixels with label i and prediction j. The last column is for predictions that are not a class id. They count as
+    errors.
 
     Args:
-        num_classes: number of classes; labels are 0 to num_classes - 1 or `ignore_index`.
-        ignore_index: label of the pixels that do not count, whatever is predicted there.
-        device: where the matrix lives and the counting is done.
+        num_classes (`int`):
+            Number of classes. Labels are 0 to num_classes - 1 or `ignore_index`.
+        ignore_index (`int`, *optional*, defaults to 255):
+            Label of ignored pixels.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Device of the matrix, on which pixels are counted.
+
+    Raises:
+        ValueError: If `num_classes` is less than 1, or `ignore_index` is a class id.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu"):
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 1")
         if 0 <= ignore_index < num_classes:
-            raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes; it must not be.")
+            raise ValueError(f"ignore_index is {ignore_index}; it must not be one of the {num_classes} class ids")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device)
@@ -35,22 +43,25 @@ class MeanIoU:
         self._lane_offsets = (torch.arange(_CHUNK_PIXELS) % _LANES * bins).to(code_dtype)
 
     def update(self, prediction, label) -> None:
-        """Count one map or a batch of maps.
+        """
+        Counts the pixels of one map or of a batch of maps.
 
         Args:
-            prediction: predicted class ids, integers of any shape, usually (height, width) or (batch, height, width).
-            label: label ids of the same shape.
+            prediction (`torch.Tensor` or `np.ndarray`):
+                Predicted class ids as integers, in any shape; usually `(height, width)` or `(batch, height, width)`.
+            label (`torch.Tensor` or `np.ndarray`):
+                Labels as integers, in the same shape.
 
         Raises:
-            ValueError: shapes differ, values are not integers (logits, for instance), or a label is neither a class
-                nor `ignore_index`.
+            ValueError: If shapes differ, if values are not integers (such as logits), or if a label is neither a class
+                id nor `ignore_index`. Nothing is counted then.
         """
         prediction = self._as_integers(prediction, "prediction")
         label = self._as_integers(label, "label")
         if prediction.shape != label.shape:
             raise ValueError(
-                f"prediction has shape {tuple(prediction.shape)} but label has shape {tuple(label.shape)}; resize the "
-                "scores to the label's size before taking the argmax."
+                f"prediction has shape {tuple(prediction.shape)} and label {tuple(label.shape)}; they must be equal: "
+                "resize the scores to the label's size before taking the argmax"
             )
         if label.numel() == 0:
             return
@@ -61,19 +72,27 @@ class MeanIoU:
             self.matrix += self._count(prediction, label)
 
     def merge(self, other: "MeanIoU") -> None:
-        """Add what `other` has counted."""
+        """Adds the counts of `other`, which must have the same `num_classes` and `ignore_index`."""
         if (self.num_classes, self.ignore_index) != (other.num_classes, other.ignore_index):
             raise ValueError(
-                f"Cannot merge a metric of {other.num_classes} classes and ignore_index {other.ignore_index} into one "
-                f"of {self.num_classes} classes and ignore_index {self.ignore_index}."
+                f"the other metric has {other.num_classes} classes and ignore_index {other.ignore_index}; to be "
+                f"merged, it must have {self.num_classes} classes and ignore_index {self.ignore_index}"
             )
         self.matrix += other.matrix.to(self.matrix.device)
 
     def reduce(self, accelerator) -> "MeanIoU":
-        """The metric over all processes of an `accelerate.Accelerator`, exactly, on each of them.
+        """
+        Sums the counts over all processes.
 
-        Every process keeps its own counts: calling this twice counts nothing twice. Each image must have been counted
-        by one process only; shard with `even_batches=False`, or the images that fill up the last batch count twice.
+        The metric itself does not change, so that the method can be called repeatedly. Each image must be counted by
+        one process only: data loaders need `even_batches=False`, or images repeated in the last batch count twice.
+
+        Args:
+            accelerator (`accelerate.Accelerator`):
+                The accelerator of the processes.
+
+        Returns:
+            [`MeanIoU`]: A metric with the exact sum, on every process.
         """
         reduced = MeanIoU(self.num_classes, self.ignore_index, self.matrix.device)
         reduced.matrix = accelerator.reduce(self.matrix, reduction="sum")
@@ -83,29 +102,36 @@ class MeanIoU:
         self.matrix.zero_()
 
     def compute(self, classes: list[int] | None = None) -> dict:
-        """Scores from everything counted so far.
+        """
+        Computes the scores of all pixels counted so far.
 
         Args:
-            classes: ids to average over, such as the 16 classes of SYNTHIA; all by default. Predictions of the other
-                classes still count as wrong, and the per-class arrays always hold every class.
+            classes (`list[int]`, *optional*):
+                Class ids to average over, such as the 16 classes of SYNTHIA; by default all. Predictions of other
+                classes are still errors, and the per-class arrays contain all classes.
 
         Returns:
-            `mean_iou`: mean over `classes_averaged`, the classes that occur in a label or a prediction.
-            `mean_accuracy`: mean recall over the classes that occur in a label.
-            `overall_accuracy`: share of the labelled pixels (of `classes`) that are right.
-            `per_category_iou`, `per_category_accuracy`: float64 arrays (num_classes,), NaN where undefined.
-            `classes_averaged`: the class ids that `mean_iou` is the mean of.
+            `dict`: The scores:
+
+            - `mean_iou`: Mean over `classes_averaged`.
+            - `mean_accuracy`: Mean recall over the classes that occur in the labels.
+            - `overall_accuracy`: Share of correct pixels among the pixels labelled with one of `classes`.
+            - `per_category_iou`, `per_category_accuracy`: float64 arrays of shape `(num_classes,)`; NaN if undefined.
+            - `classes_averaged`: Ids of those `classes` that occur in the labels or the predictions.
+
+        Raises:
+            ValueError: If `classes` are not distinct class ids, or if no labelled pixel was counted.
         """
         if classes is None:
             classes = list(range(self.num_classes))
         elif not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(self.num_classes)):
-            raise ValueError(f"classes must be distinct ids in 0..{self.num_classes - 1}, got {classes}.")
+            raise ValueError(f"classes is {classes}; it must hold distinct ids in 0..{self.num_classes - 1}")
         matrix = self.matrix.cpu().numpy()
         correct = matrix.diagonal()
         labelled = matrix.sum(axis=1)
         union = labelled + matrix[:, : self.num_classes].sum(axis=0) - correct
         if not labelled[classes].any():
-            raise ValueError("No labelled pixel has been counted: nothing to compute a score from.")
+            raise ValueError("no labelled pixel was counted; scores need at least one")
         iou = np.divide(correct, union, out=np.full(self.num_classes, np.nan), where=union > 0)
         accuracy = np.divide(correct, labelled, out=np.full(self.num_classes, np.nan), where=labelled > 0)
         return {
@@ -120,31 +146,30 @@ class MeanIoU:
     def _as_integers(self, values, name: str) -> torch.Tensor:
         if not isinstance(values, torch.Tensor):
             values = np.require(values, requirements=["C_CONTIGUOUS", "WRITEABLE"])
-            if (
-                values.dtype.kind == "u" and values.dtype.itemsize > 1
-            ):  # torch computes little with wide unsigned types
+            # PyTorch supports few operations on unsigned types wider than uint8.
+            if values.dtype.kind == "u" and values.dtype.itemsize > 1:
                 values = values.astype(np.int64)
             values = torch.from_numpy(values)
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
-                f"{name} must hold integer class ids, got {values.dtype}; take the argmax over the class dimension of "
-                "scores first."
+                f"{name} has dtype {values.dtype}; it must hold integer class ids: take the argmax over the class "
+                "dimension of scores first"
             )
         return values.to(self.matrix.device)
 
     def _count_on_cpu(self, prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Confusion counts of flat maps, by histograms over (lane, label, prediction) in uint8."""
+        """Confusion matrix of flat maps, by histograms over (lane, label, prediction) in uint8."""
         columns = self.num_classes + 1
         lanes = torch.zeros(_LANES * 256 * columns, dtype=torch.int64)
         counts = torch.zeros_like(self.matrix)
         for start in range(0, label.numel(), _CHUNK_PIXELS):
             chunks = [values[start : start + _CHUNK_PIXELS] for values in (prediction, label)]
-            small = [_to_uint8(chunk) for chunk in chunks]
-            if any(chunk is None for chunk in small):
+            small_prediction, small_label = (_to_uint8(chunk) for chunk in chunks)
+            if small_prediction is None or small_label is None:
                 counts += self._count(*chunks)
                 continue
-            codes = torch.add(self._lane_offsets[: small[1].numel()], small[1], alpha=columns)
-            codes += small[0].clamp(max=self.num_classes)
+            codes = torch.add(self._lane_offsets[: small_label.numel()], small_label, alpha=columns)
+            codes += small_prediction.clamp(max=self.num_classes)
             lanes += torch.bincount(codes, minlength=lanes.numel())
         by_label = lanes.view(_LANES, 256, columns).sum(dim=0)
         by_label[self.ignore_index] = 0
@@ -154,7 +179,7 @@ class MeanIoU:
         return counts + by_label[: self.num_classes]
 
     def _count(self, prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Confusion counts of flat integer maps on any device."""
+        """Confusion matrix of flat integer maps on any device."""
         columns = self.num_classes + 1
         ignored = label == self.ignore_index
         unknown = ((label < 0) | (label >= self.num_classes)) & ~ignored
@@ -167,13 +192,13 @@ class MeanIoU:
 
     def _unknown_labels(self, values: torch.Tensor) -> ValueError:
         return ValueError(
-            f"label holds {values[:10].tolist()}, which are neither classes (0..{self.num_classes - 1}) nor the "
-            f"ignore_index {self.ignore_index}; map label ids to train ids first."
+            f"label holds {values[:10].tolist()}, which are neither class ids (0..{self.num_classes - 1}) nor "
+            f"ignore_index ({self.ignore_index}); map label ids to train ids first"
         )
 
 
 def _to_uint8(values: torch.Tensor) -> torch.Tensor | None:
-    """The same integers as uint8, or None where one of them does not fit."""
+    """The integers as uint8, or `None` if one is out of range."""
     if values.dtype == torch.uint8:
         return values
     low, high = torch.aminmax(values)

@@ -34,7 +34,7 @@ from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
 from mfuser.evaluation.report import shortfalls, summary
 from mfuser.evaluation.scoring import evaluate_domain
 from mfuser.files import sha256, write_text
-from mfuser.scripts.segment import load_model
+from mfuser.loading import load_for_inference
 
 # How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -238,7 +238,7 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     check_processes(parsed, accelerator)
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
-    model, processor = load_model(str(folder), None, device, parsed.dtype)
+    model, processor = load_for_inference(folder, device, parsed.dtype)
     domains = open_domains(parsed, model)
     accelerator.wait_for_everyone()
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
 from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import palettes
 
@@ -106,29 +106,6 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be an available device: {str(error).splitlines()[0]}"
         ) from None
-
-
-def load_model(
-    name: str, size: dict[str, int] | None, device: torch.device, dtype: str | None
-) -> tuple[MFuserForSemanticSegmentation, MFuserImageProcessor]:
-    """The model, in eval mode on `device`, and its image processor.
-
-    Raises:
-        OSError: If there is no such model.
-        ValueError: If it is no MFuser model, or its file lacks weights.
-    """
-    model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    if model_type is None:
-        raise ValueError(f"{name} holds no model: its config.json is missing or names no model type.")
-    if model_type != "mfuser":
-        raise ValueError(f"{name} holds a model of type {model_type!r}, not 'mfuser'.")
-    processor = MFuserImageProcessor.from_pretrained(name, **({} if size is None else {"size": size}))
-    model, info = MFuserForSemanticSegmentation.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
-    # tokens are maps with channels last already
-    return model.to(device, memory_format=torch.channels_last).eval(), processor
 
 
 def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path], list[str]]:
@@ -228,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model, processor = load_model(parsed.model, parsed.size, device, parsed.dtype)
+        model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
         class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
         colours = palettes.class_colours(class_names)
         parsed.output.mkdir(parents=True, exist_ok=True)

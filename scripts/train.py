@@ -1,15 +1,17 @@
-"""Trains a model as a recipe says.
+"""
+Trains a model with the settings of a recipe.
 
     mfuser train recipes/gta5_clip.yaml --train_data data/gta5 --validation_data data/gta5 --output_dir runs/gta5-clip
 
-A recipe is a YAML file of settings, over those of the recipe that it names as `base`. Each can be given anew, as
-`--name value` or `name=value`, parts of `model_config` as `model_config.crop_size=256`. `mfuser train --help` lists
-them, with those of Transformers' Trainer. With `--resume true` the same command continues an interrupted run from its
-last whole checkpoint. Over several devices: `accelerate launch -m mfuser.scripts.train recipes/gta5_clip.yaml ...`
+A recipe is a YAML file of settings. The settings of a recipe that it names as `base` apply as well, unless the recipe
+overrides them. The command line overrides both, with `--name value` or `name=value`, and with
+`model_config.crop_size=256` for a single field of `model_config`. `mfuser train --help` lists the settings, including
+those of Transformers' Trainer. With `--resume true`, the same command continues an interrupted run from its last
+complete checkpoint. `accelerate launch -m mfuser.scripts.train recipes/gta5_clip.yaml ...` trains on several devices.
 """
 
 import dataclasses
-import json
+import functools
 import os
 import re
 import sys
@@ -17,91 +19,106 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import HfArgumentParser, set_seed
+from torch.utils.data import Sampler
+from transformers import HfArgumentParser, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from mfuser.configuration_mfuser import MFuserConfig
-from mfuser.data.augmentation import AugmentedDataset, ShuffledSampler, TrainingAugmentation
+from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
 from mfuser.data.loading import load_domain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
+from mfuser.data.validation import ValidationDataset
 from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.model_card import write_model_card
-from mfuser.training.trainer import (
-    ENCODERS_FILE,
-    TRAINER_STATE_FILE,
-    MFuserTrainer,
-    MFuserTrainingArguments,
-    ValidationDataset,
-    load_trained_model,
-    restore_weights,
-)
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 
 @dataclass
 class ModelArguments:
-    """What is trained: one of `model`, `vfm` with `vlm`, or `model_config`."""
+    """The model to train: `model`, or `vfm` and `vlm`, or only `model_config`."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of an MFuser to train further."})
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of an MFuser model to train further."})
     vfm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision foundation model."})
     vlm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision-language model."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "The vision-language model's tokenizer, if it is not beside it."}
+        default=None,
+        metadata={"help": "Folder or Hub id of the vision-language model's tokenizer (default: that of `vlm`)."},
     )
     model_config: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Fields of MFuserConfig. With neither `model` nor `vfm` and `vlm`, a model of random weights has "
-            "them; the class names come from the training data."
+            "help": "Fields of MFuserConfig. Without `model`, `vfm` and `vlm`, they describe a randomly initialised "
+            "model, whose class names are those of the training data."
         },
     )
 
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """The training and validation data."""
 
     train_data: str | None = field(
         default=None,
-        metadata={"help": "Folder written by `mfuser prepare`, parquet files, or a dataset's Hub id or folder."},
+        metadata={"help": "Folder written by `mfuser prepare`, parquet files, or folder or Hub id of a dataset."},
     )
-    train_split: str | None = field(default="train", metadata={"help": "Its split."})
+    train_split: str | None = field(default="train", metadata={"help": "Split of train_data to train on."})
     validation_data: str | None = field(
         default=None,
-        metadata={"help": "The like, to choose the best checkpoint by: the source domain, never a target domain."},
+        metadata={
+            "help": "Data by which the best checkpoint is selected, given as for train_data. Use the source domain, "
+            "never a target domain."
+        },
     )
-    validation_split: str | None = field(default="validation", metadata={"help": "Its split."})
+    validation_split: str | None = field(
+        default="validation", metadata={"help": "Split of validation_data to validate on."}
+    )
     validation_size: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "What validation images are resized to, a size as of MFuserImageProcessor."},
+        metadata={"help": "Size that validation images are resized to, in the form of MFuserImageProcessor's `size`."},
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label maps: class ids, 255 ignored."})
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of the label maps, with class ids and 255 for ignored pixels."},
+    )
     id2label: str | None = field(
         default=None,
-        metadata={"help": "JSON file of class names by id, or a domain's name, if the data has none."},
+        metadata={"help": "JSON file of class names by id, or name of a domain, for data without class names."},
     )
     augmentation: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Arguments of TrainingAugmentation; by default the published, and the model's crop_size."},
+        metadata={
+            "help": "Arguments of TrainingAugmentation (default: the published ones, with the model's crop_size)."
+        },
     )
-    rare_class_sampling: bool = field(default=True, metadata={"help": "Draw images of rare classes more often."})
-    rare_class_temperature: float = field(default=100.0, metadata={"help": "The higher, the more evenly."})
+    rare_class_sampling: bool = field(
+        default=True, metadata={"help": "Whether images of rare classes are drawn more often."}
+    )
+    rare_class_temperature: float = field(
+        default=100.0,
+        metadata={"help": "Temperature of the class probabilities: the higher, the closer to uniform."},
+    )
     rare_class_min_pixels: int = field(
-        default=3000, metadata={"help": "Pixels of a class that an image must hold to be drawn for it."}
+        default=3000,
+        metadata={"help": "An image is drawn for a class if it holds more than this number of its pixels."},
     )
 
 
 @dataclass
 class TrainArguments(MFuserTrainingArguments):
     resume: str | None = field(
-        default=None, metadata={"help": "true: continue from output_dir's last checkpoint, if any; or a checkpoint."}
+        default=None,
+        metadata={"help": "true: continue from the last checkpoint in output_dir, if there is one. Or a checkpoint."},
     )
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """YAML, where numbers and booleans are those of YAML 1.2: `1e-4` is a number, `no` a word."""
+    """Reads YAML with the numbers and booleans of YAML 1.2: `1e-4` is a number and `no` is a string."""
 
 
 FLOAT, BOOLEAN = "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool"
@@ -116,21 +133,31 @@ SettingsLoader.add_implicit_resolver(
 
 
 def read_recipe(recipe: Path) -> dict[str, Any]:
-    """A recipe's settings over those of its `base`, a recipe beside it."""
+    """The settings of a recipe and, where it does not override them, of its `base`, a recipe in the same folder."""
     if not recipe.is_file():
-        raise ValueError(f"{recipe} is no file; the recipes are in {Path(__file__).parents[1] / 'recipes'}")
+        raise ValueError(
+            f"there is no recipe {recipe}; the published recipes are in {Path(__file__).parents[1] / 'recipes'}"
+        )
     settings = yaml.load(recipe.read_text(encoding="utf-8"), SettingsLoader)
     if not isinstance(settings, dict):
-        raise ValueError(f"{recipe} must hold settings, one a line, as in `learning_rate: 1.0e-4`")
+        raise ValueError(f"{recipe} holds {settings!r}; a recipe must hold settings such as `learning_rate: 1e-4`")
     base = settings.pop("base", None)
     return (read_recipe(recipe.with_name(base)) if base else {}) | settings
 
 
 def read_settings(arguments: list[str]) -> dict[str, Any]:
-    """The settings of a recipe, if one is named, with those of the command line over them.
+    """
+    Reads the settings of the command line and of the recipe that it may begin with.
+
+    Args:
+        arguments (`list[str]`):
+            The arguments of the command. Settings that are given here override those of the recipe.
+
+    Returns:
+        `dict`: The value of each setting by its name.
 
     Raises:
-        ValueError: an argument that is no setting, or a recipe that is no mapping.
+        ValueError: If an argument is not a setting, or the recipe does not exist or holds no settings.
     """
     settings, arguments = {}, list(arguments)
     if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
@@ -139,9 +166,9 @@ def read_settings(arguments: list[str]) -> dict[str, Any]:
         name, equals, value = arguments.pop(0).partition("=")
         if not equals:
             if not name.startswith("--"):
-                raise ValueError(f"{name} is no setting; give settings as --name value or name=value")
+                raise ValueError(f"{name!r} is not a setting; write settings as --name value or name=value")
             if not arguments:
-                raise ValueError(f"{name} needs a value")
+                raise ValueError(f"{name} has no value; write settings as --name value or name=value")
             value = arguments.pop(0)
         *path, name = name.removeprefix("--").split(".")
         target = settings
@@ -151,51 +178,90 @@ def read_settings(arguments: list[str]) -> dict[str, Any]:
     return settings
 
 
-def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForSemanticSegmentation:
-    """The model that the options name, for these classes.
+def argument_parser() -> HfArgumentParser:
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, TrainArguments), prog="mfuser train", description=__doc__, add_help=True
+    )
+
+
+def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
+    """
+    Reads the settings (see [`read_settings`]) and checks their names.
 
     Raises:
-        ValueError: none or several ways to a model are given, or a saved model has other classes than the data.
+        ValueError: If a setting is unknown.
     """
-    ways = [bool(options.model), bool(options.vfm or options.vlm)]
-    if sum(ways) > 1 or bool(options.vfm) != bool(options.vlm):
-        raise ValueError("give either `model`, or both `vfm` and `vlm`, or only `model_config`")
+    parser = argument_parser()
+    settings = read_settings(arguments)
+    known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind)}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"unknown settings: {', '.join(unknown)}; `mfuser train --help` lists the settings")
+    return parser.parse_dict(settings)
+
+
+def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForSemanticSegmentation:
+    """
+    Loads or initialises the model that the options describe.
+
+    Args:
+        options ([`ModelArguments`]):
+            What to load, or the configuration of a randomly initialised model.
+        id2label (`dict[int, str]`):
+            The classes of the data.
+
+    Returns:
+        [`MFuserForSemanticSegmentation`]: The model, in float32.
+
+    Raises:
+        ValueError: If the options describe no model or several, or a saved model has other classes than the data.
+    """
+    if (options.model and (options.vfm or options.vlm)) or bool(options.vfm) != bool(options.vlm):
+        given = ", ".join(f"{name}={getattr(options, name)}" for name in ("model", "vfm", "vlm"))
+        raise ValueError(f"the model is given as {given}; give either `model`, or `vfm` and `vlm`, or `model_config`")
     class_names = list(id2label.values())
     if options.model:
-        model = load_trained_model(options.model, **options.model_config)
+        model = load_model(options.model, dtype=torch.float32, **options.model_config)
         known = list(model.config.id2label.values())
         if known != class_names:
             raise ValueError(
                 f"{options.model} has the classes {', '.join(known)}; the data has {', '.join(class_names)}"
             )
         return model
-    if options.vfm:
+    if options.vfm and options.vlm:
         return MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
             options.vfm, options.vlm, class_names=class_names, tokenizer=options.tokenizer, **options.model_config
         )
     if not options.model_config:
-        raise ValueError("say what to train: `model`, or `vfm` and `vlm`, or `model_config`")
+        raise ValueError("no model is given; give `model`, or `vfm` and `vlm`, or `model_config`")
     label2id = {name: index for index, name in id2label.items()}
     return MFuserForSemanticSegmentation(MFuserConfig(id2label=id2label, label2id=label2id, **options.model_config))
 
 
 def encoders_of(options: ModelArguments) -> dict[str, str] | None:
-    """The pretrained encoders of the model that the options name, where known."""
-    if options.vfm:
+    """Folder or Hub id of the model's pretrained `vfm` and `vlm`, where known."""
+    if options.vfm and options.vlm:
         return {"vfm": options.vfm, "vlm": options.vlm}
-    known = options.model and Path(options.model, ENCODERS_FILE)
-    return json.loads(known.read_text(encoding="utf-8")) if known and known.is_file() else None
+    return saved_encoders(options.model) if options.model else None
 
 
 def build_trainer(model_options: ModelArguments, data: DataArguments, training: TrainArguments) -> MFuserTrainer:
+    """
+    Opens the data, builds the model and returns the trainer of both.
+
+    Raises:
+        ValueError: If `train_data` is missing, or classes of data and model differ.
+    """
     if data.train_data is None:
-        raise ValueError("say what to train on: --train_data FOLDER (see `mfuser prepare`)")
-    columns = {"image_column": data.image_column, "label_column": data.label_column, "id2label": data.id2label}
+        raise ValueError("train_data is missing; give a folder written by `mfuser prepare` as --train_data FOLDER")
+    open_data = functools.partial(
+        load_domain, image_column=data.image_column, label_column=data.label_column, id2label=data.id2label
+    )
     with training.main_process_first(desc="opening the data"):
-        train = load_domain(data.train_data, data.train_split, **columns)
-        validation = data.validation_data and load_domain(data.validation_data, data.validation_split, **columns)
+        train = open_data(data.train_data, data.train_split)
+        validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
         if validation and validation.id2label != train.id2label:
             raise ValueError(f"{data.train_data} and {data.validation_data} have different classes")
+        sampler: Sampler[Draw]
         if data.rare_class_sampling:
             counts = count_class_pixels(train.dataset, len(train.id2label))
             sampler = RareClassSampler(
@@ -224,52 +290,48 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
 
 
 def checkpoint_to_resume(training: TrainArguments) -> str | None:
-    """What `resume` asks for: a named checkpoint, or output_dir's last whole one if there is any."""
-    if training.resume in (None, False):
+    """The checkpoint to continue from: the one that `resume` names, or the last one in `output_dir` if any."""
+    resume: Any = training.resume  # a path, or YAML's true or false
+    if resume in (None, False):
         return None
-    if training.resume is not True:
-        return training.resume
+    if resume is not True:
+        return resume
     return get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
 
 
 def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]) -> str:
-    """The paragraph of the model card that says how the weights came about."""
+    """The paragraph of the model card on how the model was trained."""
     steps, batch = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
     batch *= trainer.args.gradient_accumulation_steps
-    text = f"Trained by `mfuser train` on {Path(data.train_data).name}, split {data.train_split}: {steps} steps of "
+    text = (
+        f"Trained by `mfuser train` on {Path(str(data.train_data)).name}, split {data.train_split}: {steps} steps of "
+    )
     text += f"{batch} crops of {trainer.train_dataset.augmentation.crop_size} pixels, learning rate "
     text += f"{trainer.args.learning_rate:g}."
     if "eval_mean_iou" in metrics:
-        text += f" Mean IoU on the split {data.validation_split} of {Path(data.validation_data).name}: "
+        text += f" Mean IoU on the split {data.validation_split} of {Path(str(data.validation_data)).name}: "
         text += f"{100 * metrics['eval_mean_iou']:.1f} %."
     return text
 
 
 def run(trainer: MFuserTrainer, checkpoint: str | None):
-    """Trains, from a checkpoint on if there is one; does nothing more than load one that is the last."""
+    """Trains, from `checkpoint` if given. A checkpoint of the last step is loaded and not trained further."""
     if checkpoint is not None:
-        state = json.loads(Path(checkpoint, TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-        if 0 < trainer.args.max_steps <= state["global_step"]:
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if 0 < trainer.args.max_steps <= state.global_step:
             restore_weights(trainer.model, checkpoint)
-            trainer.state.global_step = state["global_step"]
+            trainer.state.global_step = state.global_step
             return
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainArguments), prog="mfuser train", description=__doc__, add_help=True
-    )
     if not arguments or arguments[0] in ("-h", "--help"):
-        parser.print_help()
+        argument_parser().print_help()
         return 0
     try:
-        settings = read_settings(arguments)
-        known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"no such setting: {', '.join(unknown)} (mfuser train --help lists them)")
-        model_options, data, training = parser.parse_dict(settings)
+        model_options, data, training = parse_arguments(arguments)
         trainer = build_trainer(model_options, data, training)
     except (ValueError, FileNotFoundError) as error:
         print(f"mfuser train: {error}", file=sys.stderr)

@@ -1,12 +1,15 @@
-"""What every process of a run over several does, on a tiny model.
+"""
+One process of a distributed run on a tiny model.
 
-Started as `torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT.pt LAYERS_TO_SHARD`.
+`torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT.pt LAYERS_TO_SHARD` starts two of them.
 """
 
 import sys
 import tempfile
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from tiny_models import tiny_batch, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,13 +17,16 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from mfuser.data.augmentation import ShuffledSampler
-from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments, without_scalars
+from mfuser.evaluation.metrics import MeanIoU
+from mfuser.training.checkpoints import without_scalars
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
-BATCH = 4  # of all processes together
+BATCH = 4  # over all processes
+FSDP_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in PyTorch 2.6
 
 
 class Samples(Dataset):
-    """Six samples that each hold every class; a sampler's draws or plain numbers index it."""
+    """Six samples that each hold every class, indexed by draws or integers."""
 
     def __init__(self):
         self.batch = tiny_batch(batch=6)
@@ -30,7 +36,7 @@ class Samples(Dataset):
         return 6
 
     def __getitem__(self, draw):
-        index = getattr(draw, "index", draw)
+        index = getattr(draw, "row", draw)
         self.seen.append(index)
         return {name: value[index] for name, value in self.batch.items()}
 
@@ -41,7 +47,7 @@ class Gradients(TrainerCallback):
 
 
 def fixed_points(model):
-    """Mask losses at a grid of points, BatchNorm on running statistics: nothing depends on chance or on the batch."""
+    """Samples mask losses on a grid and fixes BatchNorm's statistics, so that neither chance nor the batch matters."""
     axis = (torch.arange(8) + 0.5) / 8
     points = torch.cartesian_prod(axis, axis)
     model.criterion.draw_points = lambda logits: points.expand(len(logits), -1, -1)
@@ -70,7 +76,7 @@ def step_and_evaluate(world_size: int) -> dict:
 
 
 def sharded_step(layers: list[str]) -> dict[bool, tuple[float, float]]:
-    """Loss and gradient norm of this process's sample, whole and with `layers` sharded as FSDP shards them."""
+    """Loss and gradient norm of this process's sample, without and with `layers` sharded by FSDP."""
     sample = {name: value[torch.distributed.get_rank()][None] for name, value in Samples().batch.items()}
     results = {}
     for shard in (False, True):
@@ -93,14 +99,31 @@ def sharded_step(layers: list[str]) -> dict[bool, tuple[float, float]]:
     return results
 
 
+def random_maps() -> np.ndarray:
+    """A batch of random predictions and one of random labels of 19 classes."""
+    return np.random.default_rng(0).integers(0, 19, (2, 7, 33, 35)).astype(np.uint8)
+
+
+def reduced_counts() -> list[list[list[int]]]:
+    """The confusion matrix over all processes, reduced twice from one that counts every second image."""
+    accelerator = Accelerator(cpu=True)
+    prediction, label = random_maps()
+    part = MeanIoU(19)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    part.update(prediction[share], label[share])
+    return [part.reduce(accelerator).matrix.tolist() for _ in range(2)]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     world_size = torch.distributed.get_world_size()
     result = step_and_evaluate(world_size)
-    sharded = sharded_step(sys.argv[2].split(","))
+    sharded = sharded_step(sys.argv[2].split(",")) if FSDP_RUNS_ON_CPU else None
     everyone = [None] * world_size
-    torch.distributed.all_gather_object(everyone, result["seen"])
+    torch.distributed.all_gather_object(everyone, (result["seen"], reduced_counts()))
     if torch.distributed.get_rank() == 0:
-        torch.save(result | {"seen": everyone, "sharded": sharded}, sys.argv[1])
+        seen, reduced = zip(*everyone, strict=True)
+        reduced = [matrix for part in reduced for matrix in part]
+        torch.save(result | {"seen": list(seen), "sharded": sharded, "reduced": reduced}, sys.argv[1])
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Training transforms: the written ranges, OpenCV's pixels, and the same sample from any worker."""
+"""Training transforms: published ranges, OpenCV's pixels, and the same sample in every worker."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ from mfuser.data.augmentation import (
     rgb_to_hsv,
 )
 
-# Made by OpenCV 4.12: cv2.resize with INTER_LINEAR and INTER_NEAREST, cv2.cvtColor in both directions.
+# Computed with OpenCV 4.12: cv2.resize with INTER_LINEAR and INTER_NEAREST, cv2.cvtColor in both directions.
 OPENCV = np.load(Path(__file__).parent / "fixtures" / "opencv_4_12.npz")
 NO_DISTORTION = {"brightness_delta": 0, "contrast_range": (1, 1), "saturation_range": (1, 1), "hue_delta": 0}
 
@@ -51,7 +51,7 @@ def test_resizing_is_opencvs(shape):
     window = ResizedWindow(shape, 0, 0, *shape)
     name = f"{shape[0]}x{shape[1]}"
     np.testing.assert_array_equal(window.crop_nearest(OPENCV["label"]), OPENCV[f"nearest_{name}"])
-    # OpenCV interpolates in fixed point and is one grey level off the exact value now and then.
+    # OpenCV interpolates in fixed point and occasionally differs from the exact value by one grey level.
     difference = window.crop_bilinear(OPENCV["image"]).transpose(1, 2, 0).astype(int) - OPENCV[f"linear_{name}"]
     assert np.abs(difference).max() <= 1
     assert np.abs(difference).mean() < 0.2
@@ -114,7 +114,7 @@ def test_at_most_three_quarters_of_a_crop_are_one_class():
 
 
 @pytest.mark.parametrize("case", ["one class", "all ignored"])
-def test_a_crop_is_drawn_anew_ten_times_at_most(case, monkeypatch):
+def test_a_crop_is_redrawn_at_most_ten_times(case, monkeypatch):
     label = np.full((200, 400), 7 if case == "one class" else 255, np.uint8)
     drawn = Counter()
     crop_nearest = ResizedWindow.crop_nearest
@@ -128,7 +128,7 @@ def test_a_crop_is_drawn_anew_ten_times_at_most(case, monkeypatch):
     assert drawn["crop"] == 11 + 11 * 11
 
 
-def test_crops_are_drawn_anew_until_one_holds_the_wanted_class():
+def test_crops_are_redrawn_until_one_holds_the_wanted_class():
     label = np.zeros((400, 800), np.uint8)
     label[::2] = 1  # keeps every crop balanced
     label[::40, ::40] = 5  # in every crop, but not enough of it
@@ -196,7 +196,7 @@ def test_contrast_comes_second_or_last_and_each_step_half_of_the_time(monkeypatc
         return scale_and_shift(scale, shift)
 
     monkeypatch.setattr(module, "_scale_and_shift", named_scale_and_shift)
-    # Saturation's range is out of the way so that a contrast after a hue step is not taken for one.
+    # Without hue steps, a contrast step cannot be mistaken for a saturation step.
     augmentation = TrainingAugmentation(hue_delta=0)
     sequences = Counter()
     for seed in range(2000):
@@ -219,7 +219,7 @@ def test_contrast_comes_second_or_last_and_each_step_half_of_the_time(monkeypatc
         assert sequences[sequence] / 2000 == pytest.approx(share, abs=0.035), sequence
 
 
-def test_image_and_label_stay_aligned_and_half_are_flipped():
+def test_image_and_label_stay_aligned_and_half_of_the_samples_are_flipped():
     label = checkerboard(150, 260, cell=40)
     image = np.repeat((label * 12)[..., None], 3, axis=2)
     augmentation = TrainingAugmentation(crop_size=96, **NO_DISTORTION)
@@ -240,7 +240,7 @@ def test_image_and_label_stay_aligned_and_half_are_flipped():
     assert np.mean(rising) == pytest.approx(0.5, abs=0.08)
 
 
-def test_pixels_are_normalised_and_what_the_image_does_not_fill_is_padded():
+def test_pixels_are_normalised_and_small_images_are_padded():
     image = np.full((40, 60, 3), 200, np.uint8)
     label = checkerboard(40, 60)
     augmentation = TrainingAugmentation(crop_size=100, scale_range=(1, 1), **NO_DISTORTION)
@@ -295,11 +295,11 @@ def test_a_sample_depends_on_seed_epoch_and_position_whatever_the_number_of_work
     assert not torch.equal(alone, samples(dataset, 0, sampler))
     sampler.set_epoch(0)
     assert torch.equal(alone, samples(dataset, 0, sampler))
-    again = [dataset[Draw(index=2, epoch=0, position=position)]["pixel_values"] for position in (2, 5)]
+    again = [dataset[Draw(row=2, epoch=0, position=position)]["pixel_values"] for position in (2, 5)]
     assert not torch.equal(*again)  # the same row twice in an epoch is augmented twice
 
 
-def test_workers_that_outlive_an_epoch_see_the_next_one(rows):
+def test_persistent_workers_see_a_new_epoch(rows):
     dataset = AugmentedDataset(rows, TrainingAugmentation(crop_size=48))
     loader = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True)
     for epoch in range(2):
@@ -313,11 +313,11 @@ def test_workers_that_outlive_an_epoch_see_the_next_one(rows):
 def test_the_shuffled_sampler_visits_every_row_once_in_a_new_order_each_epoch():
     sampler = ShuffledSampler(50, seed=3)
     first = list(sampler)
-    assert sorted(draw.index for draw in first) == list(range(50)) and len(sampler) == 50
+    assert sorted(draw.row for draw in first) == list(range(50)) and len(sampler) == 50
     assert [draw.position for draw in first] == list(range(50))
     assert first == list(ShuffledSampler(50, seed=3)) != list(ShuffledSampler(50, seed=4))
     sampler.set_epoch(1)
-    assert [draw.index for draw in sampler] != [draw.index for draw in first]
+    assert [draw.row for draw in sampler] != [draw.row for draw in first]
     assert {draw.epoch for draw in sampler} == {1}
 
 
@@ -334,7 +334,7 @@ def test_bad_input_is_named(rows):
         TrainingAugmentation(scale_range=(2, 0.5))
     with pytest.raises(ValueError, match="max_class_ratio"):
         TrainingAugmentation(max_class_ratio=75)
-    with pytest.raises(ValueError, match="lacks the column.*label; it has image, name"):
+    with pytest.raises(ValueError, match="no column label; its columns are image, name"):
         AugmentedDataset(rows.remove_columns("label"), augmentation)
     with pytest.raises(ValueError, match="Row 3 of the dataset: .*mode RGB"):
         AugmentedDataset(make_rows(labels=None), augmentation)[3]

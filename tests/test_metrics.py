@@ -1,9 +1,5 @@
-"""The score is right, exact over processes, constant in memory and fast."""
+"""Scores equal independent definitions and need constant memory. test_training.py covers several processes."""
 
-import os
-import socket
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -51,7 +47,7 @@ def published_mean_iou(predictions, labels, num_labels, ignore_index):
 def test_equals_scikit_learn_with_ignored_pixels_and_absent_classes(num_classes, dtype):
     present = range(0, num_classes - 1, 2)
     prediction, label = random_maps(0, num_classes, (3, 61, 97), present)
-    prediction[prediction == num_classes - 1] = 0  # predicted by nobody, labelled by nobody: absent
+    prediction[prediction == num_classes - 1] = 0  # in neither the predictions nor the labels
     metric = MeanIoU(num_classes)
     metric.update(prediction.astype(dtype), label.astype(dtype))
     scores = metric.compute()
@@ -81,7 +77,7 @@ def test_equals_the_published_definition_of_evaluates_mean_iou(ignore_index):
 
 
 @pytest.mark.parametrize("stray", [19, 254, 255, 300, -1])
-def test_a_prediction_that_is_no_class_is_a_mistake_not_an_escape(stray):
+def test_a_prediction_outside_the_classes_is_an_error(stray):
     prediction, label = (values.astype(np.int64) for values in random_maps(0, 19, (32, 32)))
     prediction[:8] = stray
     metric = MeanIoU(19)
@@ -110,7 +106,7 @@ def test_a_map_larger_than_a_chunk_is_counted_whole():
     np.testing.assert_array_equal(metric.matrix.flatten().numpy(), np.bincount(codes, minlength=380))
 
 
-def test_classes_restricts_the_mean_and_nothing_else():
+def test_the_mean_can_be_restricted_to_classes():
     synthia = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18]
     prediction, label = random_maps(0, 19, (64, 64))
     metric = MeanIoU(19)
@@ -149,54 +145,15 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"\[-1\]"):
         metric.update(zeros, zeros.astype(np.int64) - 1)
     assert not metric.matrix.any()  # what is refused is not counted either
-    with pytest.raises(ValueError, match="No labelled pixel"):
+    with pytest.raises(ValueError, match="no labelled pixel"):
         metric.compute()
     metric.update(zeros, zeros)
     with pytest.raises(ValueError, match="distinct ids"):
         metric.compute(classes=[0, 19])
-    with pytest.raises(ValueError, match="Cannot merge"):
+    with pytest.raises(ValueError, match="the other metric has 16 classes"):
         metric.merge(MeanIoU(16))
-    with pytest.raises(ValueError, match="one of the 19 classes"):
+    with pytest.raises(ValueError, match="one of the 19 class ids"):
         MeanIoU(19, ignore_index=0)
-
-
-TWO_PROCESSES = """
-import numpy as np, torch
-from accelerate import Accelerator
-from mfuser.evaluation.metrics import MeanIoU
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-rng = np.random.default_rng(0)
-prediction, label = rng.integers(0, 19, (2, 7, 33, 35)).astype(np.uint8)
-whole, part = MeanIoU(19), MeanIoU(19)
-whole.update(prediction, label)
-part.update(prediction[accelerator.process_index :: 2], label[accelerator.process_index :: 2])
-for _ in range(2):  # reducing twice counts nothing twice
-    assert torch.equal(part.reduce(accelerator).matrix, whole.matrix)
-accelerator.end_training()
-"""
-
-
-def test_two_processes_reduce_to_exactly_the_single_process_counts(tmp_path):
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
 
 
 def test_loads_through_evaluate_offline_and_streams(tmp_path, monkeypatch):
@@ -222,9 +179,9 @@ def test_loads_through_evaluate_offline_and_streams(tmp_path, monkeypatch):
     ours.add(prediction=predictions[0], reference=references[0])
     ours.add_batch(predictions=torch.from_numpy(predictions[1:]), references=[references[1]])
     assert ours.compute()["mean_iou"] == scores["mean_iou"]
-    with pytest.raises(ValueError, match="No labelled pixel"):
+    with pytest.raises(ValueError, match="no labelled pixel"):
         ours.compute()  # computing empties the count
     with pytest.raises(ValueError, match="2 predictions for 1 references"):
         ours.add_batch(predictions=predictions, references=references[:1])
-    with pytest.raises(ValueError, match="one process"):
+    with pytest.raises(ValueError, match="num_process is 2; DomainMeanIou runs in one process"):
         evaluate.load(script, num_process=2, cache_dir=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Rare-class sampling: the formula, an index that is never stale, one sequence for any number of processes."""
+"""Rare-class sampling: the formula, a cache that is never stale, one sequence for any number of processes."""
 
 import logging
 
@@ -42,7 +42,7 @@ def test_classes_and_images_are_drawn_as_often_as_their_probabilities_say(caplog
     with caplog.at_level(logging.WARNING):
         sampler = RareClassSampler(PIXELS, num_samples=20000, temperature=0.3, min_pixels=999)
     assert sampler.classes.tolist() == [0, 1, 2]
-    assert "{4: 100}" in caplog.text  # what cannot be drawn is said
+    assert "{4: 100}" in caplog.text  # excluded classes are reported
     formula = class_probabilities(PIXELS.sum(axis=0), 0.3)[:3]
     np.testing.assert_allclose(sampler.probabilities, formula / formula.sum(), rtol=1e-12)
 
@@ -50,9 +50,9 @@ def test_classes_and_images_are_drawn_as_often_as_their_probabilities_say(caplog
     drawn = np.bincount([draw.class_id for draw in draws], minlength=5) / 20000
     np.testing.assert_allclose(drawn[:3], sampler.probabilities, atol=0.015)
     assert {draw.min_class_pixels for draw in draws} == {499.5}
-    holders = {0: [0, 1, 2, 3, 4], 1: [1, 2, 4], 2: [0, 4]}  # 999 pixels are not more than 999
+    holders = {0: [0, 1, 2, 3, 4], 1: [1, 2, 4], 2: [0, 4]}  # 999 pixels are not enough
     for class_id, rows in holders.items():
-        chosen = np.bincount([draw.index for draw in draws if draw.class_id == class_id], minlength=5)
+        chosen = np.bincount([draw.row for draw in draws if draw.class_id == class_id], minlength=5)
         assert np.flatnonzero(chosen).tolist() == rows
         np.testing.assert_allclose(chosen[rows] / chosen.sum(), 1 / len(rows), atol=0.03)
 
@@ -64,7 +64,7 @@ def test_an_image_needs_more_than_3000_pixels_and_its_crop_more_than_1500():
     assert len(sampler) == 5
 
 
-def test_a_draw_depends_on_seed_epoch_and_position_alone():
+def test_a_draw_depends_only_on_seed_epoch_and_position():
     sampler = RareClassSampler(PIXELS, seed=1, num_samples=200)
     first = list(sampler)
     assert first == list(sampler) == list(RareClassSampler(PIXELS, seed=1, num_samples=200))
@@ -72,27 +72,27 @@ def test_a_draw_depends_on_seed_epoch_and_position_alone():
     assert sampler.draw(0, 123) == first[123]
     # A longer epoch begins like a shorter one.
     assert list(RareClassSampler(PIXELS, seed=1, num_samples=300))[:200] == first
-    choices = {tuple((draw.index, draw.class_id) for draw in first)}
+    choices = {tuple((draw.row, draw.class_id) for draw in first)}
     for seed, epoch in ((1, 1), (2, 0)):
         other = RareClassSampler(PIXELS, seed=seed, num_samples=200)
         other.set_epoch(epoch)
         assert {draw.epoch for draw in other} == {epoch}
-        choices.add(tuple((draw.index, draw.class_id) for draw in other))
+        choices.add(tuple((draw.row, draw.class_id) for draw in other))
     assert len(choices) == 3
 
 
 class Echo(torch.utils.data.Dataset):
-    """Gives back the draw it is asked for."""
+    """Returns the draw that it is indexed by."""
 
     def __len__(self):
         return 5
 
     def __getitem__(self, draw):
-        return torch.tensor([draw.epoch, draw.position, draw.index, draw.class_id])
+        return torch.tensor([draw.epoch, draw.position, draw.row, draw.class_id])
 
 
 @pytest.mark.parametrize("split_batches", [False, True])
-def test_two_processes_share_one_sequence_out_without_overlap(split_batches):
+def test_two_processes_receive_disjoint_parts_of_one_sequence(split_batches):
     sampler = RareClassSampler(PIXELS, num_samples=48)
     loader = DataLoader(Echo(), batch_size=4, sampler=sampler)
     parts = [
@@ -111,11 +111,11 @@ def test_two_processes_share_one_sequence_out_without_overlap(split_batches):
         assert positions[0].isdisjoint(positions[1]) and positions[0] | positions[1] == set(range(48))
         sampler.set_epoch(epoch)
         together = torch.cat(seen)
-        expected = torch.tensor([[draw.epoch, draw.position, draw.index, draw.class_id] for draw in sampler])
+        expected = torch.tensor([[draw.epoch, draw.position, draw.row, draw.class_id] for draw in sampler])
         assert torch.equal(together[together[:, 1].argsort()], expected)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped():
+def test_a_resumed_epoch_continues_with_the_same_draws():
     sampler = RareClassSampler(PIXELS, num_samples=40)
     loader = DataLoader(Echo(), batch_size=4, sampler=sampler)
     whole = list(loader)
@@ -165,7 +165,7 @@ def test_labels_mapped_on_the_fly_are_counted_as_training_sees_them(labels):
 
 @pytest.fixture
 def countings(monkeypatch):
-    """How often rows are counted rather than taken from the cache."""
+    """The rows that are counted rather than read from the cache."""
     calls = []
     count = rare_class_sampling._count_labels
 
@@ -181,14 +181,14 @@ def count(dataset, num_classes=5, **arguments):
     return count_class_pixels(dataset, num_classes, num_proc=1, **arguments)
 
 
-def test_counts_are_kept_beside_the_dataset(labels, countings, tmp_path):
+def test_counts_are_cached_beside_the_dataset(labels, countings, tmp_path):
     make_dataset(labels).save_to_disk(tmp_path / "data")
     counts = count(datasets.load_from_disk(str(tmp_path / "data")))
     assert countings == list(range(7))
     assert len(list((tmp_path / "data").glob("rare-class-index-*.npz"))) == 1
     np.testing.assert_array_equal(count(datasets.load_from_disk(str(tmp_path / "data"))), counts)
     assert len(countings) == 7
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
     # Another selection or another number of classes is another index.
     dataset = datasets.load_from_disk(str(tmp_path / "data"))
@@ -233,10 +233,10 @@ def test_a_changed_label_file_makes_the_cache_stale(labels, countings, tmp_path)
     assert len(countings) == 4
 
 
-def test_a_folder_that_cannot_be_written_costs_the_cache_only(labels, tmp_path, caplog):
+def test_counts_are_returned_when_the_cache_cannot_be_written(labels, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert count(make_dataset(labels), cache_file=tmp_path / "file" / "index.npz").shape == (7, 5)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 def test_draws_become_crops_of_their_class_whatever_the_number_of_workers():
@@ -258,7 +258,7 @@ def test_draws_become_crops_of_their_class_whatever_the_number_of_workers():
         assert torch.equal(alone["labels"], shared["labels"])
     crops = torch.cat([batch["labels"] for batch in batches[0]])
     draws = list(sampler)
-    assert {draw.index for draw in draws if draw.class_id == 2} == {1}
+    assert {draw.row for draw in draws if draw.class_id == 2} == {1}
     held = [(crop == draw.class_id).sum() > 300 for crop, draw in zip(crops, draws, strict=True)]
     assert np.mean(held) > 0.9
     free = [(augmented[Draw(1, 0, position)]["labels"] == 2).sum() > 300 for position in range(40)]
@@ -277,13 +277,13 @@ def test_bad_input_is_named(labels):
     with pytest.raises(ValueError, match=r"\[4\]"):
         count_class_pixels(make_dataset(labels), 4, num_proc=2)
     unlabelled = datasets.Dataset.from_dict({"label": [None]}, features=datasets.Features({"label": datasets.Image()}))
-    with pytest.raises(ValueError, match="Row 0 of the dataset: there is no label"):
+    with pytest.raises(ValueError, match="Row 0 of the dataset: the label is missing"):
         count(unlabelled)
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    with pytest.raises(ValueError, match="temperature is 0; it must be positive"):
         class_probabilities(PIXELS.sum(axis=0), 0)
-    with pytest.raises(ValueError, match="are all of them 255"):
+    with pytest.raises(ValueError, match="at least one pixel must not be 255"):
         RareClassSampler(np.zeros((3, 5), np.int64))
-    with pytest.raises(ValueError, match="largest count is 9900.*smaller min_pixels"):
+    with pytest.raises(ValueError, match="min_pixels is 10000, and no image holds more than 9900 pixels"):
         RareClassSampler(PIXELS, min_pixels=10000)
     with pytest.raises(ValueError, match="num_samples"):
         RareClassSampler(PIXELS, num_samples=0)

@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from transformers import SegformerConfig
 
 from mfuser import MFuserImageProcessor
+from mfuser.loading import load_for_inference
 from mfuser.scripts import cli, palettes, segment
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
@@ -37,11 +38,11 @@ class ThresholdModel:
 def model(monkeypatch):
     model = ThresholdModel()
 
-    def load_model(name, size, device, dtype):
+    def load_for_inference(name, device, dtype, size):
         model.loaded_with = name, size, device, dtype
         return model, MFuserImageProcessor(**({} if size is None else {"size": size}))
 
-    monkeypatch.setattr(segment, "load_model", load_model)
+    monkeypatch.setattr(segment, "load_for_inference", load_for_inference)
     return model
 
 
@@ -261,7 +262,7 @@ def test_a_saved_model_gives_its_own_arg_max(saved_model, tmp_path):
 @torch.no_grad()
 def test_a_loaded_model_has_channels_last_and_the_same_scores(saved_model):
     model, folder = saved_model
-    loaded, processor = segment.load_model(str(folder), None, torch.device("cpu"), None)
+    loaded, processor = load_for_inference(folder, torch.device("cpu"))
     assert loaded.mfuser.pyramid.stride8.weight.is_contiguous(memory_format=torch.channels_last)
     inputs = processor(noise_image(), return_tensors="pt")
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
@@ -269,7 +270,7 @@ def test_a_loaded_model_has_channels_last_and_the_same_scores(saved_model):
 
 def test_precision_can_be_chosen(saved_model):
     _, folder = saved_model
-    model, _ = segment.load_model(str(folder), None, torch.device("cpu"), "bfloat16")
+    model, _ = load_for_inference(folder, torch.device("cpu"), "bfloat16")
     assert model.dtype == torch.bfloat16 and not model.training
 
 

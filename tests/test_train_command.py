@@ -1,9 +1,10 @@
-"""`mfuser train`: recipes, settings, and runs from a command line to a folder that loads."""
+"""`mfuser train`: recipes, settings, and runs from the command line to a saved model."""
 
 import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import datasets
@@ -13,12 +14,12 @@ import torch
 import yaml
 from PIL import Image
 from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
-from transformers import AutoModelForSemanticSegmentation, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
 
 from mfuser import MFuserForSemanticSegmentation
 from mfuser.data.augmentation import TrainingAugmentation
+from mfuser.loading import load_model
 from mfuser.scripts import cli, train
-from mfuser.training.trainer import load_trained_model
 
 torch.set_num_threads(1)
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -27,7 +28,7 @@ PUBLISHED = ["gta5_clip", "gta5_eva02", "gta5_siglip", "cityscapes_clip", "citys
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Parquet files of eight street scenes that four classes cut into strips, and their names."""
+    """Parquet files of eight images in horizontal strips of four classes, and the class names."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     for split, number in (("train", 6), ("validation", 2)):
@@ -58,8 +59,7 @@ def encoders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def recipe(tmp_path, data):
+def write_recipe(folder, data):
     settings = {
         "model_config": {
             "vfm_config": DINOV2, "vlm_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 24},
@@ -69,12 +69,25 @@ def recipe(tmp_path, data):
             "loss_num_points": 64, "crop_size": 64, "crop_stride": 42,
         },
         "train_data": str(data), "validation_data": str(data), "rare_class_min_pixels": 100,
-        "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1, "report_to": "none",
-        "use_cpu": True, "learning_rate": 1e-3, "output_dir": str(tmp_path / "run"),
+        "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "logging_steps": 1, "report_to": "none",
+        "use_cpu": True, "learning_rate": 1e-3, "output_dir": str(folder / "run"),
     }  # fmt: skip
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path, data):
+    return write_recipe(tmp_path, data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """Output folder of a finished run of the recipe. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train.main([str(write_recipe(folder, data))]) == 0
+    return folder / "run"
 
 
 def small_parts(recipe):
@@ -86,7 +99,7 @@ def small_parts(recipe):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_is_laid_over_the_recipe(recipe):
+def test_the_command_line_overrides_the_recipe(recipe):
     arguments = ["--learning_rate", "1e-4", "max_steps=7", "model_config.crop_size=96", "--resume", "true"]
     settings = train.read_settings([str(recipe), *arguments, "eval_strategy=no"])
     assert settings["learning_rate"] == 1e-4 and settings["max_steps"] == 7
@@ -115,71 +128,158 @@ def test_the_published_recipes_hold_the_published_numbers(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no.yaml"], "no.yaml is no file"),
-        (["--learning_rat", "1"], "no such setting: learning_rat"),
-        (["--learning_rate"], "--learning_rate needs a value"),
-        (["max_steps=1", "output_dir=x"], "say what to train on"),
+        (["no.yaml"], "there is no recipe no.yaml"),
+        (["--learning_rat", "1"], "unknown settings: learning_rat"),
+        (["--learning_rate"], "--learning_rate has no value"),
+        (["max_steps=1", "output_dir=x"], "train_data is missing"),
     ],
 )
-def test_what_is_wrong_with_the_arguments_is_said(arguments, message, capsys):
+def test_wrong_arguments_are_explained(arguments, message, capsys):
     assert train.main(arguments) == 1
     assert message in capsys.readouterr().err
 
 
-def test_a_model_must_be_named_in_one_way(recipe, capsys):
+def test_a_model_given_in_two_ways_is_refused(recipe, capsys):
     assert train.main([str(recipe), "model=a", "vfm=b", "vlm=c"]) == 1
-    assert "give either `model`" in capsys.readouterr().err
+    assert "model=a, vfm=b, vlm=c; give either `model`" in capsys.readouterr().err
 
 
-def test_what_trains_cannot_be_saved_alone_without_knowing_the_encoders(recipe, capsys):
+def test_saving_only_trainable_weights_needs_known_encoders(recipe, capsys):
     assert train.main([str(recipe), "save_trainable_only=true", "model_config.freeze_encoders=true"]) == 1
-    assert "say which they are" in capsys.readouterr().err
+    assert "pass encoders=" in capsys.readouterr().err
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_trains_a_model_that_loads_with_its_card_and_continues(recipe, tmp_path, data):
-    assert train.main([str(recipe)]) == 0
-    run = tmp_path / "run"
-    card = (run / "README.md").read_text()
+def weights_in(folder):
+    return MFuserForSemanticSegmentation.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_finished_run_has_a_card_and_a_model_for_the_stock_pipeline(finished):
+    card = (finished / "README.md").read_text()
     assert "2 steps of 2 crops of 64 pixels" in card and "Mean IoU on the split validation" in card
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((finished / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation"}
-    image = Image.new("RGB", (96, 72))
-    parts = pipeline("image-segmentation", model=str(run), trust_remote_code=True)(image)
+    parts = pipeline("image-segmentation", model=str(finished), trust_remote_code=True)(Image.new("RGB", (96, 72)))
     assert {part["label"] for part in parts} <= set(CLASSES)
 
-    weights = AutoModelForSemanticSegmentation.from_pretrained(run, trust_remote_code=True).state_dict()
-    assert train.main([str(recipe), "--resume", "true"]) == 0  # done already: nothing changes
-    again = MFuserForSemanticSegmentation.from_pretrained(run).state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in again.items())
-    further = ["model=" + str(run), "model_config={}", f"output_dir={tmp_path / 'further'}", "max_steps=1"]
-    assert train.main([str(recipe), *further]) == 0
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The training steps that are computed, one item for each."""
+    computed = []
+    training_step = train.MFuserTrainer.training_step
+
+    def counting(trainer, *args, **kwargs):
+        computed.append(trainer.state.global_step)
+        return training_step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(train.MFuserTrainer, "training_step", counting)
+    return computed
+
+
+def test_an_interrupted_run_is_resumed_from_its_last_checkpoint_and_ends_with_the_same_weights(
+    finished, recipe, tmp_path, steps
+):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(finished / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    assert train.main([str(recipe), "--resume", "true"]) == 0
+    assert steps == [1]  # the first step is not repeated
+    assert_same_weights(weights_in(tmp_path / "run"), weights_in(finished))
+
+
+def test_a_named_checkpoint_is_resumed(finished, recipe, tmp_path, steps):
+    assert train.main([str(recipe), "--resume", str(finished / "checkpoint-1")]) == 0
+    assert steps == [1]
+
+
+def test_resuming_a_finished_run_changes_no_weight(finished, recipe, tmp_path, steps):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train.main([str(recipe), "--resume", "true"]) == 0
+    assert steps == []
+    assert_same_weights(weights_in(tmp_path / "run"), weights_in(finished))
+
+
+def test_without_resume_a_run_starts_at_the_first_step(finished, recipe, tmp_path, steps):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(finished / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    assert train.main([str(recipe)]) == 0
+    assert steps == [0, 1]
+
+
+def test_a_trained_model_is_trained_further(finished, recipe, tmp_path):
+    arguments = [f"model={finished}", "model_config={}", f"output_dir={tmp_path / 'further'}", "max_steps=1"]
+    trainer = train.build_trainer(*train.parse_arguments([str(recipe), *arguments]))
+    assert_same_weights(trainer.model.state_dict(), weights_in(finished))
+    assert train.main([str(recipe), *arguments]) == 0
     assert (tmp_path / "further" / "model.safetensors").is_file()
 
 
-def test_fine_tuning_pretrained_encoders_saves_what_trains_and_names_the_rest(recipe, tmp_path, encoders, data):
-    settings = yaml.safe_load(recipe.read_text()) | {"model_config": small_parts(recipe)}
+@pytest.mark.parametrize("temperature", [0.05, 100.0])
+def test_the_recipes_sampling_settings_reach_the_sampler(recipe, data, temperature):
+    arguments = [str(recipe), f"rare_class_temperature={temperature}", "rare_class_min_pixels=150", "seed=7"]
+    sampler = train.build_trainer(*train.parse_arguments(arguments)).train_sampler
+    rows = datasets.Dataset.from_parquet(str(data / "train.parquet"))
+    counts = np.array(
+        [np.bincount(np.asarray(label).ravel(), minlength=256)[: len(CLASSES)] for label in rows["label"]]
+    )
+    weights = np.exp((1 - counts.sum(axis=0) / counts.sum()) / temperature)
+    np.testing.assert_allclose(sampler.probabilities, weights / weights.sum(), rtol=1e-9)
+    assert [held.tolist() for held in sampler.rows] == [np.flatnonzero(held > 150).tolist() for held in counts.T]
+    assert sampler.seed == 7
+
+
+def test_without_rare_class_sampling_every_row_is_drawn_once_per_epoch(recipe):
+    trainer = train.build_trainer(*train.parse_arguments([str(recipe), "rare_class_sampling=false"]))
+    assert sorted(draw.row for draw in trainer.train_sampler) == list(range(6))
+
+
+def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(recipe, tmp_path, encoders, data):
+    settings = yaml.safe_load(recipe.read_text()) | {"model_config": small_parts(recipe), "save_steps": 2}
     settings |= {"vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm")}
     recipe.write_text(yaml.safe_dump(settings | {"save_trainable_only": True}))
     assert train.main([str(recipe)]) == 0
     run = tmp_path / "run"
     assert json.loads((run / "encoders.json").read_text()) == {key: settings[key] for key in ("vfm", "vlm")}
-    model = load_trained_model(run)
+    model = load_model(run)
     pretrained = Dinov2Model.from_pretrained(encoders / "vfm").state_dict()
     for name, value in model.mfuser.vfm.vision.encoder.state_dict().items():
         assert torch.equal(value, pretrained[f"encoder.{name}"]), name
-    saved = load_trained_model(run / "checkpoint-2").state_dict()
-    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    assert_same_weights(load_model(run / "checkpoint-2").state_dict(), model.state_dict())
     assert not any(weight.requires_grad for weight in model.mfuser.vfm.parameters())
 
+    # Such a folder works wherever a whole model does, with the same scores.
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copy(run / "preprocessor_config.json", tmp_path / "whole")
+    scores = []
+    for folder in (run, tmp_path / "whole"):
+        report = tmp_path / "report.json"
+        arguments = ["--model", str(folder), "--domains", f"street:validation={data}", "--output", str(report)]
+        assert cli.main(["evaluate", *arguments, "--device", "cpu", "--workers", "0"]) == 0
+        scores.append(json.loads(report.read_text())["domains"])
+    for domains in scores:
+        del domains["street:validation"]["seconds"]
+    assert scores[0] == scores[1]
+    Image.new("RGB", (96, 72), (90, 120, 30)).save(tmp_path / "image.png")
+    assert (
+        cli.main(["segment", str(tmp_path / "image.png"), "--model", str(run), "--output", str(tmp_path / "out")]) == 0
+    )
+    further = [str(recipe), "vfm=null", "vlm=null", f"model={run}", "model_config={}", f"output_dir={tmp_path / 'b'}"]
+    assert train.main([*further, "max_steps=1"]) == 0  # on top of the same encoders, and again without them
+    assert (tmp_path / "b" / "encoders.json").read_text() == (run / "encoders.json").read_text()
 
-def test_data_with_other_classes_than_the_models_is_refused(recipe, tmp_path, data, capsys):
-    assert train.main([str(recipe), "max_steps=1", "save_strategy=no"]) == 0
+
+def test_data_with_other_classes_than_the_models_is_refused(finished, recipe, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(dict(enumerate(["a", "b", "c", "d"]))))
-    arguments = [str(recipe), f"model={tmp_path / 'run'}", "model_config={}", f"id2label={other}"]
+    arguments = [str(recipe), f"model={finished}", "model_config={}", f"id2label={other}"]
     assert train.main(arguments) == 1
     assert "has the classes road, sky" in capsys.readouterr().err
 
@@ -192,7 +292,7 @@ def steps_of(document: Path) -> dict[str, str]:
     return dict(re.findall(r"<!-- step: (\w+) -->\n```\w+\n(.*?)```", document.read_text(), flags=re.DOTALL))
 
 
-def test_the_walk_through_of_fine_tuning_works(recipe, encoders, tmp_path, monkeypatch):
+def test_the_steps_of_the_fine_tuning_guide_work(recipe, encoders, tmp_path, monkeypatch):
     steps = steps_of(Path(__file__).parents[1] / "docs" / "fine_tuning.md")
     assert list(steps) == ["pack", "recipe", "train", "evaluate", "segment"]
     monkeypatch.chdir(tmp_path)
@@ -223,7 +323,7 @@ def test_the_walk_through_of_fine_tuning_works(recipe, encoders, tmp_path, monke
 # --- checkpoints/ ----------------------------------------------------------------------------------------------------
 
 
-def test_the_demonstration_checkpoint_is_small_and_whole():
+def test_the_demonstration_checkpoint_is_small_and_complete():
     folder = Path(__file__).parents[1] / "checkpoints" / "mfuser-tiny-camvid"
     assert (folder / "model.safetensors").stat().st_size <= 12e6
     _, report = MFuserForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)

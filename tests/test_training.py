@@ -1,9 +1,10 @@
-"""Optimizer, schedule, losses, checkpoints and devices of a training run."""
+"""Optimizer, schedule, losses, evaluation, checkpoints and distributed training."""
 
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed_worker import Samples, step_and_evaluate
+from distributed_worker import FSDP_RUNS_ON_CPU, Samples, random_maps, step_and_evaluate
 from sklearn.metrics import confusion_matrix
-from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_model
+from tiny_models import CLASSES, tiny_batch, tiny_model
 from torch import nn
+from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.data.augmentation import ShuffledSampler
+from mfuser.evaluation.metrics import MeanIoU
+from mfuser.loading import restore_weights
 from mfuser.scripts.checkpoint_names import convert_state_dict, convert_tensor, dropped_reason
 from mfuser.scripts.convert_checkpoint import config_from_state_dict
-from mfuser.training.trainer import (
-    MFuserTrainer,
-    MFuserTrainingArguments,
-    PolynomialSchedule,
-    parameter_groups,
-    restore_weights,
-    synchronise_batch_norm,
-)
+from mfuser.training.checkpoints import without_scalars
+from mfuser.training.optimization import PolynomialSchedule, parameter_groups
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 torch.set_num_threads(1)
 ENCODERS = {"vfm": "a-vfm", "vlm": "a-vlm"}
@@ -68,7 +68,7 @@ def test_the_optimizer_trains_exactly_what_the_reference_trains(variant):
 
 
 @pytest.mark.parametrize("decay_embeddings", [True, False])
-def test_weight_decay_spares_norms_and_if_asked_level_and_query_embeddings(full_size, decay_embeddings):
+def test_norms_and_optionally_level_and_query_embeddings_have_no_weight_decay(full_size, decay_embeddings):
     decayed, spared = parameter_groups(full_size, 1e-4, decay_embeddings)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-4, 0.0)
     spared = names_of(full_size, spared["params"])
@@ -91,8 +91,8 @@ def test_the_schedule_is_mmcvs_poly_with_linear_warm_up():
         assert schedule(step) * 1e-4 == pytest.approx(rate, rel=1e-6)
 
 
-def test_a_schedule_that_would_rise_is_refused():
-    with pytest.raises(ValueError, match="can't fall from 1e-07 to 1e-06"):
+def test_a_rising_schedule_is_refused():
+    with pytest.raises(ValueError, match="learning rate is 1e-07 and its minimum 1e-06; the minimum must be between"):
         PolynomialSchedule(1e-7, 1e-6, 10)
 
 
@@ -137,12 +137,12 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(tmp_path):
         trainer = trainer_in(tmp_path, tiny_model(fusion_dropout=0.0, vlm_drop_path_rate=0.0), **fields)
         trainer.train()
         logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
-        assert trainer.model.mfuser.gradient_checkpointing == checkpointing
+        assert trainer.model.mfuser.fusion_layers[0].gradient_checkpointing == checkpointing
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-6)
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5)
 
 
-def test_a_model_card_that_is_there_is_kept_when_the_model_is_shared(tmp_path):
+def test_an_existing_model_card_is_kept_when_the_model_is_uploaded(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
     (tmp_path / "README.md").write_text("ours")
     trainer.create_model_card(model_name="a")
@@ -162,23 +162,54 @@ def test_void_pixels_do_not_scale_the_loss(tmp_path):
     assert torch.equal(by_trainer, trainer.model(**batch).loss.detach())
 
 
+def iou_per_class(labels, predicted):
+    known = labels != 255
+    matrix = confusion_matrix(labels[known], predicted[known], labels=range(len(CLASSES)))
+    return matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+
+
 def test_evaluation_equals_an_independent_mean_iou_and_keeps_no_logits(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
     metrics = trainer.evaluate()
     batch = Samples().batch
     with torch.no_grad():
         predicted = trainer.model.eval()(batch["pixel_values"]).logits.argmax(dim=1)
-    known = batch["labels"] != 255
-    matrix = confusion_matrix(batch["labels"][known], predicted[known], labels=range(len(CLASSES)))
-    iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+    iou = iou_per_class(batch["labels"], predicted)
     assert metrics["eval_mean_iou"] == pytest.approx(iou.mean())
     assert metrics["eval_iou_sky"] == pytest.approx(iou[1])
     assert trainer.predict(trainer.eval_dataset).predictions is None
 
 
-def test_the_sampler_hears_of_each_epoch_whatever_data_loader_is_around_it(tmp_path):
+class ColourModel(nn.Module):
+    """Stands in for a model: the score of each class is a colour channel, or minus their sum."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, pixel_values):
+        logits = torch.cat([pixel_values, -pixel_values.sum(dim=1, keepdim=True)], dim=1)
+        return SemanticSegmenterOutput(logits=logits)
+
+
+def test_validation_scores_are_resized_to_the_labels_as_post_processing_resizes_them(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
-    trainer.state.epoch = 1.5  # resumed in the middle of the second
+    trainer.model = ColourModel(trainer.model.config)
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(6, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, len(CLASSES), (6, 40, 36), generator=generator)
+    samples = [{"pixel_values": pixels, "labels": label} for pixels, label in zip(pixel_values, labels, strict=True)]
+    predicted = MFuserImageProcessor().post_process_semantic_segmentation(
+        trainer.model(pixel_values), target_sizes=[(40, 36)] * 6
+    )
+    iou = iou_per_class(labels, torch.stack(predicted))
+    metrics = trainer.evaluate(samples)
+    assert [metrics[f"eval_iou_{name}"] for name in CLASSES] == pytest.approx(iou.tolist(), rel=1e-9)
+
+
+def test_the_samplers_epoch_is_set_when_a_run_is_resumed_within_an_epoch(tmp_path):
+    trainer = trainer_in(tmp_path, save_strategy="no")
+    trainer.state.epoch = 1.5  # in the middle of the second epoch
     trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
     assert trainer.train_sampler.epoch == 1
 
@@ -187,7 +218,7 @@ def test_the_sampler_hears_of_each_epoch_whatever_data_loader_is_around_it(tmp_p
 
 
 def killed_while_saving(folder, step):
-    """A run that is killed when the model of that step is written and its optimizer is not."""
+    """Exit code of a run that is killed between writing the model and the optimizer of that step."""
 
     def run():
         trainer = trainer_in(folder)
@@ -219,7 +250,7 @@ def test_a_run_killed_while_saving_continues_bit_equal_from_its_last_whole_check
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_the_best_model_on_the_source_comes_back_whole(tmp_path):
+def test_every_tensor_of_the_best_model_is_restored(tmp_path):
     trainer = trainer_in(
         tmp_path, eval_strategy="steps", eval_steps=2, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="mean_iou", greater_is_better=True,
@@ -249,7 +280,7 @@ def test_a_checkpoint_loads_by_itself_and_holds_its_image_processor(tmp_path):
     assert (checkpoint / "modeling_mfuser.py").is_file()
 
 
-def test_only_what_trains_is_saved_if_asked_and_goes_back_on_top_of_the_encoders(tmp_path):
+def test_checkpoints_without_frozen_weights_are_restored_on_top_of_the_encoders(tmp_path):
     trainer = trainer_in(tmp_path / "part", tiny_model(), max_steps=2, save_trainable_only=True, encoders=ENCODERS)
     trainer.train()
     full = trainer_in(tmp_path / "full", tiny_model(), max_steps=2)
@@ -264,13 +295,41 @@ def test_only_what_trains_is_saved_if_asked_and_goes_back_on_top_of_the_encoders
     assert_same_weights(weights_of(fresh), weights_of(full.model))
 
 
+def test_a_checkpoint_is_uploaded_from_its_final_folder_and_holds_the_given_arguments(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=2)
+    uploaded = {}
+
+    def record(folder):
+        uploaded[folder] = sorted(path.name for path in Path(folder).iterdir())
+
+    trainer._push_from_checkpoint = record
+    trainer.args.push_to_hub = True
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert uploaded == {str(checkpoint): sorted(path.name for path in checkpoint.iterdir())}
+    arguments = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert arguments.output_dir == str(tmp_path) and arguments.push_to_hub
+
+
+def test_scalars_that_fsdp_cannot_shard_are_scalars_again_in_saved_models(tmp_path):
+    trainer = trainer_in(tmp_path, save_strategy="no")
+    before = weights_of(trainer.model)
+    trainer._scalars = without_scalars(trainer.model)
+    assert trainer._scalars and all(weight.dim() for weight in trainer.model.parameters())
+    trainer.save_model()
+    assert_same_weights(weights_of(MFuserForSemanticSegmentation.from_pretrained(tmp_path)), before)
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path):
     tiny_model(decoder_num_layers=3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"not part of the model: decoder\.layers\.2\."):
+    with pytest.raises(ValueError, match=r"unexpected: decoder\.layers\.2\."):
         restore_weights(tiny_model(), tmp_path)
     tiny_model(decoder_num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"missing: decoder\.layers\.1\."):
         restore_weights(tiny_model(), tmp_path)
+    trainer = trainer_in(tmp_path / "run", save_strategy="no")
+    with pytest.raises(ValueError, match=r"weights in the checkpoint do not fit .* missing: decoder\.layers\.1\."):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------
@@ -278,17 +337,31 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """What two processes did together."""
+    """The results of two processes that trained and evaluated together."""
     worker, output = Path(__file__).with_name("distributed_worker.py"), tmp_path_factory.mktemp("both") / "result.pt"
     fsdp = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "fsdp.yaml").read_text())["fsdp_config"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, output]
-    command.append(fsdp["fsdp_transformer_layer_cls_to_wrap"])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    command = [sys.executable, worker, output, fsdp["fsdp_transformer_layer_cls_to_wrap"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
     return torch.load(output)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_and_gradients_of_one(both):
     alone = step_and_evaluate(world_size=1)
     assert sorted(both["seen"][0] + both["seen"][1]) == sorted(alone["seen"])
@@ -300,16 +373,29 @@ def test_two_processes_give_the_loss_and_gradients_of_one(both):
     assert both["evaluation"]["eval_mean_iou"] == pytest.approx(alone["evaluation"]["eval_mean_iou"], abs=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_reduce_to_exactly_the_pixel_counts_of_one(both):
+    prediction, label = random_maps()
+    whole = MeanIoU(19)
+    whole.update(prediction, label)
+    assert both["reduced"] == [whole.matrix.tolist()] * 4  # on both processes, and again when reduced again
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FSDP_RUNS_ON_CPU, reason="this version of PyTorch shards on accelerators only")
 def test_layers_sharded_as_the_fsdp_recipe_says_give_the_same_loss_and_gradients(both):
     assert both["sharded"][True] == pytest.approx(both["sharded"][False], rel=1e-5)
 
 
-def test_batch_norm_is_synchronised_on_accelerators():
+@pytest.mark.parametrize(("device", "kind"), [("meta", nn.SyncBatchNorm), ("cpu", nn.BatchNorm2d)])
+def test_batch_norm_is_synchronised_between_accelerators_only(tmp_path, monkeypatch, device, kind):
+    arguments = MFuserTrainingArguments(str(tmp_path), save_strategy="no", report_to="none", use_cpu=True)
+    assert arguments.device.type == "cpu"
+    monkeypatch.setattr(MFuserTrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    monkeypatch.setattr(MFuserTrainingArguments, "device", torch.device(device))  # meta stands in for an accelerator
     model = tiny_model()
-    before = weights_of(model)
-    model = synchronise_batch_norm(model)
-    assert [type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] == [
-        nn.SyncBatchNorm
-    ]
-    assert_same_weights(weights_of(model), before)
-    assert isinstance(model.config, type(tiny_config()))
+    names = list(model.state_dict())
+    trainer = MFuserTrainer(model, arguments)
+    norms = [module for module in trainer.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert [type(norm) for norm in norms] == [kind]
+    assert list(trainer.model.state_dict()) == names

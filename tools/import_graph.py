@@ -18,13 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURE = ROOT / "docs" / "figures" / "import_graph.svg"
 PACKAGE = "mfuser"
 # From top to bottom: a module imports from its own layer and from those below.
-LAYERS = ("scripts", "training", "evaluation", "data", "model", "root")
-TITLES = {"model": "model files (carried by a saved model)", "root": "other root files"}
+LAYERS = ("scripts", "training", "evaluation", "data", "above", "model", "root")
+TITLES = {
+    "above": "root files above the model",
+    "model": "model files (carried by a saved model)",
+    "root": "other root files",
+}
 COLOURS = {
     "scripts": "#e8eaf6",
     "training": "#fff3e0",
     "evaluation": "#e8f5e9",
     "data": "#e0f2f1",
+    "above": "#fffde7",
     "model": "#fce4ec",
     "root": "#f5f5f5",
 }
@@ -90,9 +95,11 @@ def layer_of(module: str, model_files: Iterable[str]) -> str:
 
 
 def layers(graph: Graph, root: Path = ROOT) -> dict[str, str]:
-    """The layer of every module of `graph`."""
+    """The layer of every module of `graph`. Root modules that import model files are above the model."""
     model_files = {name.removesuffix(".py") for name in code_files(root=root)}
-    return {module: layer_of(module, model_files) for module in graph}
+    layer = {module: layer_of(module, model_files) for module in graph}
+    above = [module for module in graph if layer[module] == "root" and graph[module] & model_files]
+    return layer | dict.fromkeys(above, "above")
 
 
 def upward_imports(graph: Graph, layer: Mapping[str, str]) -> list[str]:

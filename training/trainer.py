@@ -1,10 +1,7 @@
-"""Training on Transformers' Trainer: the published recipe's optimizer and schedule, a validation score on the source
-domain, and checkpoints that are whole and come back whole."""
+"""Training on Transformers' Trainer: the published recipe, validation on the source domain, and whole checkpoints."""
 
 import copy
 import json
-import logging
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,202 +10,65 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
-from mfuser.configuration_mfuser import MFuserConfig
-from mfuser.data.augmentation import label_array
+from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
+from mfuser.files import write_text
+from mfuser.loading import ENCODERS_FILE
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.pretrained_mfuser import VFM_CLASSES, VLM_CLASSES, load_encoder, load_towers
-
-logger = logging.getLogger(__name__)
-
-# A checkpoint is written here and renamed once whole. The Hub upload leaves out what begins with an underscore.
-UNFINISHED_FOLDER = "_unfinished"
-TRAINER_STATE_FILE = "trainer_state.json"
-# Which pretrained encoders belong to weights that were saved without them.
-ENCODERS_FILE = "encoders.json"
-
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-LEVEL_AND_QUERY_EMBEDDINGS = (".decoder.level_embedding", ".decoder.query_position_embedding")
+from mfuser.training.checkpoints import UNFINISHED_FOLDER, accept_saved_names, publish, without_scalars
+from mfuser.training.optimization import PolynomialSchedule, parameter_groups
 
 
 @dataclass
 class MFuserTrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] with what the published recipe needs beyond them. The recipes in `recipes/` set the rest.
+    """
+    [`TrainingArguments`] with the settings that the published recipe needs in addition.
 
     Args:
-        min_learning_rate (`float`): where the polynomial schedule ends.
-        schedule_power (`float`): its power.
-        warmup_start (`float`): the warm-up begins at this share of the schedule.
-        decay_embeddings (`bool`): whether weight decay acts on the decoder's level and query embeddings, as in the
-            published CLIP runs, or not, as in those of EVA02-CLIP and SigLIP.
-        save_trainable_only (`bool`): write only what trains into checkpoints, and into the final model.
+        lr_scheduler_type (`str`, *optional*, defaults to `"polynomial"`):
+            The published schedule, [`~mfuser.training.optimization.PolynomialSchedule`], or one of Transformers'.
+        min_learning_rate (`float`, *optional*, defaults to 1e-6):
+            Learning rate at the end of the polynomial schedule.
+        schedule_power (`float`, *optional*, defaults to 0.9):
+            Power of the polynomial schedule.
+        warmup_start (`float`, *optional*, defaults to 1e-6):
+            Factor of the learning rate at the start of the warm-up.
+        decay_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether weight decay acts on the decoder's level and query embeddings. It does in the published CLIP runs
+            and does not in those of EVA02-CLIP and SigLIP.
+        save_trainable_only (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints and the final model leave out the frozen weights.
     """
 
     lr_scheduler_type: str = field(
         default="polynomial",
-        metadata={"help": "polynomial: the published schedule (min_learning_rate, schedule_power, warmup_start)."},
+        metadata={
+            "help": "Learning-rate schedule: polynomial is the published one (min_learning_rate, schedule_power, "
+            "warmup_start); the others are Transformers'."
+        },
     )
-    min_learning_rate: float = field(default=1e-6, metadata={"help": "Where the polynomial schedule ends."})
+    min_learning_rate: float = field(
+        default=1e-6, metadata={"help": "Learning rate at the end of the polynomial schedule."}
+    )
     schedule_power: float = field(default=0.9, metadata={"help": "Power of the polynomial schedule."})
-    warmup_start: float = field(default=1e-6, metadata={"help": "Share of the schedule that the warm-up begins at."})
+    warmup_start: float = field(
+        default=1e-6, metadata={"help": "Factor of the learning rate at the start of the warm-up."}
+    )
     decay_embeddings: bool = field(
         default=True, metadata={"help": "Whether weight decay acts on the decoder's level and query embeddings."}
     )
     save_trainable_only: bool = field(
         default=False,
-        metadata={"help": "Write only what trains; load it again on top of the encoders that it was trained with."},
+        metadata={"help": "Leave the frozen encoders out of checkpoints and of the final model."},
     )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool = True) -> list[dict]:
-    """The trainable parameters in two groups for AdamW: with weight decay, and without.
-
-    Args:
-        model: [`MFuserForSemanticSegmentation`], or that in a wrapper.
-        weight_decay: of the first group. Norms (weights and biases) have none.
-        decay_embeddings: whether the decoder's level and query embeddings have.
-
-    Returns:
-        Two dictionaries of `params` and `weight_decay`. Each trainable parameter is in exactly one of them.
-    """
-    exempt = {id(weight) for module in model.modules() if isinstance(module, NORMS) for weight in module.parameters()}
-    if not decay_embeddings:
-        exempt |= {
-            id(weight) for name, weight in model.named_parameters() if f".{name}".endswith(LEVEL_AND_QUERY_EMBEDDINGS)
-        }
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    if not trainable:
-        raise ValueError("The model has no parameter that trains.")
-    return [
-        {"params": [weight for weight in trainable if id(weight) not in exempt], "weight_decay": weight_decay},
-        {"params": [weight for weight in trainable if id(weight) in exempt], "weight_decay": 0.0},
-    ]
-
-
-class PolynomialSchedule:
-    """Learning rate at a step, as a share of the base rate: mmcv's `poly` policy with linear warm-up, by step.
-
-    The polynomial runs from step 0, under the warm-up; Transformers' own starts after it.
-
-    Args:
-        base: learning rate that the polynomial starts from.
-        minimum: learning rate at `steps`.
-        steps: length of the training.
-        warmup_steps: the polynomial is scaled by a line that rises from `warmup_start` to 1 over these steps.
-    """
-
-    def __init__(
-        self,
-        base: float,
-        minimum: float,
-        steps: int,
-        warmup_steps: int = 0,
-        power: float = 0.9,
-        warmup_start: float = 1e-6,
-    ):
-        if not 0 <= minimum <= base or base == 0:
-            raise ValueError(f"the learning rate can't fall from {base} to {minimum}: give 0 <= minimum <= base")
-        self.base, self.minimum, self.steps = base, minimum, steps
-        self.warmup_steps, self.power, self.warmup_start = warmup_steps, power, warmup_start
-
-    def __call__(self, step: int) -> float:
-        remaining = max(0.0, 1 - step / self.steps)
-        rate = (self.base - self.minimum) * remaining**self.power + self.minimum
-        if step < self.warmup_steps:
-            rate *= 1 - (1 - step / self.warmup_steps) * (1 - self.warmup_start)
-        return rate / self.base
-
-
-class ValidationDataset(Dataset):
-    """Images prepared by an image processor, one at a time, with their label maps at full size.
-
-    Args:
-        dataset (`datasets.Dataset`): rows of `image` and `label`, as `load_domain` opens it.
-        image_processor ([`MFuserImageProcessor`]): resizes and normalises the images; labels are left alone.
-    """
-
-    def __init__(self, dataset, image_processor):
-        self.dataset = dataset.select_columns(["image", "label"])
-        self.image_processor = image_processor
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.dataset[index]
-        pixel_values = self.image_processor(row["image"], return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixel_values, "labels": torch.from_numpy(label_array(row["label"]).copy())}
-
-
-def restore_weights(model: PreTrainedModel, folder: str | Path):
-    """Loads a saved model's weights into `model`, and makes sure that everything that trains, and every buffer, came.
-
-    The names of tensors in files are not those in memory: `from_pretrained` translates them, `load_state_dict` does
-    not and would silently leave encoder weights as they are. Frozen weights that the folder doesn't hold
-    (`save_trainable_only`) are left as they are, too, but on purpose.
-
-    Raises:
-        ValueError: weights that are missing, superfluous or of another shape; they are named.
-    """
-    loaded, report = type(model).from_pretrained(
-        folder,
-        config=copy.deepcopy(model.config),
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    problems = {
-        "missing": sorted(set(report["missing_keys"]) - frozen),
-        "not part of the model": sorted(report["unexpected_keys"]),
-        "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
-    }
-    problems = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
-    if problems:
-        raise ValueError(f"The weights in {folder} don't fit the model; {'; '.join(problems)}")
-    state = {name: value for name, value in loaded.state_dict().items() if name not in report["missing_keys"]}
-    model.load_state_dict(state, strict=False)
-
-
-def load_trained_model(name_or_path: str, **config_fields) -> MFuserForSemanticSegmentation:
-    """A saved model in float32, also one saved with `save_trainable_only`: on top of the encoders that it names.
-
-    Args:
-        name_or_path: folder, or for a model saved whole, Hub id.
-        config_fields: fields of its [`MFuserConfig`] to change.
-    """
-    encoders = Path(name_or_path, ENCODERS_FILE)
-    if not encoders.is_file():
-        return MFuserForSemanticSegmentation.from_pretrained(name_or_path, dtype=torch.float32, **config_fields)
-    names = json.loads(encoders.read_text(encoding="utf-8"))
-    model = MFuserForSemanticSegmentation(MFuserConfig.from_pretrained(name_or_path, **config_fields))
-    vfm = load_encoder(names["vfm"], VFM_CLASSES, "vision foundation model")
-    load_towers(model.mfuser, vfm, load_encoder(names["vlm"], VLM_CLASSES, "vision-language model"))
-    restore_weights(model, name_or_path)
-    return model
-
-
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """`model` with BatchNorm layers whose statistics, in training, run over all processes. Needs an accelerator."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-def without_scalars(model: nn.Module) -> list[str]:
-    """Gives `model`'s scalar parameters one dimension, for FSDP shards no scalars. Returns their names."""
-    names = [name for name, weight in model.named_parameters() if weight.dim() == 0]
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        weight = getattr(model.get_submodule(module), attribute)
-        one_dimensional = nn.Parameter(weight.detach().reshape(1), requires_grad=weight.requires_grad)
-        setattr(model.get_submodule(module), attribute, one_dimensional)
-    return names
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler of each new epoch, whatever data loaders are wrapped around it."""
+    """Sets the sampler's epoch, which Trainer does not do for every way in which a data loader is prepared."""
 
     def __init__(self, sampler):
         self.sampler = sampler
@@ -218,30 +78,43 @@ class _SetEpoch(TrainerCallback):
 
 
 class MFuserTrainer(Trainer):
-    """[`Trainer`] for MFuser. Differences:
+    """
+    [`Trainer`] for MFuser, with these differences:
 
-    - AdamW groups and schedule of the published recipe ([`parameter_groups`], [`PolynomialSchedule`]).
-    - The parts of the loss are logged, as means since the last log: `loss_class`, `loss_mask`, `loss_dice`, summed
-      over the decoder's predictions, and `loss_score_map`.
-    - Evaluation streams a confusion matrix, image by image, exact over several processes: `eval_mean_iou`,
-      `eval_overall_accuracy`, `eval_iou_<class>`. Logits are never collected.
-    - A checkpoint folder has its name only once it is whole, and resuming, like loading the best model, restores every
-      tensor ([`restore_weights`]).
-    - BatchNorm is synchronised where several accelerators train together.
-    - Under FSDP (recipes/fsdp.yaml) there is no evaluation: images of different size would make processes wait for
-      each other for ever.
+    - AdamW groups and schedule of the published recipe ([`~mfuser.training.optimization.parameter_groups`],
+      [`~mfuser.training.optimization.PolynomialSchedule`]).
+    - The parts of the loss are logged, as means since the last log: `loss_class`, `loss_mask` and `loss_dice`, each
+      summed over the decoder's predictions, and `loss_score_map`.
+    - Evaluation accumulates a confusion matrix, image by image, and is exact over several processes:
+      `eval_mean_iou`, `eval_overall_accuracy`, `eval_iou_<class>`. Logits are not collected.
+    - A checkpoint folder gets its name when it is complete. Resuming and loading the best model restore every tensor
+      ([`~mfuser.training.checkpoints.accept_saved_names`]).
+    - BatchNorm is synchronised when several accelerators train together.
+    - There is no evaluation under FSDP (recipes/fsdp.yaml): since images differ in size, processes would wait for
+      each other forever.
 
     Args:
-        model ([`MFuserForSemanticSegmentation`])
-        args ([`MFuserTrainingArguments`])
-        train_dataset ([`~mfuser.data.augmentation.AugmentedDataset`])
-        train_sampler: yields the draws, [`~mfuser.data.augmentation.ShuffledSampler`] or
-            [`~mfuser.data.rare_class_sampling.RareClassSampler`].
-        eval_dataset ([`ValidationDataset`], *optional*): of the source domain, for it selects the best checkpoint.
-        encoders (`dict`, *optional*): folder or Hub id of the pretrained `vfm` and `vlm`; saved beside weights that
-            are saved without them.
-        kwargs: as for [`Trainer`].
+        model ([`MFuserForSemanticSegmentation`]):
+            The model to train.
+        args ([`MFuserTrainingArguments`]):
+            The settings.
+        train_dataset ([`~mfuser.data.augmentation.AugmentedDataset`], *optional*):
+            The training samples.
+        train_sampler (*optional*):
+            The [`~mfuser.data.augmentation.ShuffledSampler`] or
+            [`~mfuser.data.rare_class_sampling.RareClassSampler`] that yields the draws.
+        eval_dataset ([`~mfuser.data.validation.ValidationDataset`], *optional*):
+            Validation images of the source domain, by which the best checkpoint is selected.
+        encoders (`dict[str, str]`, *optional*):
+            Folder or Hub id of the pretrained `vfm` and `vlm`, saved beside weights that are saved without them.
+        kwargs:
+            Further arguments of [`Trainer`].
     """
+
+    args: MFuserTrainingArguments
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
     def __init__(
         self,
@@ -249,38 +122,62 @@ class MFuserTrainer(Trainer):
         args: MFuserTrainingArguments,
         train_dataset: Dataset | None = None,
         train_sampler=None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: ValidationDataset | None = None,
         encoders: dict[str, str] | None = None,
         **kwargs,
     ):
         if args.save_trainable_only and encoders is None and model.config.freeze_encoders:
-            raise ValueError("save_trainable_only leaves out the frozen encoders: say which they are (vfm and vlm)")
+            raise ValueError(
+                "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
+                "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to false"
+            )
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
-            model = synchronise_batch_norm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler, self.encoders = train_sampler, encoders
-        self._staging_folder = None
-        self._loss_sums, self._loss_count = {}, 0
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_count = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if self.is_fsdp_enabled and eval_dataset is not None:
-            raise ValueError("under FSDP nothing can be evaluated in training: leave validation_data out")
+            raise ValueError("evaluation during training is not possible under FSDP; leave validation_data out")
         self._scalars = without_scalars(self.model) if self.is_fsdp_enabled else []
+        # FSDP and DeepSpeed restore weights from separate files, with the names in memory.
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            accept_saved_names(self.model)
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the loader of the samples that `train_sampler` draws; without a sampler, [`Trainer`]'s."""
+        if self.train_sampler is None:
+            return super().get_train_dataloader()
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset, and train_dataset is None")
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,  # args.train_batch_size, unless auto_find_batch_size lowers it
+            sampler=self.train_sampler,
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
+        )
+        return self.accelerator.prepare(loader)
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Images one by one, as their sizes may differ, and every image in one process only."""
+    def get_eval_dataloader(self, eval_dataset: ValidationDataset | None = None) -> DataLoader:
+        """Returns a loader of this process's share of the images, one by one since their sizes may differ."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset.")
+            raise ValueError("evaluation needs an eval_dataset, and eval_dataset is None")
         share = range(self.args.process_index, len(eval_dataset), self.args.world_size)
         return DataLoader(Subset(eval_dataset, share), batch_size=1, num_workers=self.args.dataloader_num_workers)
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: ValidationDataset) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
     # --- optimization ------------------------------------------------------------------------------------------------
@@ -335,7 +232,7 @@ class MFuserTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean IoU at the labels' size. Memory doesn't grow with the number of images; nothing is predicted twice."""
+        """Computes the mean IoU at the labels' size, with memory that does not grow with the number of images."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metric = MeanIoU(model.config.num_labels, model.config.semantic_loss_ignore_index, device=self.args.device)
@@ -360,86 +257,68 @@ class MFuserTrainer(Trainer):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._staging_folder is None else str(self._staging_folder)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the model, the image processor and the training arguments.
+
+        With `save_trainable_only`, frozen weights are left out and the encoders are named in `encoders.json`.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        # Every process takes part in this: sharded weights are gathered.
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
+            if self.args.save_trainable_only:
+                frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+                state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
+            model.save_pretrained(folder, state_dict=state_dict)
+            if self.args.save_trainable_only and self.encoders:
+                write_text(folder / ENCODERS_FILE, json.dumps(self.encoders, indent=2) + "\n")
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        folder = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging, final = folder / UNFINISHED_FOLDER, folder / name
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while saving
+        # Private in Trainer, which writes the files of a checkpoint one by one under the folder's final name. Its only
+        # public hooks there are save_model, before most files are written, and on_save, after all are visible.
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        args, final = self.args, Path(self._get_output_dir(trial), name)
+        staging = Path(args.output_dir, UNFINISHED_FOLDER)
+        if args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed while saving
         self.accelerator.wait_for_everyone()
-        self._staging_folder = staging
+        self.args = copy.copy(args)
+        self.args.output_dir, self.args.push_to_hub = str(staging), False
         try:
+            unfinished = Path(self._get_output_dir(trial), name)
             super()._save_checkpoint(model, trial)
         finally:
-            self._staging_folder = None
+            self.args = args
         self.accelerator.wait_for_everyone()
-        is_best = self.state.best_model_checkpoint == str(staging / name)
-        if is_best:
+        if self.state.best_model_checkpoint == str(unfinished):
             self.state.best_model_checkpoint = str(final)
-        if self.args.should_save:
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_FILE))
-            for file in filter(Path.is_file, staging.rglob("*")):
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
-            os.replace(staging / name, final)
-            staging.rmdir()
+        if args.should_save:
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            torch.save(args, unfinished / TRAINING_ARGS_NAME)
+            publish(unfinished, final)
+            shutil.rmtree(staging, ignore_errors=True)
             rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
+                output_dir=str(final.parent),
+                save_total_limit=args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
+        if args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging_folder is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._scalars and state_dict is not None:
-            state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
-        if self.args.save_trainable_only:
-            model = self.accelerator.unwrap_model(self.model)
-            frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-            state_dict = model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
-        super()._save(output_dir, state_dict)
-        if self.args.save_trainable_only and self.encoders and self.args.should_save:
-            names = json.dumps(self.encoders, indent=2) + "\n"
-            Path(output_dir or self.args.output_dir, ENCODERS_FILE).write_text(names, encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            logger.info("Loading the best model, %s", self.state.best_model_checkpoint)
-            restore_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-
     def create_model_card(self, *args, **kwargs):
-        """Keeps a model card that is already there; without one, [`Trainer`]'s."""
+        """Creates a draft of a model card, unless there is a model card already."""
         if not Path(self.args.output_dir, "README.md").exists():
             super().create_model_card(*args, **kwargs)
 
 
-__all__ = [
-    "MFuserTrainer",
-    "MFuserTrainingArguments",
-    "PolynomialSchedule",
-    "ValidationDataset",
-    "load_trained_model",
-    "parameter_groups",
-    "restore_weights",
-    "synchronise_batch_norm",
-]
+__all__ = ["MFuserTrainer", "MFuserTrainingArguments"]

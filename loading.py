@@ -1,0 +1,165 @@
+"""Loading of saved models: whole ones, and ones that were saved without their frozen encoders."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.pretrained_mfuser import load_pretrained_encoders, load_towers
+
+# Beside weights that were saved without the frozen encoders: the folder or Hub id of each encoder.
+ENCODERS_FILE = "encoders.json"
+
+
+def load_model(
+    name_or_path: str | Path, dtype: str | torch.dtype = "auto", **config_fields
+) -> MFuserForSemanticSegmentation:
+    """
+    Loads a saved model, in eval mode on the CPU.
+
+    A model that was saved with `save_trainable_only` is loaded on top of the pretrained encoders that its
+    `encoders.json` names.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            Folder or Hub id of an MFuser model.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Data type of the weights; `"auto"` keeps the one they were saved in.
+        config_fields:
+            Fields of the model's [`MFuserConfig`] to change.
+
+    Returns:
+        [`MFuserForSemanticSegmentation`]: The model.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is not an MFuser model, or if weights are missing.
+    """
+    name_or_path = str(name_or_path)
+    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if model_type is None:
+        raise ValueError(f"{name_or_path} holds no model: its config.json is missing or names no model type.")
+    if model_type != "mfuser":
+        raise ValueError(f"{name_or_path} holds a model of type {model_type!r}, not 'mfuser'.")
+    encoders = saved_encoders(name_or_path)
+    if encoders is not None:
+        return _load_on_encoders(name_or_path, encoders, dtype, config_fields)
+    model, report = MFuserForSemanticSegmentation.from_pretrained(
+        name_or_path, dtype=dtype, output_loading_info=True, **config_fields
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{name_or_path} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
+    return model
+
+
+def load_for_inference(
+    name_or_path: str | Path,
+    device: torch.device,
+    dtype: str | None = None,
+    size: dict[str, int] | None = None,
+) -> tuple[MFuserForSemanticSegmentation, MFuserImageProcessor]:
+    """
+    Loads a saved model onto `device`, and its image processor.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            Folder or Hub id of an MFuser model, see [`load_model`].
+        device (`torch.device`):
+            Where the model runs.
+        dtype (`str`, *optional*):
+            Data type of the weights; by default the one they were saved in.
+        size (`dict[str, int]`, *optional*):
+            Size that images are resized to; by default the one saved with the image processor.
+
+    Returns:
+        `tuple`: The [`MFuserForSemanticSegmentation`] in eval mode and the [`MFuserImageProcessor`].
+    """
+    model = load_model(name_or_path, dtype or "auto")
+    processor = MFuserImageProcessor.from_pretrained(name_or_path, **({} if size is None else {"size": size}))
+    # The encoders' tokens become feature maps without a copy if channels come last.
+    return model.to(device, memory_format=torch.channels_last).eval(), processor
+
+
+def saved_encoders(name_or_path: str | Path) -> dict[str, str] | None:
+    """Folder or Hub id of the `vfm` and `vlm` that a model was saved without; `None` for a model saved whole."""
+    file = Path(name_or_path, ENCODERS_FILE)
+    if not Path(name_or_path).is_dir():
+        try:
+            file = Path(hf_hub_download(str(name_or_path), ENCODERS_FILE))
+        except EntryNotFoundError:
+            return None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _load_on_encoders(
+    folder: str, encoders: Mapping[str, str], dtype: str | torch.dtype, config_fields: dict
+) -> MFuserForSemanticSegmentation:
+    config = MFuserConfig.from_pretrained(folder, **config_fields)
+    model = MFuserForSemanticSegmentation(config)  # in float32, in which the encoders are resampled
+    load_towers(model.mfuser, load_pretrained_encoders(encoders["vfm"], encoders["vlm"]))
+    restore_weights(model, folder)
+    dtype = config.dtype if dtype == "auto" else dtype
+    if dtype in (torch.float32, "float32", None):
+        return model.eval()
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
+
+
+def read_weights(
+    model: PreTrainedModel, folder: str | Path | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    Translates saved weights to the names that they have in memory, and checks that none is missing.
+
+    The names of tensors in files differ from those in memory. `from_pretrained` translates them; `load_state_dict`
+    does not, and with `strict=False` it would skip the encoders' weights.
+
+    Args:
+        model ([`MFuserForSemanticSegmentation`]):
+            The model that the weights are for. It is not changed.
+        folder (`str` or `Path`, *optional*):
+            Folder of a saved model.
+        state_dict (`dict`, *optional*):
+            The content of its weights file, in place of `folder`.
+
+    Returns:
+        `dict`: A complete state dict of `model`. Frozen weights that were not saved are the model's own.
+
+    Raises:
+        ValueError: If weights that are not frozen are missing, or if weights are unexpected or of another shape.
+    """
+    loaded, report = type(model).from_pretrained(
+        folder,
+        state_dict=state_dict,
+        config=copy.deepcopy(model.config),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    problems = {
+        "missing": sorted(set(report["missing_keys"]) - frozen),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"The weights in {folder or 'the checkpoint'} do not fit the model; {listed}")
+    own = model.state_dict()
+    return loaded.state_dict() | {name: own[name] for name in report["missing_keys"]}
+
+
+def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Loads the weights saved in `folder` into `model`, with the checks of [`read_weights`]."""
+    model.load_state_dict(read_weights(model, folder))
+
+
+__all__ = ["ENCODERS_FILE", "load_for_inference", "load_model", "read_weights", "restore_weights", "saved_encoders"]

@@ -1,0 +1,111 @@
+"""Saved models are loaded whole, or on top of the encoders that they were saved without."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+
+from mfuser import MFuserForSemanticSegmentation, loading
+from mfuser.loading import ENCODERS_FILE, load_model, saved_encoders
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
+
+torch.set_num_threads(1)
+SMALL = dict(enhancer_hidden_size=32, decoder_hidden_size=64, decoder_num_heads=4, decoder_pixel_layers=1)
+SMALL |= dict(decoder_pixel_feedforward_size=64, decoder_num_layers=2, decoder_feedforward_size=64, crop_size=64)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, and folders of it: `whole`, and `part`, saved without its encoders."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    fields = {name: value for name, value in DINOV2.items() if name != "model_type"}
+    Dinov2Model(Dinov2Config(**fields | {"image_size": 96})).save_pretrained(folder / "vfm")
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(max_position_embeddings=16, bos_token_id=49406, eos_token_id=49407)
+    CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=24)).save_pretrained(folder / "vlm")
+    tiny_tokenizer().save_pretrained(folder / "vlm")
+    encoders = {"vfm": str(folder / "vfm"), "vlm": str(folder / "vlm")}
+    model = MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(**encoders, class_names=list(CLASSES), **SMALL)
+    model.save_pretrained(folder / "whole")
+    arguments = MFuserTrainingArguments(str(folder / "part"), save_trainable_only=True, use_cpu=True, report_to="none")
+    MFuserTrainer(model, arguments, encoders=encoders).save_model()
+    return model.eval(), folder
+
+
+def assert_same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert [name for name in first if first[name].dtype != second[name].dtype] == []
+
+
+@pytest.mark.parametrize("kind", ["whole", "part"])
+def test_every_weight_is_loaded_and_encoders_stay_frozen(saved, kind):
+    model, folder = saved
+    loaded = load_model(folder / kind)
+    assert_same_weights(loaded, model)
+    assert not loaded.training
+    assert {name for name, weight in loaded.named_parameters() if weight.requires_grad} == {
+        name for name, weight in model.named_parameters() if weight.requires_grad
+    }
+
+
+def test_a_model_saved_without_encoders_is_smaller_and_names_them(saved):
+    _, folder = saved
+    assert saved_encoders(folder / "part") == {"vfm": str(folder / "vfm"), "vlm": str(folder / "vlm")}
+    assert saved_encoders(folder / "whole") is None
+    sizes = [(folder / kind / "model.safetensors").stat().st_size for kind in ("part", "whole")]
+    assert sizes[0] < sizes[1]
+
+
+def test_both_kinds_are_loaded_in_the_same_precision(saved):
+    _, folder = saved
+    part = load_model(folder / "part", "bfloat16")
+    assert part.dtype == torch.bfloat16
+    assert_same_weights(part, load_model(folder / "whole", "bfloat16"))
+    load_model(folder / "whole", "bfloat16").save_pretrained(folder / "half")
+    assert load_model(folder / "half").dtype == torch.bfloat16
+    assert load_model(folder / "half", torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["whole", "part"])
+def test_fields_of_the_configuration_can_be_changed(saved, kind):
+    _, folder = saved
+    assert load_model(folder / kind, crop_stride=21).config.crop_stride == 21
+
+
+@pytest.mark.parametrize("kind", ["whole", "part"])
+def test_missing_weights_are_named(saved, tmp_path, kind):
+    _, folder = saved
+    shutil.copytree(folder / kind, tmp_path / kind)
+    weights = load_file(tmp_path / kind / "model.safetensors")
+    weights.pop("mfuser.prompts")
+    save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="mfuser.prompts"):
+        load_model(tmp_path / kind)
+
+
+def test_a_model_without_encoders_and_without_their_names_is_refused(saved, tmp_path):
+    _, folder = saved
+    shutil.copytree(folder / "part", tmp_path / "part")
+    (tmp_path / "part" / ENCODERS_FILE).unlink()
+    with pytest.raises(ValueError, match="lacks .* of the model's weights, such as mfuser.vfm"):
+        load_model(tmp_path / "part")
+
+
+def test_encoders_of_a_model_on_the_hub_are_found(saved, monkeypatch):
+    _, folder = saved
+    monkeypatch.setattr(loading, "hf_hub_download", lambda repository, name: folder / repository / name)
+    assert saved_encoders("part") == json.loads((folder / "part" / ENCODERS_FILE).read_text())
+
+    def missing(repository, name):
+        raise LocalEntryNotFoundError("neither online nor cached")
+
+    monkeypatch.setattr(loading, "hf_hub_download", missing)
+    assert saved_encoders("me/whole") is None
