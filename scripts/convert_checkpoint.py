@@ -261,7 +261,6 @@ def main(arguments: list[str] | None = None) -> int:
 def save_converted(model: MFuserForSemanticSegmentation, folder: Path, source: str):
     """Writes weights, configuration, image processor, code and model card."""
     # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder
-    model.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
     model.save_pretrained(folder)
     MFuserImageProcessor().save_pretrained(folder)
     write_model_card(folder, model.config, folder.name, f"Converted from the authors' `{source}`.")

@@ -274,8 +274,6 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
             sampler = ShuffledSampler(len(train.dataset), seed=training.seed)
     set_seed(training.seed)
     model = build_model(model_options, train.id2label)
-    # save_pretrained names only the saved class; the base model loads from the same folder
-    model.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
     augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
     processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
     return MFuserTrainer(

@@ -85,7 +85,6 @@ def folders(tmp_path_factory):
     for index, pair in enumerate(PAIRS):
         folder = workspace / f"my.model-{index}"
         model = tiny_model(pair)
-        model.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
         model.save_pretrained(folder)
         MFuserImageProcessor().save_pretrained(folder)
         Image.fromarray(pixels).save(folder / "image.png")

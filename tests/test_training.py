@@ -68,18 +68,21 @@ def test_the_optimizer_trains_exactly_what_the_reference_trains(variant):
 
 
 @pytest.mark.parametrize("decay_embeddings", [True, False])
-def test_norms_and_optionally_level_and_query_embeddings_have_no_weight_decay(full_size, decay_embeddings):
-    decayed, spared = parameter_groups(full_size, 1e-4, decay_embeddings)
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_weight_decay_spares_the_norms_and_embeddings_that_the_settings_name(full_size, decay_embeddings, decay_norms):
+    decayed, spared = parameter_groups(full_size, 1e-4, decay_embeddings, decay_norms)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-4, 0.0)
     spared = names_of(full_size, spared["params"])
     embeddings = {"decoder.level_embedding", "decoder.query_position_embedding"}
     assert spared & embeddings == (set() if decay_embeddings else embeddings)
-    norms = {name for name in spared - embeddings if "norm" in name or name.startswith("mfuser.pyramid.stride4.1.")}
-    assert spared - embeddings == norms
-    trainable_norms = {
-        name for name, weight in full_size.named_parameters() if weight.requires_grad and "norm" in name
-    }
-    assert trainable_norms <= spared
+    norms = {name for name, weight in full_size.named_parameters() if weight.requires_grad and "norm" in name}
+    norms |= {f"mfuser.pyramid.stride4.1.{name}" for name in ("weight", "bias")}
+    # BatchNorm, five GroupNorms and four LayerNorms have names without "norm" in the published code.
+    unnamed = {name for name in norms if "stride4" in name or "_conv" in name}
+    unnamed |= {name for name in norms if name.split(".")[-2] in ("visual_in_norm", "visual_out_norm", "text_norm")}
+    unnamed |= {name for name in norms if "enhancer.out_norm" in name}
+    assert len(unnamed) == 2 * (1 + 5 + 4)
+    assert spared - embeddings == (norms - unnamed if decay_norms else norms)
 
 
 def test_the_schedule_is_mmcvs_poly_with_linear_warm_up():

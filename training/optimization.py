@@ -2,11 +2,18 @@
 
 from torch import nn
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
+# The published code exempts parameters with "norm" in their name. These have other names there, so it decays them.
+OTHER_NORMS = (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm)
+DECAYED_LAYER_NORMS = tuple(
+    f".enhancer.{name}" for name in ("visual_in_norm", "visual_out_norm", "text_norm", "out_norm")
+)
 LEVEL_AND_QUERY_EMBEDDINGS = (".decoder.level_embedding", ".decoder.query_position_embedding")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool = True) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_embeddings: bool = True, decay_norms: bool = True
+) -> list[dict]:
     """
     Splits the trainable parameters into two groups for AdamW: with and without weight decay.
 
@@ -14,9 +21,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bo
         model ([`MFuserForSemanticSegmentation`]):
             The model, possibly in a wrapper.
         weight_decay (`float`):
-            Weight decay of the first group. Weights and biases of normalisation layers have none.
+            Weight decay of the first group. Layer normalisation has none.
         decay_embeddings (`bool`, *optional*, defaults to `True`):
             Whether weight decay acts on the decoder's level and query embeddings.
+        decay_norms (`bool`, *optional*, defaults to `True`):
+            Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
+            published code (by accident, it seems). `False` exempts every normalisation layer.
 
     Returns:
         `list[dict]`: Two dictionaries of `params` and `weight_decay`. Each trainable parameter is in exactly one.
@@ -24,7 +34,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bo
     Raises:
         ValueError: If no parameter is trainable.
     """
-    exempt = {id(weight) for module in model.modules() if isinstance(module, NORMS) for weight in module.parameters()}
+    exempt = set()
+    for name, module in model.named_modules():
+        decayed_norm = isinstance(module, OTHER_NORMS) or f".{name}".endswith(DECAYED_LAYER_NORMS)
+        if isinstance(module, LAYER_NORMS + OTHER_NORMS) and not (decayed_norm and decay_norms):
+            exempt |= {id(weight) for weight in module.parameters()}
     if not decay_embeddings:
         exempt |= {
             id(weight) for name, weight in model.named_parameters() if f".{name}".endswith(LEVEL_AND_QUERY_EMBEDDINGS)

@@ -40,6 +40,9 @@ class MFuserTrainingArguments(TrainingArguments):
         decay_embeddings (`bool`, *optional*, defaults to `True`):
             Whether weight decay acts on the decoder's level and query embeddings. It does in the published CLIP runs
             and does not in those of EVA02-CLIP and SigLIP.
+        decay_norms (`bool`, *optional*, defaults to `True`):
+            Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
+            published code, or on no normalisation layer.
         save_trainable_only (`bool`, *optional*, defaults to `False`):
             Whether checkpoints and the final model leave out the frozen weights.
     """
@@ -60,6 +63,13 @@ class MFuserTrainingArguments(TrainingArguments):
     )
     decay_embeddings: bool = field(
         default=True, metadata={"help": "Whether weight decay acts on the decoder's level and query embeddings."}
+    )
+    decay_norms: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in "
+            "the published code."
+        },
     )
     save_trainable_only: bool = field(
         default=False,
@@ -185,7 +195,7 @@ class MFuserTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            groups = parameter_groups(model, self.args.weight_decay, self.args.decay_embeddings)
+            groups = parameter_groups(model, self.args.weight_decay, self.args.decay_embeddings, self.args.decay_norms)
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **arguments)
         return self.optimizer
