@@ -308,9 +308,8 @@ class ClipTower(VisionLanguageTower):
     def encode_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """Class names (K, T) and context vectors (1, P, C) -> class embeddings (K, E)."""
         hidden_states = self.prompted_text(token_ids, prompts)
-        mask = create_causal_mask(
-            config=self.text.config, inputs_embeds=hidden_states, attention_mask=None, cache=None
-        )
+        # Without attention mask and cache, by position: Transformers 5.23 renamed the last argument.
+        mask = create_causal_mask(self.text.config, hidden_states, None, None)
         # With sdpa the mask is None, and `is_causal` makes the attention causal.
         hidden_states = self.text.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True)
         hidden_states = self.text.final_layer_norm(hidden_states.last_hidden_state)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import enable_checkpointing
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 from transformers.masking_utils import create_causal_mask
@@ -117,9 +118,7 @@ def test_text_tower_stepped_like_clip_equals_the_reference(reference, reference_
     text, ids = reference_model.text_model, reference["text_input_ids"]
     tokens, context = text.embeddings.token_embedding(ids), reference["text_contexts"].expand(len(ids), -1, -1)
     hidden_states = text.embeddings(inputs_embeds=torch.cat([tokens[:, :1], context, tokens[:, 1:]], dim=1))
-    mask = create_causal_mask(
-        config=text.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-    )
+    mask = create_causal_mask(text.config, hidden_states, None, None)
     hidden_states = text.encoder(inputs_embeds=hidden_states, attention_mask=mask, is_causal=True).last_hidden_state
     end = ids.argmax(dim=-1) + context.shape[1]
     embeddings = reference_model.text_projection(text.final_layer_norm(hidden_states)[torch.arange(len(ids)), end])
@@ -304,7 +303,7 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are(model, inputs, use_
 
     model.train()
     expected = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    enable_checkpointing(model, use_reentrant=use_reentrant)
     assert all(layer.gradient_checkpointing for layer in model.vision_model.encoder.layers)
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name], msg=name)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import CLASSES, PAIRS, tiny_batch, tiny_config, tiny_model
+from tiny_models import CLASSES, PAIRS, enable_checkpointing, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -135,7 +135,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     for checkpointing in (False, True):
         model = tiny_model(vlm_drop_path_rate=0.3).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         torch.manual_seed(1)
         model(**tiny_batch()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_keeps_fewer_activations():
     def saved_elements(checkpointing):
         model = tiny_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, use_reentrant=False)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
             model.mfuser(tiny_batch()["pixel_values"])

@@ -326,13 +326,13 @@ def test_other_encoders_are_refused(pretrained):
     vfm, vlm = pretrained("dinov2")[0], pretrained("clip")[0]
     with pytest.raises(ValueError, match="has model type 'clip'; the vision foundation model must be one of dinov2,"):
         build(vlm, vlm)
-    with pytest.raises(ValueError, match="of type 'dinov2', which can't be the vision-language model: .* clip,"):
+    with pytest.raises(ValueError, match="has model type 'dinov2'; the vision-language model must be one of clip,"):
         build(vfm, vfm, tokenizer=tiny_tokenizer())
 
 
 def test_a_siglip_without_pooling_head_is_refused(pretrained):
     vlm, _ = pretrained("siglip", vision_use_head=False)
-    with pytest.raises(ValueError, match="no pooling head"):
+    with pytest.raises(ValueError, match="vision_use_head is False; SigLIP must have its pooling head"):
         build(pretrained("dinov2")[0], vlm)
 
 

@@ -129,3 +129,9 @@ def tiny_tokenizer(clip: bool = True) -> PreTrainedTokenizerFast:
         eos_token="<end>",
         bos_token="<start>" if clip else None,
     )
+
+
+def enable_checkpointing(model, **kwargs):
+    """Activation checkpointing, under the name that it has in this version of Transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
