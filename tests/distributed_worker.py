@@ -22,6 +22,7 @@ from mfuser.training.checkpoints import without_scalars
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 BATCH = 4  # over all processes
+NO_DROPOUT = {"fusion_dropout": 0.0, "enhancer_dropout": 0.0}
 FSDP_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in PyTorch 2.6
 
 
@@ -58,7 +59,7 @@ def fixed_points(model):
 
 
 def step_and_evaluate(world_size: int) -> dict:
-    model = fixed_points(tiny_model(fusion_dropout=0.0, vlm_drop_path_rate=0.0))
+    model = fixed_points(tiny_model(**NO_DROPOUT, vlm_drop_path_rate=0.0))
     callback, samples = Gradients(), Samples()
     with tempfile.TemporaryDirectory() as folder:
         arguments = MFuserTrainingArguments(
@@ -80,7 +81,7 @@ def sharded_step(layers: list[str]) -> dict[bool, tuple[float, float]]:
     sample = {name: value[torch.distributed.get_rank()][None] for name, value in Samples().batch.items()}
     results = {}
     for shard in (False, True):
-        model = fixed_points(tiny_model(fusion_dropout=0.0, vlm_drop_path_rate=0.5)).train()
+        model = fixed_points(tiny_model(**NO_DROPOUT, vlm_drop_path_rate=0.5)).train()
         if shard:
             without_scalars(model)
             mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
