@@ -19,6 +19,7 @@ import sys
 from importlib.machinery import PathFinder
 
 BLOCKED = {"mfuser", "einops", "scipy", "datasets", "evaluate", "mamba_ssm", "causal_conv1d", "torchvision", "timm"}
+BLOCKED.add("sklearn")  # Transformers imports it where it is installed, and it needs scipy
 BLOCKED.add("numba")  # its kernels would be compiled for every copy of the code
 
 class Stranger:

@@ -165,7 +165,7 @@ def test_augmented_scores_are_the_mean_over_scales_and_mirror_images_of_softmaxe
                 scores = model(scaled.flip(-1)).logits
                 views.append(bilinear(scores, (46, 62)).softmax(dim=1).flip(-1))
     found = model.augmented_scores(pixel_values, scales=(0.75, 1.0, 1.5), flip=flip)
-    torch.testing.assert_close(found, sum(views) / len(views), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, sum(views) / len(views), rtol=1e-3, atol=1e-4)
     assert not found.requires_grad
 
 
