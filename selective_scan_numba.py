@@ -80,9 +80,10 @@ def _advance(u, step, rates, B, drive, before, decays, after):
 
 
 @_compiled()
-def _forward(b, block, u, step, rates, B, C, D, y, last_state, states):
+def _forward(b, block, u, step, per_channel, B, C, y, last_state, states):
     """One block of channels of one sequence; states entering the chunks are kept where `states` has room for them."""
     length, state = B.shape[1:]
+    rates, D = per_channel[block, :state], per_channel[block, state]
     h = np.zeros((2, state, _LANES), _F)
     decays, drive = np.empty((state, _LANES), _F), np.empty(_LANES, _F)
     for t in range(length):
@@ -90,9 +91,9 @@ def _forward(b, block, u, step, rates, B, C, D, y, last_state, states):
         if len(states) > 0 and t % _TOKENS == 0:
             states[t // _TOKENS, b, :, block] = before
         u_t, y_t = u[b, t, block], y[b, t, block]
-        _advance(u_t, step[b, t, block], rates[block], B[b, t], drive, before, decays, after)
+        _advance(u_t, step[b, t, block], rates, B[b, t], drive, before, decays, after)
         for i in range(_LANES):
-            y_t[i] = u_t[i] * D[block, i]
+            y_t[i] = u_t[i] * D[i]
         for n in range(state):
             h_n, C_n = after[n], C[b, t, n]
             for i in range(_LANES):
@@ -101,13 +102,15 @@ def _forward(b, block, u, step, rates, B, C, D, y, last_state, states):
 
 
 @_compiled()
-def _backward(b, block, dy, u, step, rates, B, C, D, states, grad_u, grad_step, grad_rates, grad_B, grad_C):
+def _backward(b, block, dy, u, step, per_channel, B, C, states, grad_u, grad_step, grad_per_channel, grad_B, grad_C):
     """Gradients for one block of channels of one sequence; each chunk's states are recomputed from the kept one."""
     length, state = B.shape[1:]
+    rates, D = per_channel[block, :state], per_channel[block, state]
     h = np.empty((_TOKENS + 1, state, _LANES), _F)  # before each token and after the last
     decays = np.empty((_TOKENS, state, _LANES), _F)
     g = np.zeros((state, _LANES), _F)
-    sums, chunk_sums = np.zeros((state, _LANES), _F), np.empty((state, _LANES), _F)
+    sums, chunk_sums = np.zeros((state + 1, _LANES), _F), np.empty((state + 1, _LANES), _F)
+    sum_D = chunk_sums[state]
     rows = np.empty((3, _LANES), _F)
     drive, grad_drive, grad_exponent = rows[0], rows[1], rows[2]
     for chunk in range((length - 1) // _TOKENS, -1, -1):
@@ -116,7 +119,7 @@ def _backward(b, block, dy, u, step, rates, B, C, D, states, grad_u, grad_step, 
         h[0] = states[chunk, b, :, block]
         for i in range(count):
             t = start + i
-            _advance(u[b, t, block], step[b, t, block], rates[block], B[b, t], drive, h[i], decays[i], h[i + 1])
+            _advance(u[b, t, block], step[b, t, block], rates, B[b, t], drive, h[i], decays[i], h[i + 1])
         # summed per chunk first: many small numbers would be lost in a large one
         chunk_sums[:] = 0
         for k in range(count - 1, -1, -1):
@@ -129,7 +132,7 @@ def _backward(b, block, dy, u, step, rates, B, C, D, states, grad_u, grad_step, 
             grad_step_t[:] = 0
             # Loops over few arrays each: LLVM checks those for overlap and vectorises them.
             for n in range(state):
-                rate, decay, before, after = rates[block, n], decays[k, n], h[k, n], h[k + 1, n]
+                rate, decay, before, after = rates[n], decays[k, n], h[k, n], h[k + 1, n]
                 g_n, sum_n, B_n, C_n = g[n], chunk_sums[n], B[b, t, n], C[b, t, n]
                 grad_C[block, b, t, n] = _dot(dy_t, after)
                 for i in range(_LANES):
@@ -146,11 +149,13 @@ def _backward(b, block, dy, u, step, rates, B, C, D, states, grad_u, grad_step, 
             for i in range(_LANES):
                 grad_step_t[i] = grad_step_t[i] * _LN_2 + grad_drive[i] * u_t[i]
             for i in range(_LANES):
-                grad_u_t[i] = grad_drive[i] * step_t[i] + dy_t[i] * D[block, i]
-        for n in range(state):
+                grad_u_t[i] = grad_drive[i] * step_t[i] + dy_t[i] * D[i]
+            for i in range(_LANES):
+                sum_D[i] += dy_t[i] * u_t[i]
+        for n in range(state + 1):
             for i in range(_LANES):
                 sums[n, i] += chunk_sums[n, i]
-    grad_rates[b, :, block] = sums
+    grad_per_channel[b, block] = sums
 
 
 def _in_parallel(kernel, batch, blocks, *arrays):
@@ -176,15 +181,17 @@ def _channels(x, dim):
 
 
 def _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    step = delta.detach().transpose(1, 2).float()
+    """The arrays that both kernels take; row `state` of `per_channel` is D, those before are the rates."""
+    step = delta.detach().transpose(1, 2).to(torch.float32, copy=True)
     if delta_bias is not None:
-        step = step + delta_bias.detach()
+        step.add_(delta_bias.detach())
     if delta_softplus:
-        step = F.softplus(step)
+        torch.ops.aten.softplus.out(step, out=step)  # in place: new memory costs more than the arithmetic
     skip = A.new_zeros(len(A)) if D is None else D
+    per_channel = torch.cat([A.detach().float() * float(_LOG2_E), skip.detach().float()[:, None]], dim=1).t()
+    u, step, per_channel = (_in_blocks(x) for x in (u.transpose(1, 2), step, per_channel))
     B, C = (x.detach().transpose(1, 2).float().contiguous().numpy() for x in (B, C))
-    u, step, rates, skip = (_in_blocks(x) for x in (u.transpose(1, 2), step, A.t().float() * float(_LOG2_E), skip))
-    return u, step, np.ascontiguousarray(rates.swapaxes(0, 1)), B, C, skip
+    return u, step, np.ascontiguousarray(per_channel.swapaxes(0, 1)), B, C
 
 
 def numba_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
@@ -205,16 +212,14 @@ def numba_scan_backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus
     inputs = _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
     dy, step, blocks = _in_blocks(grad_y.transpose(1, 2)), inputs[1], inputs[0].shape[2]
     grad_u, grad_step = np.empty_like(dy), np.empty_like(dy)
-    grad_rates = np.empty((batch, state, blocks, _LANES), _F)
+    grad_per_channel = np.empty((batch, blocks, state + 1, _LANES), _F)
     grad_B, grad_C = (np.empty((blocks, batch, length, state), _F) for _ in range(2))
-    results = grad_u, grad_step, grad_rates, grad_B, grad_C
-    _in_parallel(_backward, batch, blocks, dy, *inputs, _in_blocks(states), *results)
-    grad_D = torch.einsum("btkl,btkl->kl", torch.from_numpy(dy), torch.from_numpy(inputs[0])).flatten()[:dim]
-    grad_u, grad_step, grad_rates, step = (_channels(x, dim) for x in (grad_u, grad_step, grad_rates, step))
+    grads = grad_u, grad_step, grad_per_channel, grad_B, grad_C
+    _in_parallel(_backward, batch, blocks, dy, *inputs, _in_blocks(states), *grads)
+    grad_per_channel = grad_per_channel.sum(0).swapaxes(0, 1)
+    grad_u, grad_step, grad_per_channel, step = (_channels(x, dim) for x in (grad_u, grad_step, grad_per_channel, step))
     if delta_softplus:
         grad_step.mul_(step.neg_().expm1_().neg_())  # sigmoid(x) = 1 - exp(-softplus(x))
+    grad_A, grad_D = grad_per_channel[:state].t(), grad_per_channel[state]
     grad_B, grad_C = (torch.from_numpy(grad).sum(0).transpose(1, 2) for grad in (grad_B, grad_C))
-    return (
-        *(grad_u.transpose(1, 2), grad_step.transpose(1, 2), grad_rates.sum(0).t()),
-        *(grad_B, grad_C, grad_D, grad_step.sum((0, 1))),
-    )
+    return grad_u.transpose(1, 2), grad_step.transpose(1, 2), grad_A, grad_B, grad_C, grad_D, grad_step.sum((0, 1))
