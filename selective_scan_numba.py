@@ -11,7 +11,6 @@ for rates. Gradients of the states are g_t = C_t dy_t + decay_(t+1) g_(t+1).
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ def _forward(b, block, u, step, per_channel, B, C, y, last_state, states):
 
 
 @_compiled()
-def _backward(b, block, dy, u, step, per_channel, B, C, states, grad_u, grad_step, grad_per_channel, grad_B, grad_C):
+def _backward(b, block, u, step, per_channel, B, C, dy, states, grad_u, grad_step, grad_per_channel, grad_B, grad_C):
     """Gradients for one block of channels of one sequence; each chunk's states are recomputed from the kept one."""
     length, state = B.shape[1:]
     rates, D = per_channel[block, :state], per_channel[block, state]
@@ -158,30 +157,32 @@ def _backward(b, block, dy, u, step, per_channel, B, C, states, grad_u, grad_ste
     grad_per_channel[b, block] = sums
 
 
-def _in_parallel(kernel, batch, blocks, *arrays):
-    """Runs `kernel` on every block of channels of every sequence; free threads take the next block."""
-    tasks = list(product(range(batch), range(blocks)))
-    threads = min(torch.get_num_threads(), len(tasks))
+def _in_parallel(kernel, *tensors):
+    """Runs `kernel` on every block of channels of every sequence; a thread that is free takes the next one."""
+    batch, _, blocks, _ = tensors[0].shape
+    arrays = [x.numpy() for x in tensors]
+    threads = min(torch.get_num_threads(), batch * blocks)
     if threads == 1:
-        for task in tasks:
-            kernel(*task, *arrays)
+        for b, block in np.ndindex(batch, blocks):
+            kernel(b, block, *arrays)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda task: kernel(*task, *arrays), tasks))
+            list(pool.map(lambda index: kernel(*index, *arrays), np.ndindex(batch, blocks)))
 
 
 def _in_blocks(x):
-    """(..., dim) as a float32 array (..., blocks, `_LANES`); lanes beyond the last channel are zero."""
+    """(..., dim) as (..., blocks, `_LANES`) in float32; lanes beyond the last channel are zero."""
     x = F.pad(x.detach().float(), (0, -x.shape[-1] % _LANES))
-    return x.contiguous().view(*x.shape[:-1], -1, _LANES).numpy()
+    return x.contiguous().unflatten(-1, (-1, _LANES))
 
 
 def _channels(x, dim):
-    return torch.from_numpy(x).flatten(-2)[..., :dim].contiguous()
+    """The inverse of `_in_blocks`."""
+    return x.flatten(-2)[..., :dim].contiguous()
 
 
 def _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    """The arrays that both kernels take; row `state` of `per_channel` is D, those before are the rates."""
+    """The tensors that both kernels take; row `state` of `per_channel` is D, those before are the rates."""
     step = delta.detach().transpose(1, 2).to(torch.float32, copy=True)
     if delta_bias is not None:
         step.add_(delta_bias.detach())
@@ -190,18 +191,18 @@ def _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus):
     skip = A.new_zeros(len(A)) if D is None else D
     per_channel = torch.cat([A.detach().float() * float(_LOG2_E), skip.detach().float()[:, None]], dim=1).t()
     u, step, per_channel = (_in_blocks(x) for x in (u.transpose(1, 2), step, per_channel))
-    B, C = (x.detach().transpose(1, 2).float().contiguous().numpy() for x in (B, C))
-    return u, step, np.ascontiguousarray(per_channel.swapaxes(0, 1)), B, C
+    B, C = (x.detach().transpose(1, 2).float().contiguous() for x in (B, C))
+    return u, step, per_channel.transpose(0, 1).contiguous(), B, C
 
 
 def numba_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
     """y, the last state (batch, dim, state), and the kept states (chunk, batch, state, dim) that enter the chunks."""
     (batch, dim, length), state = u.shape, A.shape[1]
     inputs = _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    y = np.empty_like(inputs[0])
-    last_state = np.empty((batch, state, *y.shape[2:]), _F)
-    states = np.empty((-(-length // _TOKENS) if keep_states else 0, *last_state.shape), _F)
-    _in_parallel(_forward, batch, y.shape[2], *inputs, y, last_state, states)
+    y = torch.empty_like(inputs[0])
+    last_state = y.new_empty(batch, state, *y.shape[2:])
+    states = y.new_empty(-(-length // _TOKENS) if keep_states else 0, *last_state.shape)
+    _in_parallel(_forward, *inputs, y, last_state, states)
     y, last_state, states = (_channels(x, dim) for x in (y, last_state, states))
     return y.to(u.dtype).transpose(1, 2), last_state.transpose(1, 2), states
 
@@ -210,16 +211,15 @@ def numba_scan_backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus
     """Gradients of u, delta, A, B, C, D and delta_bias, in float32."""
     (batch, dim, length), state = u.shape, A.shape[1]
     inputs = _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    dy, step, blocks = _in_blocks(grad_y.transpose(1, 2)), inputs[1], inputs[0].shape[2]
-    grad_u, grad_step = np.empty_like(dy), np.empty_like(dy)
-    grad_per_channel = np.empty((batch, blocks, state + 1, _LANES), _F)
-    grad_B, grad_C = (np.empty((blocks, batch, length, state), _F) for _ in range(2))
-    grads = grad_u, grad_step, grad_per_channel, grad_B, grad_C
-    _in_parallel(_backward, batch, blocks, dy, *inputs, _in_blocks(states), *grads)
-    grad_per_channel = grad_per_channel.sum(0).swapaxes(0, 1)
-    grad_u, grad_step, grad_per_channel, step = (_channels(x, dim) for x in (grad_u, grad_step, grad_per_channel, step))
+    u, step, per_channel, *_ = inputs
+    grad_u, grad_step = torch.empty_like(u), torch.empty_like(u)
+    grad_per_channel = u.new_empty(batch, *per_channel.shape)
+    grad_B, grad_C = (u.new_empty(len(per_channel), batch, length, state) for _ in range(2))
+    dy, states = _in_blocks(grad_y.transpose(1, 2)), _in_blocks(states)
+    _in_parallel(_backward, *inputs, dy, states, grad_u, grad_step, grad_per_channel, grad_B, grad_C)
     if delta_softplus:
         grad_step.mul_(step.neg_().expm1_().neg_())  # sigmoid(x) = 1 - exp(-softplus(x))
-    grad_A, grad_D = grad_per_channel[:state].t(), grad_per_channel[state]
-    grad_B, grad_C = (torch.from_numpy(grad).sum(0).transpose(1, 2) for grad in (grad_B, grad_C))
-    return grad_u.transpose(1, 2), grad_step.transpose(1, 2), grad_A, grad_B, grad_C, grad_D, grad_step.sum((0, 1))
+    grad_u, grad_step = (_channels(x, dim).transpose(1, 2) for x in (grad_u, grad_step))
+    rows = _channels(grad_per_channel.sum(0).transpose(0, 1), dim)
+    grad_B, grad_C = (grad.sum(0).transpose(1, 2) for grad in (grad_B, grad_C))
+    return grad_u, grad_step, rows[:-1].t(), grad_B, grad_C, rows[-1].clone(), grad_step.sum((0, 2))
