@@ -1,12 +1,13 @@
 """
-The selective scan for CPUs as machine code compiled by numba, without a C compiler.
+The selective scan on a CPU as machine code that numba compiles; no C compiler is needed.
 
-Channels are independent, so they are processed in blocks whose states fit into the first-level cache. Blocks run in
-parallel on Python threads; the kernels release the GIL. Every block writes its own results, hence the results do not
-depend on the number of threads. All arithmetic is float32.
+Channels do not depend on each other. A block of them goes through the whole sequence, so that its states stay in the
+first-level cache. The blocks run in parallel on Python threads, as the kernels release the GIL, and every block writes
+its own results: they do not depend on the number of threads. The states entering each chunk of tokens are stored for
+backward, which recomputes the others from them. All arithmetic is float32.
 
-Arrays are channels-last and split into blocks: (batch, length, blocks, `_LANES`) for tokens, (state, blocks, `_LANES`)
-for rates. Gradients of the states are g_t = C_t dy_t + decay_(t+1) g_(t+1).
+The kernels take contiguous arrays: u, step, y, dy of shape (batch, length, dim); B, C (batch, length, state); rates
+(state, dim), which are A log2(e); D (dim,); states (chunk, batch, state, dim).
 """
 
 import math
@@ -23,16 +24,16 @@ except ImportError as error:
 __all__ = ["NUMBA_CHUNK_TOKENS", "numba_scan", "numba_scan_backward"]
 
 NUMBA_CHUNK_TOKENS = _TOKENS = 32
-_BLOCK = 64  # channels
+_BLOCK = 64  # channels in a block
 _F = np.float32
 _LN_2, _LOG2_E = _F(math.log(2)), _F(1 / math.log(2))
-_ROUND = _F(1.5 * 2**23)  # the sum of this and a small number has the nearest integer in its low bits
+_ROUND = _F(1.5 * 2**23)  # the low bits of x + _ROUND are the integer nearest to x
 # 2^f on [-1/2, 1/2] within 1.1e-7. Value and slope at 0 are exact: errors of decays near 1 accumulate over tokens.
 _EXP2 = tuple(map(_F, (1.0, math.log(2), 0.2402228160, 0.0555055999, 0.0096697089, 0.0013300265)))
 
 
 def _compiled(reassociate=False):
-    """`numba.njit` with a cache on disk where the folder is writable."""
+    """`numba.njit`, cached on disk if a folder is writable; `reassociate` lets sums be vectorised."""
     options = {"nogil": True, "fastmath": {"contract", "reassoc"} if reassociate else {"contract"}}
 
     def decorate(kernel):
@@ -46,12 +47,13 @@ def _compiled(reassociate=False):
 
 @_compiled()
 def _exp2(x):
+    """2^x as arithmetic that LLVM turns into vector instructions, unlike a call of a library."""
     x = _F(-126) if x < _F(-126) else x  # unlike max(), this keeps NaN
     x = _F(128) if x > _F(128) else x
     rounded = x + _ROUND
     f = (_ROUND - rounded) + x
     power = _EXP2[0] + f * (_EXP2[1] + f * (_EXP2[2] + f * (_EXP2[3] + f * (_EXP2[4] + f * _EXP2[5]))))
-    # adding to the exponent bits multiplies by a power of two
+    # The integer is added to the exponent bits, which multiplies by 2^integer.
     bits = _F(power).view(np.int32) + np.int32(_F(rounded).view(np.int32) << np.int32(23))
     return np.int32(bits).view(np.float32)
 
@@ -65,14 +67,14 @@ def _dot(a, b):
 
 
 @_compiled()
-def _advance(step, drive, rates, B, before, decays, after):
-    """One token: after = decay * before + drive * B with decay = 2^(step * rate), for every state and channel."""
+def _advance(step, drive, rates, B, h, decays):
+    """One token: h becomes decay * h + drive * B, where decay = 2^(step * rate)."""
     for n in range(len(B)):
-        rate, before_n, decay, after_n, B_n = rates[n], before[n], decays[n], after[n], B[n]
+        rate, h_n, decay, B_n = rates[n], h[n], decays[n], B[n]
         for i in range(len(step)):
-            decay[i] = _exp2(step[i] * rate[i])
-        for i in range(len(step)):
-            after_n[i] = decay[i] * before_n[i] + drive[i] * B_n
+            factor = _exp2(step[i] * rate[i])
+            decay[i] = factor
+            h_n[i] = factor * h_n[i] + drive[i] * B_n
 
 
 @_compiled()
@@ -81,21 +83,20 @@ def _forward(b, first, u, step, rates, B, C, D, y, last_state, states):
     length, state = B.shape[1:]
     block = slice(first, min(first + _BLOCK, len(D)))
     rates, D = rates[:, block].copy(), D[block]
-    h, decays, drive = np.zeros((2, *rates.shape), _F), np.empty_like(rates), np.empty_like(D)
+    h, decays, drive = np.zeros_like(rates), np.empty_like(rates), np.empty_like(D)
     for t in range(length):
         u_t, step_t, y_t = u[b, t, block], step[b, t, block], y[b, t, block]
-        before, after = h[t % 2], h[(t + 1) % 2]
         if len(states) > 0 and t % _TOKENS == 0:
-            states[t // _TOKENS, b, :, block] = before
+            states[t // _TOKENS, b, :, block] = h
         for i in range(len(D)):
             drive[i] = step_t[i] * u_t[i]
             y_t[i] = u_t[i] * D[i]
-        _advance(step_t, drive, rates, B[b, t], before, decays, after)
+        _advance(step_t, drive, rates, B[b, t], h, decays)
         for n in range(state):
-            h_n, C_n = after[n], C[b, t, n]
+            h_n, C_n = h[n], C[b, t, n]
             for i in range(len(D)):
                 y_t[i] += h_n[i] * C_n
-    last_state[b, :, block] = h[length % 2]
+    last_state[b, :, block] = h
 
 
 @_compiled()
@@ -117,7 +118,8 @@ def _backward(b, first, u, step, rates, B, C, D, dy, states, grad_u, grad_step, 
             u_t, step_t = u[b, start + k, block], step[b, start + k, block]
             for i in range(lanes):
                 drive[i] = step_t[i] * u_t[i]
-            _advance(step_t, drive, rates, B[b, start + k], h[k], decays[k], h[k + 1])
+            h[k + 1] = h[k]
+            _advance(step_t, drive, rates, B[b, start + k], h[k + 1], decays[k])
         chunk_sums[:] = 0  # summed per chunk first: many small numbers would be lost in a large one
         for k in range(count - 1, -1, -1):
             t = start + k
@@ -147,24 +149,26 @@ def _backward(b, first, u, step, rates, B, C, D, dy, states, grad_u, grad_step, 
                 grad_step_t[i] = grad_step_t[i] * _LN_2 + grad_drive[i] * u_t[i]
             for i in range(lanes):
                 grad_u_t[i] = grad_drive[i] * step_t[i] + dy_t[i] * D[i]
-        for n in range(state):
-            for i in range(lanes):
-                sums[n, i] += chunk_sums[n, i]
+        sums += chunk_sums
     grad_rates[b, :, block] = sums
 
 
 def _in_parallel(kernel, u, *tensors):
-    """Runs `kernel` on every block of channels of every sequence; a thread that is free takes the next one."""
+    """Run `kernel` on every block of channels of every sequence; a thread that has finished one takes the next."""
     batch, _, dim = u.shape
-    tasks = [(b, first) for b in range(batch) for first in range(0, dim, _BLOCK)]
-    arrays = [x.numpy() for x in (u, *tensors)]
-    threads = min(torch.get_num_threads(), len(tasks))
-    if threads == 1:
-        for task in tasks:
-            kernel(*task, *arrays)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda task: kernel(*task, *arrays), tasks))
+    blocks = [(b, first) for b in range(batch) for first in range(0, dim, _BLOCK)]
+    arrays, remaining = [x.numpy() for x in (u, *tensors)], iter(blocks)
+
+    def work():
+        for b, first in remaining:
+            kernel(b, first, *arrays)
+
+    threads = min(torch.get_num_threads(), len(blocks))
+    with ThreadPoolExecutor(threads) as pool:
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+    for other in others:
+        other.result()  # raises what the thread raised
 
 
 def _channels_last(x):
