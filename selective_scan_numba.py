@@ -61,17 +61,25 @@ def _exp2(x):
 @_compiled(reassociate=True)
 def _dot(a, b):
     total = _F(0)
-    for i in range(len(a)):
+    for i in range(_BLOCK):
         total += a[i] * b[i]
     return total
 
 
 @_compiled()
-def _advance(step, drive, rates, B, h, decays):
-    """One token: h becomes decay * h + drive * B, where decay = 2^(step * rate)."""
+def _load(row, x):
+    for i in range(len(x)):
+        row[i] = x[i]
+
+
+@_compiled()
+def _advance(u, step, rates, B, drive, decays, h):
+    """One token: h becomes decay * h + step * u * B, where decay = 2^(step * rate)."""
+    for i in range(_BLOCK):
+        drive[i] = step[i] * u[i]
     for n in range(len(B)):
-        rate, h_n, decay, B_n = rates[n], h[n], decays[n], B[n]
-        for i in range(len(step)):
+        rate, decay, h_n, B_n = rates[n], decays[n], h[n], B[n]
+        for i in range(_BLOCK):
             factor = _exp2(step[i] * rate[i])
             decay[i] = factor
             h_n[i] = factor * h_n[i] + drive[i] * B_n
@@ -81,76 +89,84 @@ def _advance(step, drive, rates, B, h, decays):
 def _forward(b, first, u, step, rates, B, C, D, y, last_state, states):
     """One block of channels of one sequence; the states entering the chunks are stored if `states` has room."""
     length, state = B.shape[1:]
-    block = slice(first, min(first + _BLOCK, len(D)))
-    rates, D = rates[:, block].copy(), D[block]
-    h, decays, drive = np.zeros_like(rates), np.empty_like(rates), np.empty_like(D)
+    lanes = min(_BLOCK, len(D) - first)
+    block = slice(first, first + lanes)
+    tiles, rows = np.zeros((3, state, _BLOCK), _F), np.zeros((5, _BLOCK), _F)
+    rate, decays, h = tiles[0], tiles[1], tiles[2]
+    u_t, step_t, drive, y_t, skip = rows[0], rows[1], rows[2], rows[3], rows[4]
+    rate[:, :lanes] = rates[:, block]
+    skip[:lanes] = D[block]
     for t in range(length):
-        u_t, step_t, y_t = u[b, t, block], step[b, t, block], y[b, t, block]
         if len(states) > 0 and t % _TOKENS == 0:
-            states[t // _TOKENS, b, :, block] = h
-        for i in range(len(D)):
-            drive[i] = step_t[i] * u_t[i]
-            y_t[i] = u_t[i] * D[i]
-        _advance(step_t, drive, rates, B[b, t], h, decays)
+            states[t // _TOKENS, b, :, block] = h[:, :lanes]
+        _load(u_t, u[b, t, block])
+        _load(step_t, step[b, t, block])
+        _advance(u_t, step_t, rate, B[b, t], drive, decays, h)
+        for i in range(_BLOCK):
+            y_t[i] = u_t[i] * skip[i]
         for n in range(state):
             h_n, C_n = h[n], C[b, t, n]
-            for i in range(len(D)):
+            for i in range(_BLOCK):
                 y_t[i] += h_n[i] * C_n
-    last_state[b, :, block] = h
+        _load(y[b, t, block], y_t[:lanes])
+    last_state[b, :, block] = h[:, :lanes]
 
 
 @_compiled()
 def _backward(b, first, u, step, rates, B, C, D, dy, states, grad_u, grad_step, grad_rates, grad_B, grad_C):
     """The gradients of one block of channels of one sequence; the states of a chunk are recomputed."""
     length, state = B.shape[1:]
-    block, share = slice(first, min(first + _BLOCK, len(D))), first // _BLOCK
-    rates, D = rates[:, block].copy(), D[block]
-    lanes = len(D)
-    h = np.empty((_TOKENS + 1, state, lanes), _F)  # before each token and after the last
-    decays = np.empty((_TOKENS, state, lanes), _F)
-    g, sums, chunk_sums = np.zeros((state, lanes), _F), np.zeros((state, lanes), _F), np.empty((state, lanes), _F)
-    drive, grad_drive, grad_exponent = np.empty(lanes, _F), np.empty(lanes, _F), np.empty(lanes, _F)
+    lanes = min(_BLOCK, len(D) - first)
+    block, share = slice(first, first + lanes), first // _BLOCK
+    tiles, rows = np.zeros((4, state, _BLOCK), _F), np.zeros((6, _BLOCK), _F)
+    rate, g, sums, chunk_sums = tiles[0], tiles[1], tiles[2], tiles[3]
+    dy_t, skip, grad_u_t, grad_step_t, grad_drive, grad_exponent = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    tokens = np.zeros((3, _TOKENS, _BLOCK), _F)
+    u_tile, step_tile, drives = tokens[0], tokens[1], tokens[2]
+    h = np.zeros((_TOKENS + 1, state, _BLOCK), _F)  # before each token and after the last
+    decays = np.empty((_TOKENS, state, _BLOCK), _F)
+    rate[:, :lanes] = rates[:, block]
+    skip[:lanes] = D[block]
     for chunk in range((length - 1) // _TOKENS, -1, -1):
         start = chunk * _TOKENS
         count = min(_TOKENS, length - start)
-        h[0] = states[chunk, b, :, block]
+        h[0, :, :lanes] = states[chunk, b, :, block]
         for k in range(count):
-            u_t, step_t = u[b, start + k, block], step[b, start + k, block]
-            for i in range(lanes):
-                drive[i] = step_t[i] * u_t[i]
+            _load(u_tile[k], u[b, start + k, block])
+            _load(step_tile[k], step[b, start + k, block])
             h[k + 1] = h[k]
-            _advance(step_t, drive, rates, B[b, start + k], h[k + 1], decays[k])
+            _advance(u_tile[k], step_tile[k], rate, B[b, start + k], drives[k], decays[k], h[k + 1])
         chunk_sums[:] = 0  # summed per chunk first: many small numbers would be lost in a large one
         for k in range(count - 1, -1, -1):
             t = start + k
-            u_t, step_t, dy_t = u[b, t, block], step[b, t, block], dy[b, t, block]
-            grad_u_t, grad_step_t = grad_u[b, t, block], grad_step[b, t, block]
-            for i in range(lanes):
-                drive[i] = step_t[i] * u_t[i]
+            u_t, step_t, drive = u_tile[k], step_tile[k], drives[k]
+            _load(dy_t, dy[b, t, block])
             grad_drive[:] = 0
             grad_step_t[:] = 0
             # Each loop uses few arrays: LLVM checks those for overlap and vectorises the loop.
             for n in range(state):
-                rate, decay, before, after = rates[n], decays[k, n], h[k, n], h[k + 1, n]
+                rate_n, decay, before, after = rate[n], decays[k, n], h[k, n], h[k + 1, n]
                 g_n, sum_n, B_n, C_n = g[n], chunk_sums[n], B[b, t, n], C[b, t, n]
                 grad_C[share, b, t, n] = _dot(dy_t, after)
-                for i in range(lanes):
+                for i in range(_BLOCK):
                     g_n[i] += dy_t[i] * C_n
                 grad_B[share, b, t, n] = _dot(drive, g_n)
-                for i in range(lanes):
+                for i in range(_BLOCK):
                     grad_drive[i] += g_n[i] * B_n
-                for i in range(lanes):
+                for i in range(_BLOCK):
                     g_n[i] *= decay[i]
                     grad_exponent[i] = g_n[i] * before[i]
-                for i in range(lanes):
-                    grad_step_t[i] += grad_exponent[i] * rate[i]
+                for i in range(_BLOCK):
+                    grad_step_t[i] += grad_exponent[i] * rate_n[i]
                     sum_n[i] += grad_exponent[i] * step_t[i]
-            for i in range(lanes):
+            for i in range(_BLOCK):
                 grad_step_t[i] = grad_step_t[i] * _LN_2 + grad_drive[i] * u_t[i]
-            for i in range(lanes):
-                grad_u_t[i] = grad_drive[i] * step_t[i] + dy_t[i] * D[i]
+            for i in range(_BLOCK):
+                grad_u_t[i] = grad_drive[i] * step_t[i] + dy_t[i] * skip[i]
+            _load(grad_u[b, t, block], grad_u_t[:lanes])
+            _load(grad_step[b, t, block], grad_step_t[:lanes])
         sums += chunk_sums
-    grad_rates[b, :, block] = sums
+    grad_rates[b, :, block] = sums[:, :lanes]
 
 
 def _in_parallel(kernel, u, *tensors):
@@ -184,14 +200,14 @@ def _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus):
         torch.ops.aten.softplus.out(step, out=step)  # in place: new memory costs more than the arithmetic
     rates = (A.detach().t().float() * float(_LOG2_E)).contiguous()
     skip = rates.new_zeros(len(A)) if D is None else D.detach().float().contiguous()
-    return _channels_last(u), step, rates, _channels_last(B), _channels_last(C), skip
+    return u.detach().transpose(1, 2).float(), step, rates, _channels_last(B), _channels_last(C), skip
 
 
 def numba_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
     """y, the last state (batch, dim, state), and the kept states (chunk, batch, state, dim) that enter the chunks."""
     (batch, dim, length), state = u.shape, A.shape[1]
     inputs = _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    y = torch.empty_like(inputs[0])
+    y = torch.empty_like(inputs[1])
     last_state = y.new_empty(batch, state, dim)
     states = y.new_empty(-(-length // _TOKENS) if keep_states else 0, batch, state, dim)
     _in_parallel(_forward, *inputs, y, last_state, states)
@@ -202,8 +218,8 @@ def numba_scan_backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus
     """Gradients of u, delta, A, B, C, D and delta_bias, in float32."""
     (batch, dim, length), state = u.shape, A.shape[1]
     u, step, *others = _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    dy = _channels_last(grad_y)
-    grad_u, grad_step = torch.empty_like(u), torch.empty_like(u)
+    dy = grad_y.transpose(1, 2).float()
+    grad_u, grad_step = torch.empty_like(step), torch.empty_like(step)
     grad_rates = u.new_empty(batch, state, dim)
     grad_B, grad_C = (u.new_empty(-(-dim // _BLOCK), batch, length, state) for _ in range(2))
     _in_parallel(_backward, u, step, *others, dy, states, grad_u, grad_step, grad_rates, grad_B, grad_C)
