@@ -12,6 +12,7 @@ The kernels take contiguous arrays: u, step, y, dy of shape (batch, length, dim)
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ _EXP2 = tuple(map(_F, (1.0, math.log(2), 0.2402228160, 0.0555055999, 0.009669708
 
 def _compiled(reassociate=False):
     """`numba.njit`, cached on disk if a folder is writable; `reassociate` lets sums be vectorised."""
-    options = {"nogil": True, "fastmath": {"contract", "reassoc"} if reassociate else {"contract"}}
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "reassoc"} if reassociate else {"contract"}}
 
     def decorate(kernel):
         try:
