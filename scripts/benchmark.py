@@ -291,7 +291,9 @@ def benchmark_forward(options) -> list[dict]:
 
         seconds = in_turns({"whole": forward, "product": product}, options.rounds, options.device)
     rate = product_flops / seconds["product"]
-    rows = [{"part": part, "ms": 1e3 * statistics.median(values[1:])} for part, values in parts.items()]
+    rows: list[dict[str, Any]] = [
+        {"part": part, "ms": 1e3 * statistics.median(values[1:])} for part, values in parts.items()
+    ]
     rest = 1e3 * seconds["whole"] - sum(row["ms"] for row in rows)
     rows.append({"part": "pyramid and the rest", "ms": rest})
     whole = {"part": "one crop", "ms": 1e3 * seconds["whole"], "TFLOP": flops / 1e12}
