@@ -116,8 +116,8 @@ def _source_and_split(source: str) -> tuple[str, str | None]:
 def check_selection(
     metric: str | None,
     metrics: list[str],
-    eval_dataset: Dataset | dict[str, Dataset] | None,
-    monitored: dict[str, Any],
+    eval_dataset: Dataset | Mapping[str, Dataset] | None,
+    monitored: Mapping[str, Dataset],
 ) -> None:
     """
     Checks that the best checkpoint is selected by validation data and not by a monitored domain.
