@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from mfuser import MFuserImageProcessor
 from mfuser.data.augmentation import ShuffledSampler
 from mfuser.data.validation import ValidationDataset, evenly_spaced
+from mfuser.scripts import train
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
@@ -220,3 +221,24 @@ def test_several_validation_sets_are_scored_by_name_and_one_selects(tmp_path):
         trainer.get_eval_dataloader()
     with pytest.raises(ValueError, match="it must name one of them, such as day_mean_iou"):
         trainer_in(tmp_path, None, sets, metric_for_best_model="mean_iou")
+
+
+def test_the_settings_of_mfuser_train_open_the_domains_and_refuse_selection(tmp_path, data):
+    model = tiny_model(freeze_encoders=False)
+    model.save_pretrained(tmp_path / "model")
+    arguments = [
+        f"model={tmp_path / 'model'}", f"train_data={data / 'source'}", f"validation_data={data / 'source'}",
+        f"output_dir={tmp_path / 'run'}", f"monitor_data.night={data / 'target'}",
+        f"monitor_data.dusk={data / 'source'}:dusk", "monitor_images=2", "monitor_steps=3", "use_cpu=true",
+        "rare_class_sampling=false", "report_to=none",
+    ]  # fmt: skip
+    trainer = train.build_trainer(*train.parse_arguments(arguments))
+    assert {name: len(dataset) for name, dataset in trainer.monitored.items()} == {"night": 2, "dusk": 2}
+    assert trainer.args.monitor_steps == 3
+    for refused in (
+        [f"validation_data={data / 'target'}", "validation_split=train"],
+        ["validation_split=dusk"],
+        ["metric_for_best_model=monitor_dusk_mean_iou"],
+    ):
+        with pytest.raises(ValueError, match=REASON):
+            train.build_trainer(*train.parse_arguments(arguments + refused))
