@@ -35,6 +35,7 @@ from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.model_card import write_model_card
+from mfuser.training.monitoring import check_validation_source, open_monitored_domains
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 
@@ -80,6 +81,17 @@ class DataArguments:
     validation_size: dict[str, int] | None = field(
         default=None,
         metadata={"help": "Size that validation images are resized to, in the form of MFuserImageProcessor's `size`."},
+    )
+    monitor_data: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Target domains whose mean IoU is logged during training and cannot select the checkpoint: "
+            "FOLDER or FOLDER:SPLIT for each name (default split: validation). "
+            "For example monitor_data.night=data/acdc:train."
+        },
+    )
+    monitor_images: int | None = field(
+        default=50, metadata={"help": "Number of images of each monitored domain, evenly spaced; null: all."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(
@@ -256,11 +268,23 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     open_data = functools.partial(
         load_domain, image_column=data.image_column, label_column=data.label_column, id2label=data.id2label
     )
+    processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
     with training.main_process_first(desc="opening the data"):
         train = open_data(data.train_data, data.train_split)
         validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
         if validation and validation.id2label != train.id2label:
             raise ValueError(f"{data.train_data} and {data.validation_data} have different classes")
+        monitored = open_monitored_domains(
+            data.monitor_data,
+            train.id2label,
+            processor,
+            images=data.monitor_images,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            id2label=data.id2label,
+        )
+        if data.validation_data:
+            check_validation_source(data.validation_data, data.train_data, monitored)
         sampler: Sampler[Draw]
         if data.rare_class_sampling:
             counts = count_class_pixels(train.dataset, len(train.id2label))
@@ -275,7 +299,6 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     set_seed(training.seed)
     model = build_model(model_options, train.id2label)
     augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
-    processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
     return MFuserTrainer(
         model,
         training,
@@ -283,6 +306,7 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
         train_sampler=sampler,
         eval_dataset=ValidationDataset(validation.dataset, processor) if validation else None,
         encoders=encoders_of(model_options),
+        monitored=monitored,
         processing_class=processor,
     )
 
