@@ -158,6 +158,7 @@ def _pick_split(available: list[str], split: str | None, source: str) -> str:
 def _open_download(title: str, domain: Domain, source: str, split: str, label_map: str | None) -> EvaluationDomain:
     """A split of an official download as a domain."""
     found = find_pairs(domain, source, split)
+    reading = domain.label_reading(found.layout, label_map)
     unpaired = [{"name": name, "reason": "no label belongs to this image"} for name in found.images_without_label]
     unpaired += [{"name": name, "reason": "no image belongs to this label"} for name in found.labels_without_image]
     unpaired += [{"name": folder, "reason": "the folder is missing"} for folder in found.missing_folders]
@@ -166,10 +167,10 @@ def _open_download(title: str, domain: Domain, source: str, split: str, label_ma
         domain=domain,
         source=source,
         split=split,
-        rows=DownloadRows(found.pairs, domain.class_in_red_channel),
+        rows=DownloadRows(found.pairs, reading.class_in_red_channel),
         id2label=domain.id2label,
-        label_map=domain.label_map(label_map),
-        label_map_name=domain.label_map_name(label_map),
+        label_map=reading.label_map,
+        label_map_name=reading.name,
         skipped=tuple(unpaired),
     )
 
