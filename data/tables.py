@@ -345,4 +345,10 @@ CAMVID = Domain(
     label_maps={"trainIds": _train_ids(CAMVID_CLASSES)},
     sizes=((360, 480),),
 )
+# The sets of classes over which published tables average, whatever the target: those of SYNTHIA, and these without the
+# three that domain adaptation to Cityscapes leaves out.
+CLASS_SETS = {
+    "synthia16": SYNTHIA.evaluation_classes,
+    "synthia13": tuple(name for name in SYNTHIA.evaluation_classes if name not in ("wall", "fence", "pole")),
+}
 DOMAINS = {domain.name: domain for domain in (GTA5, SYNTHIA, URBANSYN, CITYSCAPES, BDD100K, MAPILLARY, ACDC, CAMVID)}
