@@ -136,16 +136,15 @@ class DataArguments:
     def __post_init__(self):
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
-        if isinstance(self.train_split, str) or self.train_split is None:
-            self.train_split = [self.train_split]
-        if self.train_data and len(self.train_split) == 1:
-            self.train_split = self.train_split * len(self.train_data)
-        if self.train_data and len(self.train_split) != len(self.train_data):
+        splits: Any = self.train_split if isinstance(self.train_split, list) else [self.train_split]
+        sources = self.train_data or []
+        self.train_split = splits * len(sources) if len(splits) == 1 else splits
+        if len(sources) != len(self.train_split or ()):
             raise ValueError(
                 f"train_split is {self.train_split} and train_data {self.train_data}; give one split for all of them, "
                 "or one for each"
             )
-        if self.train_weights and len(self.train_data or ()) < 2:
+        if self.train_weights and len(sources) < 2:
             raise ValueError(f"train_weights is {self.train_weights}; weights require a list of several train_data")
 
 
@@ -286,7 +285,10 @@ def encoders_of(options: ModelArguments) -> dict[str, str] | None:
 
 def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> Sampler[Draw]:
     """The sampler of the sources. Counts the pixels of each class first if rare classes are drawn more often."""
-    rare_classes = {"temperature": data.rare_class_temperature, "min_pixels": data.rare_class_min_pixels}
+    rare_classes: dict[str, Any] = {
+        "temperature": data.rare_class_temperature,
+        "min_pixels": data.rare_class_min_pixels,
+    }
     if len(sources) > 1:
         scope = data.rare_class_scope if data.rare_class_sampling else None
         return multi_source_sampler(sources, data.train_weights, seed, scope, **rare_classes)
@@ -311,7 +313,7 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     with training.main_process_first(desc="opening the data"):
         sources = [
             TrainingSource.from_domain(source, open_data(source, split))
-            for source, split in zip(data.train_data, data.train_split, strict=True)
+            for source, split in zip(data.train_data, data.train_split or (), strict=True)
         ]
         id2label = joint_classes(sources)
         validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
