@@ -3,7 +3,7 @@ MFuser: two frozen encoders fused by Mamba, and a mask decoder whose queries are
 
 In the order of the paper: MVFuser, fusion layer, MTEnhancer, both encoders in lock-step, the segmentation model. The
 encoders are in towers_mfuser.py, the scan in selective_scan.py, the decoder in decoder_mfuser.py, the losses in
-loss_mfuser.py, sliding windows in windows_mfuser.py.
+loss_mfuser.py, sliding windows in windows_mfuser.py. The file is longer than others: it is the paper in one piece.
 
 Paper: Zhang and Tan, "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models for
 Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.

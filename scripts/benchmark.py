@@ -1,8 +1,4 @@
-"""What takes how long on this machine: `mfuser benchmark [PART ...]`.
-
-Every part measures what it compares in turns, in one run, and prints medians and ratios: machines are noisy, and a
-ratio of two runs says little. Nothing is trained or downloaded; models are random.
-"""
+"""Times of the scan, the model and its parts on this machine, measured in turns: `mfuser benchmark [PART ...]`."""
 
 import argparse
 import gc
@@ -161,7 +157,7 @@ def scan_peak_mebibytes(name: str, backward: bool, device: str) -> float:
         before = torch.cuda.memory_allocated(device)
         run_scan(name, inputs, backward)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_kibibytes("VmRSS")
     run_scan(name, inputs, backward)
     return (status_kibibytes("VmHWM") - before) / 1024
@@ -352,7 +348,8 @@ def count_windows(size: tuple[int, int], config: MFuserConfig) -> int:
 def train_step(crop: int, batch: int, device: str, dtype: str, rounds: int) -> dict:
     """A training step of the full-size model with gradient checkpointing, its optimizer included."""
     model = random_model(device, "float32", crop)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed
+    enable({"use_reentrant": False})
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
