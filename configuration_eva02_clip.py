@@ -1,7 +1,18 @@
 """Configurations of EVA02-CLIP and of its two towers."""
 
+from typing import TYPE_CHECKING, Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
+
+if TYPE_CHECKING:
+    # After `__post_init__` these fields are set; the class of a sub-configuration depends on its `model_type`.
+    SubConfig = Any
+    DerivedSize = Any
+else:
+    # `@strict` checks arguments by these types.
+    SubConfig = dict | PreTrainedConfig | None
+    DerivedSize = int | None
 
 # 4 * 2 / 3, because a SwiGLU has three matrices instead of two; rounded as in the published models.
 SWIGLU_RATIO = 2.6667
@@ -54,7 +65,7 @@ class Eva02ClipVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
 
     hidden_size: int = 1024
-    intermediate_size: int | None = None
+    intermediate_size: DerivedSize = None
     projection_dim: int = 768
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
@@ -164,8 +175,8 @@ class Eva02ClipConfig(PreTrainedConfig):
     model_type = "eva02_clip"
     sub_configs = sub_configs_defaults = {"vision_config": Eva02ClipVisionConfig, "text_config": Eva02ClipTextConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: SubConfig = None
+    text_config: SubConfig = None
     projection_dim: int = 768
     logit_scale_init_value: int | float = 2.6592
 

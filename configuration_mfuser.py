@@ -14,7 +14,7 @@ from .class_names_mfuser import (
     IGNORE_INDEX,
     clip_token_row,
 )
-from .configuration_eva02_clip import Eva02ClipTextConfig, Eva02ClipVisionConfig
+from .configuration_eva02_clip import Eva02ClipTextConfig, Eva02ClipVisionConfig, SubConfig
 
 # The full-size CLIP variant of the paper: DINOv2-L and CLIP ViT-L/14-336, both at patch 16 on crops of 512.
 DEFAULT_ENCODERS = {
@@ -190,9 +190,9 @@ class MFuserConfig(PreTrainedConfig):
         "loss_components",
     ]
 
-    vfm_config: dict | PreTrainedConfig | None = None
-    vlm_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vfm_config: SubConfig = None
+    vlm_config: SubConfig = None
+    text_config: SubConfig = None
     use_text_encoder: bool = True
     class_token_ids: list | None = None
     text_prompt_length: int = 5
@@ -256,8 +256,8 @@ class MFuserConfig(PreTrainedConfig):
             self.vlm_drop_path_rate = 0.1 if is_clip else 0.0
         self.fusion_out_layers = list(self.fusion_out_layers)
         if self.id2label is None and kwargs.get("num_labels") is None:
-            self.id2label = dict(enumerate(CITYSCAPES_CLASSES))
-            self.label2id = {name: index for index, name in self.id2label.items()}
+            self.id2label: dict[int, str] = dict(enumerate(CITYSCAPES_CLASSES))
+            self.label2id: dict[str, int] = {name: index for index, name in self.id2label.items()}
             if self.class_token_ids is None and self.vlm_config.model_type in CLIP_TOKENIZED:
                 self.class_token_ids = [clip_token_row(tokens) for tokens in CITYSCAPES_CLIP_TOKENS]
         super().__post_init__(**kwargs)
@@ -278,7 +278,7 @@ class MFuserConfig(PreTrainedConfig):
     def vlm_drop_path_rates(self, training: bool) -> list[float]:
         """Rate of stochastic depth for each layer of the vision-language model: from 0 to `vlm_drop_path_rate`."""
         layers = self.vlm_config.num_hidden_layers
-        rate = self.vlm_drop_path_rate if training else 0.0
+        rate = self.vlm_drop_path_rate if training and self.vlm_drop_path_rate else 0.0
         return [rate * layer / max(layers - 1, 1) for layer in range(layers)]
 
     def check(self):

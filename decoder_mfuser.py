@@ -31,10 +31,13 @@ class MFuserUpsampling(nn.ConvTranspose2d):
     maps in between are never allocated: at full size that saves 8 % of the operations of a crop and 128 MiB.
     """
 
+    bias: nn.Parameter  # always present here
+
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=2, stride=2)
 
-    def forward(
+    # An argument of `forward` rather than a second method, because Accelerate's hooks act on `forward` alone.
+    def forward(  # type: ignore[override]  # `project` takes the place of the unused `output_size`
         self, maps: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
         """
@@ -64,11 +67,11 @@ class PyramidLevel:
 
     Args:
         maps (`torch.Tensor` of shape `(B, C, h, w)`): Maps.
-        upsampling (`MFuserUpsampling`, *optional*): The upsampling that gives the feature map.
+        upsampling ([`MFuserUpsampling`], *optional*): The upsampling that gives the feature map.
     """
 
     maps: torch.Tensor
-    upsampling: MFuserUpsampling | None = None
+    upsampling: nn.Module | None = None
 
     def feature_map(self) -> torch.Tensor:
         return self.maps if self.upsampling is None else self.upsampling(self.maps)
@@ -126,6 +129,11 @@ def sine_positions(height: int, width: int, channels: int, like: torch.Tensor) -
     return torch.cat([y, x], dim=-1).reshape(1, height * width, channels).to(like.dtype)
 
 
+def grid_shape(maps: torch.Tensor) -> tuple[int, int]:
+    """Height and width of maps (B, C, h, w)."""
+    return maps.shape[-2], maps.shape[-1]
+
+
 def cell_centres(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Centres of the cells of a grid in [0, 1], x first -> (h * w, 2)."""
     y = (torch.arange(height, device=device) + 0.5) / height
@@ -180,7 +188,7 @@ class MFuserDeformableAttention(nn.Module):
         batch, length, heads, _ = value.shape
         weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # (levels, B * heads, L, P)
         offsets = offsets.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (levels, B * heads, L, P, 2)
-        attended = 0
+        attended = value.new_zeros(())
         for level, (height, width) in enumerate(shapes):
             start = sum(h * w for h, w in shapes[:level])
             level_map = value[:, start : start + height * width].permute(0, 2, 3, 1)  # (B, heads, C / heads, h * w)
@@ -213,7 +221,7 @@ class MFuserDeformableAttention(nn.Module):
         head = torch.arange(heads).repeat_interleave(weights.shape[-1] // heads)
         first = torch.arange(batch)[:, None, None] * length * heads + head  # (B, 1, S): row of the first cell
         bag = (batch * length * heads, -1)
-        attended = 0
+        attended = value.new_zeros(())
         for line, line_share in lines:
             line, line_share = line * width + start, line_share * weights
             for column, column_share in columns:
@@ -254,30 +262,37 @@ class MFuserPixelDecoderLayer(GradientCheckpointingLayer):
         return self.mlp_norm(pixels + self.mlp(pixels))
 
 
-class MFuserConvNorm(nn.Module):
-    """Convolution and GroupNorm."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool):
-        super().__init__()
-        self.conv = initialised(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
-            weight=partial(init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
-            bias=init.zeros_,
-        )
-        self.norm = nn.GroupNorm(GROUP_NORM_GROUPS, out_channels)
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(maps))
+def kaiming_conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool) -> nn.Conv2d:
+    """A 'same' convolution with Kaiming-normal initial weights."""
+    return initialised(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
+        weight=partial(init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
+        bias=init.zeros_,
+    )
 
 
-class MFuserLevelProjection(MFuserConvNorm):
+class MFuserLevelProjection(nn.Module):
     """1x1 convolution of a pyramid level to the width of the decoder, and GroupNorm."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool):
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+        super().__init__()
+        self.conv = kaiming_conv(in_channels, out_channels, kernel_size=1, bias=bias)
+        self.norm = nn.GroupNorm(GROUP_NORM_GROUPS, out_channels)
 
     def forward(self, level: PyramidLevel) -> torch.Tensor:
         return self.norm(level.project(self.conv))
+
+
+class MFuserConvNorm(nn.Module):
+    """3x3 convolution without bias, and GroupNorm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = kaiming_conv(channels, channels, kernel_size=3, bias=False)
+        self.norm = nn.GroupNorm(GROUP_NORM_GROUPS, channels)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(maps))
 
 
 class MFuserPixelDecoder(nn.Module):
@@ -295,7 +310,7 @@ class MFuserPixelDecoder(nn.Module):
         self.layers = nn.ModuleList(MFuserPixelDecoderLayer(config) for _ in range(config.decoder_pixel_layers))
         self.final_norm = nn.LayerNorm(size)
         self.lateral_conv = MFuserLevelProjection(in_channels, size, bias=False)
-        self.output_conv = MFuserConvNorm(size, size, 3, bias=False)
+        self.output_conv = MFuserConvNorm(size)
         self.mask_proj = nn.Conv2d(size, size, 1)
         initialised(self, level_embedding=init.normal_, text_position_embedding=init.normal_)
 
@@ -310,16 +325,16 @@ class MFuserPixelDecoder(nn.Module):
         """
         finest, *coarser = levels
         maps = [conv(level) for conv, level in zip(self.input_convs, reversed(coarser), strict=True)]
-        shapes = [tuple(level_map.shape[-2:]) for level_map in maps]
+        shapes = [grid_shape(level_map) for level_map in maps]
         pixels = torch.cat([level_map.flatten(2).transpose(1, 2) for level_map in maps], dim=1)  # (B, L, C)
         positions = torch.cat(
             [
-                sine_positions(*shape, pixels.shape[-1], like=pixels) + embedding
-                for shape, embedding in zip(shapes, self.level_embedding.unbind(0), strict=True)
+                sine_positions(height, width, pixels.shape[-1], like=pixels) + embedding
+                for (height, width), embedding in zip(shapes, self.level_embedding.unbind(0), strict=True)
             ],
             dim=1,
         )
-        centres = torch.cat([cell_centres(*shape, pixels.device) for shape in shapes])
+        centres = torch.cat([cell_centres(height, width, pixels.device) for height, width in shapes])
         text, text_positions = self.text_proj(text), self.text_position_embedding
         for layer in self.layers:
             pixels = layer(pixels, positions, text, text_positions, centres, shapes)
@@ -407,8 +422,10 @@ class MFuserDecoder(nn.Module):
             `list[tuple]`: Class logits `(B, K, K + 1)` and mask logits `(B, K, H / 4, W / 4)`, once before the first
             layer and once after each.
         """
-        shapes = [tuple(level.shape[-2:]) for level in levels]
-        level_positions = [sine_positions(*shape, mask_features.shape[1], like=text) for shape in shapes]
+        shapes = [grid_shape(level) for level in levels]
+        level_positions = [
+            sine_positions(height, width, mask_features.shape[1], like=text) for height, width in shapes
+        ]
         memories = [
             level.flatten(2).transpose(1, 2) + embedding
             for level, embedding in zip(levels, self.level_embedding.unbind(0), strict=True)

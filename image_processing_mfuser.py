@@ -33,7 +33,7 @@ SUPPORTED_SIZES = (
 )
 
 
-class MFuserImageProcessorKwargs(ImagesKwargs, total=False):
+class MFuserImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # ImagesKwargs is a TypedDict
     r"""
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Whether label 0 means "no class", as in ADE20K: 0 becomes 255 (ignored), every other label is decreased by
@@ -207,10 +207,8 @@ class MFuserImageProcessor(PilBackend):
 
         images = self._preprocess(images, **kwargs)
         if maps is not None and kwargs["do_resize"]:
-            maps = [
-                _resize(label_map, resized_size(*label_map.shape, kwargs["size"]), PILImageResampling.NEAREST)
-                for label_map in maps
-            ]
+            size, nearest = kwargs["size"], PILImageResampling.NEAREST
+            maps = [_resize(rows, resized_size(rows.shape[0], rows.shape[1], size), nearest) for rows in maps]
         if do_pad:
             images = self.pad(images, pad_size=pad_size)
             if maps is not None:
@@ -266,7 +264,8 @@ class MFuserImageProcessor(PilBackend):
         self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs
     ) -> np.ndarray:
         """Resizes an image of shape (C, H, W) to `size`, see [`resized_size`]."""
-        new_size = resized_size(*image.shape[1:], size)
+        _, height, width = image.shape
+        new_size = resized_size(height, width, size)
         resample = PILImageResampling.BILINEAR if resample is None else resample
         return np.stack([_resize(channel, new_size, resample) for channel in image])
 

@@ -24,7 +24,8 @@ def initialised(layer: Layer, **initial_values: Initializer) -> Layer:
         layer (`nn.Module`): The layer.
         initial_values: For each parameter, a function of `transformers.initialization` that fills it in place.
     """
-    layer.initial_values = {**getattr(layer, "initial_values", {}), **initial_values}
+    # nn.Module's annotations allow only tensors and modules as attributes.
+    layer.initial_values = {**getattr(layer, "initial_values", {}), **initial_values}  # type: ignore[assignment]
     return layer
 
 

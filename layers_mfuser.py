@@ -1,6 +1,7 @@
 """The plain layers of MVFuser, MTEnhancer and decoders: attention, MLP, depth-wise convolution."""
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ class MFuserMLP(nn.Module):
 
     def __init__(self, sizes: list[int], activation: nn.Module):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.activation = activation
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -64,4 +65,7 @@ class MFuserDepthwiseConv(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         length, taps = hidden_states.shape[1], self.weight.shape[1]
         padded = F.pad(hidden_states, (0, 0, taps // 2, taps // 2))  # (B, taps - 1 + L, C)
-        return sum(padded[:, tap : tap + length] * self.weight[:, tap] for tap in range(taps))
+        convolved = padded[:, :length] * self.weight[:, 0]
+        for tap in range(1, taps):
+            convolved = convolved + padded[:, tap : tap + length] * self.weight[:, tap]
+        return convolved

@@ -166,10 +166,11 @@ class MFuserLoss(nn.Module):
     def score_map_loss(self, score_map: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Returns the cross-entropy of the resized score map; ignored pixels count as 0 in its mean."""
         config = self.config
-        if config.loss_logit_scale is None:
+        scale, bias = config.loss_logit_scale, config.loss_logit_bias
+        if scale is None or bias is None:
             logits = score_map / config.loss_temperature
         else:
-            logits = score_map * math.exp(config.loss_logit_scale) + config.loss_logit_bias
+            logits = score_map * math.exp(scale) + bias
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         entropy = F.cross_entropy(logits, labels, ignore_index=config.semantic_loss_ignore_index, reduction="none")
         return config.loss_score_map_weight * entropy.mean()

@@ -35,15 +35,15 @@ class Eva02ClipOutput(ModelOutput):
     Output of [`Eva02ClipModel`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True` is passed):
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `return_loss=True` is passed):
             Contrastive loss over the batch, in which image i matches text i.
-        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`):
+        logits_per_image (`torch.Tensor` of shape `(images, texts)`):
             Cosine similarities times `exp(logit_scale)`.
-        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`):
+        logits_per_text (`torch.Tensor` of shape `(texts, images)`):
             The transpose of `logits_per_image`.
-        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`):
+        text_embeds (`torch.Tensor` of shape `(texts, projection_dim)`):
             Projected end-of-text tokens, L2-normalised.
-        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`):
+        image_embeds (`torch.Tensor` of shape `(images, projection_dim)`):
             Projected class tokens, L2-normalised.
         text_model_output ([`BaseModelOutputWithPooling`]):
             Output of the text tower; `pooler_output` is projected, but not normalised.
@@ -51,11 +51,11 @@ class Eva02ClipOutput(ModelOutput):
             Output of the vision tower; `pooler_output` is projected, but not normalised.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 
@@ -253,7 +253,7 @@ class Eva02ClipVisionEncoder(nn.Module):
 class Eva02ClipPreTrainedModel(PreTrainedModel):
     config: Eva02ClipConfig
     base_model_prefix = "eva02_clip"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = ["Eva02ClipVisionEmbeddings", "Eva02ClipVisionLayer"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True

@@ -10,8 +10,9 @@ Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class MVFuser(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, D / 2) each
         x, z = F.silu(self.conv_x(x)), F.silu(self.conv_z(z))
         dt, B, C = self.x_proj(x).split([self.time_step_rank, self.state_size, self.state_size], dim=-1)
-        y = selective_scan(
+        y: torch.Tensor = selective_scan(  # type: ignore[assignment]  # a tuple only with `return_last_state`
             x.transpose(1, 2),
             self.dt_proj(dt).transpose(1, 2),
             -torch.exp(self.A_log.float()),
@@ -233,7 +234,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_vfm_vlm_pretrained(
-        cls, vfm: str, vlm: str, class_names: list[str] = CITYSCAPES_CLASSES, tokenizer=None, **kwargs
+        cls, vfm: str, vlm: str, class_names: Sequence[str] = CITYSCAPES_CLASSES, tokenizer=None, **kwargs
     ) -> "MFuserPreTrainedModel":
         """
         Builds a model of two pretrained encoders; its fusion and decoder have initial values and need training.
@@ -264,7 +265,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         encoders = load_pretrained_encoders(vfm, vlm)
         config = encoders.model_config(list(class_names), tokenizer, **kwargs)
         model = cls(config)
-        notes = load_towers(getattr(model, cls.base_model_prefix, model), encoders)
+        notes = load_towers(model.base_model, encoders)
         summary = "".join(f"\n- {note}" for note in notes)
         logger.warning(
             f"MFuser was built from {vfm} and {vlm}; its fusion and decoder are newly initialised and need "
@@ -274,7 +275,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
 
     def freeze_encoders(self):
         """Disables the gradients of both encoders and of the text encoder, and keeps them in evaluation mode."""
-        model = getattr(self, self.base_model_prefix, self)
+        model = self.base_model
         model.config.freeze_encoders = True
         for tower in (model.vfm, model.vlm):
             tower.requires_grad_(False).eval()
@@ -282,7 +283,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
             model.stored_class_embeddings.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
-        return getattr(self, self.base_model_prefix, self).vlm.vision.embeddings.patch_embedding
+        return self.base_model.vlm.vision.embeddings.patch_embedding
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -311,7 +312,8 @@ class MFuserModel(MFuserPreTrainedModel):
         self.merge_proj = nn.Linear(vfm_size, vlm_size) if config.fusion_project_vfm else nn.Identity()
         self.pyramid = MFuserPyramid(vfm_size + vlm_size)
         self.enhancer = MTEnhancer(config, embedding_size)
-        self.prompts = self.stored_class_embeddings = None
+        self.prompts: Any = None  # `None` if the class embeddings are stored
+        self.stored_class_embeddings: Any = None  # `None` if they are computed
         if config.use_text_encoder:
             self.prompts = nn.Parameter(torch.empty(1, config.text_prompt_length, config.text_config.hidden_size))
             initialised(self, prompts=init.trunc_normal_)
@@ -490,7 +492,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             ValueError: If the model has no text encoder, or a name is too long.
         """
         config, model = self.config, self.mfuser
-        if model.prompts is None:
+        if model.prompts is None or config.class_token_ids is None:
             raise ValueError(
                 "set_class_names needs a text encoder; this model stores its class embeddings instead "
                 "(use_text_encoder=False)"
@@ -617,7 +619,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         return average_over_augmentations(lambda pixels: self(pixels).logits, pixel_values, scales, flip)
 
 
-__all__ = ["MFuserPreTrainedModel", "MFuserModel", "MFuserForSemanticSegmentation"]
+__all__ = ["MFuserForSemanticSegmentation", "MFuserModel", "MFuserPreTrainedModel"]
 
 MFuserModel.register_for_auto_class("AutoModel")
 MFuserForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")

@@ -154,7 +154,7 @@ def _at_resolution(config: PreTrainedConfig, crop_size: int, patch_size: int) ->
 
 
 @torch.no_grad()
-def load_towers(model: nn.Module, encoders: PretrainedEncoders) -> list[str]:
+def load_towers(model: PreTrainedModel, encoders: PretrainedEncoders) -> list[str]:
     """
     Copies pretrained weights into the towers of an [`MFuserModel`].
 

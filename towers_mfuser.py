@@ -120,7 +120,9 @@ def drop_path(residual: torch.Tensor, rate: float, axis: str) -> torch.Tensor:
 # --- vision foundation models ---------------------------------------------------------------------------------------
 
 
-def dinov2_positions(embeddings: nn.Module, height: int, width: int) -> torch.Tensor:
+def dinov2_positions(
+    embeddings: Dinov2Embeddings | Dinov2WithRegistersEmbeddings, height: int, width: int
+) -> torch.Tensor:
     """DINOv2's position embeddings (1, 1 + h * w, Dv), resampled as in its own code: by scale factor, not by size."""
     patch = embeddings.config.patch_size
     class_position, positions = embeddings.position_embeddings[0].tensor_split([1])
@@ -146,7 +148,8 @@ class Dinov2Tower(nn.Module):
         positions, kernel ([`Resampled`]): Position embeddings and patch kernel, and how they are resampled.
     """
 
-    positions = Resampled("embeddings.position_embeddings", "bicubic", num_class_tokens=1)
+    vision: PreTrainedModel
+    positions: Resampled | None = Resampled("embeddings.position_embeddings", "bicubic", num_class_tokens=1)
     kernel = Resampled("embeddings.patch_embeddings.projection.weight", "bicubic")
 
     def __init__(self, config: MFuserConfig):
@@ -224,6 +227,8 @@ class VisionLanguageTower(nn.Module):
             norm.
     """
 
+    vision: PreTrainedModel
+    text: PreTrainedModel
     num_class_tokens = 1
     merges_normalised_vfm = True
     kernel = Resampled("embeddings.patch_embedding.weight", "bilinear")
@@ -428,7 +433,7 @@ VFM_TOWERS = {
     "dinov2_with_registers": Dinov2WithRegistersTower,
     "dinov3_vit": DINOv3ViTTower,
 }
-VLM_TOWERS = {
+VLM_TOWERS: dict[str, type[ClipTower] | type[SiglipTower]] = {
     "clip_vision_model": ClipTower,
     "eva02_clip_vision_model": Eva02ClipTower,
     "siglip_vision_model": SiglipTower,

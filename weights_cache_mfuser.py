@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ class WeightsCache:
     The cache is not used while gradients are recorded or while compiling. Assigning to `weight.data` in place, such as
     `weight.data.mul_(2)`, goes unnoticed: call [`~WeightsCache.clear`] afterwards.
     """
+
+    _entry: tuple[list[torch.Tensor], list | None, Any]  # weights, key, value
 
     def __init__(self):
         self.clear()

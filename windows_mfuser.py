@@ -83,7 +83,7 @@ def average_over_windows(
     batch, _, height, width = pixel_values.shape
     scores = pixel_values.new_zeros(batch, num_labels, height, width, dtype=torch.float32)
     counts = scores.new_zeros(height, width)
-    losses = []
+    losses: list[dict[str, torch.Tensor]] = []
     for start in range(0, len(windows), together):
         chosen = windows[start : start + together]
         crops = torch.cat([pixel_values[..., rows, columns] for rows, columns in chosen])
@@ -92,11 +92,11 @@ def average_over_windows(
         for (rows, columns), window_scores in zip(chosen, crop_scores.split(batch), strict=True):
             scores[..., rows, columns] += window_scores
             counts[rows, columns] += 1
-        losses.append(components)
-    components = None
-    if labels is not None:
-        components = {name: torch.stack([crop[name] for crop in losses]).mean() for name in losses[0]}
-    return scores / counts, components
+        if components is not None:
+            losses.append(components)
+    if not losses:
+        return scores / counts, None
+    return scores / counts, {name: torch.stack([crop[name] for crop in losses]).mean() for name in losses[0]}
 
 
 def average_over_augmentations(
@@ -116,7 +116,7 @@ def average_over_augmentations(
     """
     size = pixel_values.shape[-2:]
     flips = (False, True) if flip else (False,)
-    total = 0
+    total = pixel_values.new_zeros(())
     for scale in scales:
         scaled_size = [round(side * scale) for side in size]
         scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)

@@ -260,7 +260,8 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], variant: str) -> 
     Raises:
         ValueError: If tensors are unexpected; the error lists all of them.
     """
-    converted, unknown = {}, []
+    converted: StateDict = {}
+    unknown = []
     for key, tensor in state_dict.items():
         if dropped_reason(key, variant) is None:
             try:
