@@ -6,7 +6,6 @@ class name as in tqdm (Pak et al., ECCV 2024, arXiv 2407.09033). The pyramid is 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,8 +18,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_mfuser import GROUP_NORM_GROUPS, MFuserConfig
 from .initialization_mfuser import fill_with_directions, initialised
 from .layers_mfuser import MFuserAttention, MFuserMLP
+from .weights_cache_mfuser import WeightsCache
 
 # --- feature pyramid -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A 1x1 convolution as the argument of a module. Accelerate's hooks would move a bare module to another device."""
+
+    conv: nn.Conv2d
+
+    def __call__(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.conv(maps)
 
 
 class MFuserUpsampling(nn.ConvTranspose2d):
@@ -35,29 +45,33 @@ class MFuserUpsampling(nn.ConvTranspose2d):
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=2, stride=2)
+        self._projected_kernel = WeightsCache()
 
     # An argument of `forward` rather than a second method, because Accelerate's hooks act on `forward` alone.
-    def forward(  # type: ignore[override]  # `project` takes the place of the unused `output_size`
-        self, maps: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor] | None = None
+    def forward(  # type: ignore[override]  # `projection` takes the place of the unused `output_size`
+        self, maps: torch.Tensor, projection: Projection | None = None
     ) -> torch.Tensor:
         """
         Args:
             maps (`torch.Tensor` of shape `(B, C, h, w)`):
                 The maps to upsample.
-            project (`Callable`, *optional*):
-                A 1x1 convolution to `out` channels. A function that calls the module, not the module itself, which
-                Accelerate's hooks would move to another device.
+            projection ([`Projection`], *optional*):
+                A 1x1 convolution to `out` channels.
 
         Returns:
             `torch.Tensor` of shape `(B, C or out, 2 * h, 2 * w)`
         """
-        if project is None:
+        if projection is None:
             return super().forward(maps)
-        # The kernel (C, C, 2, 2) holds maps of 2 x 2 pixels, one for each input channel, which are projected likewise.
-        constant = project(torch.zeros_like(self.weight[:1, :, :1, :1]))  # the bias of the projection
-        kernel = project(self.weight) - constant  # (C, out, 2, 2)
-        bias = project(self.bias[None, :, None, None]).flatten()
+        weights = [*self.parameters(), *projection.conv.parameters()]
+        kernel, bias = self._projected_kernel.get(weights, partial(self._project_kernel, projection))
         return F.conv_transpose2d(maps, kernel, bias, stride=self.stride)
+
+    def _project_kernel(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+        # The kernel (C, C, 2, 2) holds maps of 2 x 2 pixels, one for each input channel, which are projected likewise.
+        constant = projection(torch.zeros_like(self.weight[:1, :, :1, :1]))  # the bias of the projection
+        kernel = projection(self.weight) - constant  # (C, out, 2, 2)
+        return kernel, projection(self.bias[None, :, None, None]).flatten()
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ class PyramidLevel:
 
     def project(self, projection: nn.Conv2d) -> torch.Tensor:
         """A 1x1 convolution of the feature map."""
-        return projection(self.maps) if self.upsampling is None else self.upsampling(self.maps, projection.__call__)
+        return projection(self.maps) if self.upsampling is None else self.upsampling(self.maps, Projection(projection))
 
 
 class MFuserPyramid(nn.Module):

@@ -26,6 +26,26 @@ def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(maps[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, 0]
 
 
+def check_labelled_classes(labelled_classes: torch.Tensor, present: torch.Tensor) -> None:
+    """Raises `ValueError` unless the labelled classes (B, K) include those present (B, K), and at least one."""
+    if labelled_classes.shape != present.shape or labelled_classes.dtype != torch.bool:
+        raise ValueError(
+            f"labelled_classes have shape {tuple(labelled_classes.shape)} and dtype {labelled_classes.dtype}; they "
+            f"must be booleans of shape {tuple(present.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if not labelled_classes.any(dim=1).all():
+        raise ValueError("labelled_classes leave an image of the batch without classes; each needs at least one")
+    contradictions = (present & ~labelled_classes).nonzero()
+    if len(contradictions):
+        image, class_id = contradictions[0].tolist()
+        raise ValueError(
+            f"the labels of image {image} hold class {class_id}, which its labelled_classes exclude; pixels of such "
+            "classes must be ignored"
+        )
+
+
 class MFuserLoss(nn.Module):
     """
     Losses of every prediction of the decoder and of the score map (section 3.4 of the paper, following Mask2Former).
@@ -33,6 +53,11 @@ class MFuserLoss(nn.Module):
     The matching is fixed: query k is matched to class k if the image contains it, and to "no object" otherwise. All
     predictions and images are computed in one batch, in which masks of absent classes have weight 0. This avoids
     synchronisation with the device.
+
+    Sources that label different classes can be mixed in a batch. What an image's source does not label is unknown, not
+    absent, so nothing is learned about it from that image: its query has no class loss and no mask loss, and its class
+    is left out of the softmax of the other queries and of the score map. The logits of that class have a gradient of
+    exactly zero.
     """
 
     def __init__(self, config: MFuserConfig):
@@ -67,6 +92,7 @@ class MFuserLoss(nn.Module):
         mask_logits: torch.Tensor,
         score_map: torch.Tensor,
         labels: torch.Tensor,
+        labelled_classes: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Computes all losses.
@@ -80,25 +106,31 @@ class MFuserLoss(nn.Module):
                 Cosine similarities between class and patch embeddings.
             labels (`torch.Tensor` of shape `(B, H, W)`):
                 Class ids, and `semantic_loss_ignore_index` for ignored pixels.
+            labelled_classes (`torch.Tensor` of shape `(B, K)`, *optional*):
+                The classes that the source of each image labels, as booleans. By default all.
 
         Returns:
             `dict[str, torch.Tensor]`: Weighted scalars `class_i`, `mask_i` and `dice_i` for each prediction i (0 is
             the prediction before the first decoder layer), and `score_map`. Their sum is the loss.
 
         Raises:
-            ValueError: If the labels have a wrong shape or dtype, or hold an invalid class id.
+            ValueError: If the labels have a wrong shape or dtype or hold an invalid class id, or `labelled_classes`
+                has a wrong shape or dtype, leaves an image without classes, or excludes a class of its labels.
         """
-        labels = self.validated(labels, class_logits.shape[1], class_logits.shape[2])
-        num_classes = class_logits.shape[2]
+        batch_size, num_classes = class_logits.shape[1:3]
+        labels = self.validated(labels, batch_size, num_classes)
         classes = torch.arange(num_classes, device=labels.device)
         targets = (labels[:, None] == classes[:, None, None]).float()  # (B, K, H, W)
         present = targets.flatten(2).any(dim=-1)  # (B, K)
+        if labelled_classes is not None:
+            check_labelled_classes(labelled_classes, present)
         mask_losses = self.mask_losses(mask_logits.float(), targets, present)
+        class_losses = self.class_losses(class_logits.float(), classes, present, labelled_classes)
         components = {}
-        for index, class_loss in enumerate(self.class_losses(class_logits.float(), classes, present)):
+        for index, class_loss in enumerate(class_losses):
             components[f"class_{index}"] = class_loss
             components[f"mask_{index}"], components[f"dice_{index}"] = (loss[index] for loss in mask_losses)
-        components["score_map"] = self.score_map_loss(score_map.float(), labels)
+        components["score_map"] = self.score_map_loss(score_map.float(), labels, labelled_classes)
         return components
 
     def validated(self, labels: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
@@ -119,16 +151,29 @@ class MFuserLoss(nn.Module):
                 )
         return labels
 
-    def class_losses(self, logits: torch.Tensor, classes: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Returns the weighted cross-entropy over all queries of each prediction, of shape (I,)."""
+    def class_losses(
+        self,
+        logits: torch.Tensor,
+        classes: torch.Tensor,
+        present: torch.Tensor,
+        labelled_classes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the weighted cross-entropy over the queries of labelled classes of each prediction, shape (I,)."""
         no_object = len(classes)
         matched = torch.where(present, classes, no_object)  # (B, K)
         weight = torch.ones(no_object + 1, device=logits.device)
         weight[no_object] = self.config.loss_no_object_weight
+        query_weight = weight[matched]
+        if labelled_classes is not None:
+            unlabelled = F.pad(~labelled_classes, (0, 1))  # "no object" is known in every image
+            logits = logits.masked_fill(unlabelled[None, :, None], -math.inf)
+            query_weight = query_weight * labelled_classes
         entropy = F.cross_entropy(
             logits.flatten(0, 2), matched.expand(logits.shape[:3]).flatten(), weight=weight, reduction="none"
         )
-        entropy = entropy.view(len(logits), -1).sum(dim=1) / weight[matched].sum()
+        if labelled_classes is not None:
+            entropy = entropy * labelled_classes.flatten().repeat(len(logits))
+        entropy = entropy.view(len(logits), -1).sum(dim=1) / query_weight.sum()
         return self.config.loss_class_weight * entropy
 
     def mask_losses(
@@ -163,7 +208,9 @@ class MFuserLoss(nn.Module):
             count = count / torch.distributed.get_world_size()
         return count.clamp(min=1)
 
-    def score_map_loss(self, score_map: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def score_map_loss(
+        self, score_map: torch.Tensor, labels: torch.Tensor, labelled_classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns the cross-entropy of the resized score map; ignored pixels count as 0 in its mean."""
         config = self.config
         scale, bias = config.loss_logit_scale, config.loss_logit_bias
@@ -172,5 +219,7 @@ class MFuserLoss(nn.Module):
         else:
             logits = score_map * math.exp(scale) + bias
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        if labelled_classes is not None:  # after the interpolation, which turns infinities into NaN
+            logits = logits.masked_fill(~labelled_classes[:, :, None, None], -math.inf)
         entropy = F.cross_entropy(logits, labels, ignore_index=config.semantic_loss_ignore_index, reduction="none")
         return config.loss_score_map_weight * entropy.mean()

@@ -30,12 +30,12 @@ except ImportError:
 try:
     from .selective_scan_triton import TRITON_CHUNK_TOKENS, triton_scan, triton_scan_backward
 except ImportError:
-    triton_scan = None
+    triton_scan = None  # type: ignore[assignment]
 
 try:
     from .selective_scan_numba import NUMBA_CHUNK_TOKENS, numba_scan, numba_scan_backward
 except ImportError:
-    numba_scan = None
+    numba_scan = None  # type: ignore[assignment]
 
 __all__ = ["selective_scan", "use_hub_kernel"]
 
@@ -246,7 +246,8 @@ def _scan_backward(
     states = states.view(-1, u.shape[0], *A.t().shape)
     grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
     inputs = (u, delta, A, B, C, D, delta_bias)
-    return tuple(u.new_empty(0) if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True))
+    results = [u.new_empty(0) if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True)]
+    return tuple(results)  # type: ignore[return-value]  # there are seven
 
 
 @_scan_backward.register_fake

@@ -13,8 +13,8 @@ class WeightsCache:
     """
     Caches a value computed from weights; it is recomputed when a weight, or the autocast dtype, has changed.
 
-    The cache is not used while gradients are recorded or while compiling. Assigning to `weight.data` in place, such as
-    `weight.data.mul_(2)`, goes unnoticed: call [`~WeightsCache.clear`] afterwards.
+    The cache is not used while gradients are recorded, while compiling or on the meta device. Changes in place of
+    `weight.data`, such as `weight.data.mul_(2)`, go unnoticed: call [`~WeightsCache.clear`] afterwards.
     """
 
     _entry: tuple[list[torch.Tensor], list | None, Any]  # weights, key, value
@@ -34,10 +34,10 @@ class WeightsCache:
             compute (`Callable`): Computes the value.
             settings: What else `compute` depends on; compared by equality.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return compute()
         weights = list(weights)
         device = weights[0].device.type
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or device == "meta":
+            return compute()
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = [autocast, *settings]
         key += [(w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for w in weights]

@@ -23,6 +23,13 @@ class Layout:
             How the file names of images and labels end.
         recursive (`bool`, *optional*, defaults to `False`):
             Whether the files lie in subfolders.
+        image_prefix, label_prefix (`str`, *optional*, defaults to `""`):
+            How the file names of images and labels start. Like the suffixes, they are not part of the common name.
+        converted_by (`str`, *optional*):
+            The label map by which another toolbox converted the label files to train ids. By default the files hold
+            the ids of the dataset.
+        splits (`tuple[str]`, *optional*):
+            The splits that the package holds. By default all.
     """
 
     name: str
@@ -31,6 +38,10 @@ class Layout:
     labels: str
     label_suffix: str
     recursive: bool = False
+    image_prefix: str = ""
+    label_prefix: str = ""
+    converted_by: str | None = None
+    splits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,14 @@ class Split:
             The official number of image/label pairs.
         labelled (`bool`, *optional*, defaults to `True`):
             Whether the labels are public.
+        halved (`bool`, *optional*, defaults to `False`):
+            Whether the files have half the size of the original images and labels.
     """
 
     folder: str
     pairs: int
     labelled: bool = True
+    halved: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,25 @@ class EvaluationSize:
             return height, width
         scale = min(max(self.fit) / max(height, width), min(self.fit) / min(height, width))
         return scaled_size(height, width, scale)
+
+
+@dataclass(frozen=True)
+class LabelReading:
+    """
+    How label files become train ids.
+
+    Args:
+        label_map (`LabelMap`):
+            The map from the ids in the files to train ids.
+        name (`str`):
+            The name of the domain's label map that gives the train ids.
+        class_in_red_channel (`bool`):
+            Whether the files are colour PNGs with the class in the red channel.
+    """
+
+    label_map: LabelMap
+    name: str
+    class_in_red_channel: bool
 
 
 @dataclass(frozen=True)
@@ -149,3 +182,25 @@ class Domain:
         ids = self.label_maps[self.label_map_name(name)]
         train_ids = {raw: self.classes.index(of) for raw, of in ids.items() if of is not None}
         return LabelMap(train_ids, ids)
+
+    def label_reading(self, layout: Layout, label_map: str | None = None) -> LabelReading:
+        """
+        How the label files of a package are read.
+
+        Args:
+            layout (`Layout`):
+                The package.
+            label_map (`str`, *optional*):
+                One of the domain's label maps. By default the first, or the one by which the files were converted.
+
+        Raises:
+            ValueError: If there is no such map, or the files were converted by another one.
+        """
+        if layout.converted_by is None:
+            return LabelReading(self.label_map(label_map), self.label_map_name(label_map), self.class_in_red_channel)
+        if label_map not in (None, layout.converted_by):
+            raise ValueError(
+                f"{self.title}: the labels ({layout.name}) were converted by label map {layout.converted_by}, not "
+                f"{label_map}; label map {label_map} requires the original files"
+            )
+        return LabelReading(LabelMap.identity(len(self.classes)), layout.converted_by, False)

@@ -56,15 +56,30 @@ CUSTOM = "custom"
 
 
 class SplitSource(NamedTuple):
-    """The rows of one split, and what to record about their origin."""
+    """
+    One split to prepare.
+
+    Args:
+        rows (`Rows`):
+            The rows.
+        conversion (`Conversion`):
+            The conversion of the labels.
+        label_map (`str`):
+            The name of the label map that gives the train ids.
+        record (`dict`):
+            What to record about the origin of the rows.
+    """
 
     rows: Rows
+    conversion: Conversion
+    label_map: str
     record: dict[str, Any]
 
 
-def pairs_of_download(domain: Domain, root: Path, split: str) -> SplitSource:
-    """One split of an official download."""
+def pairs_of_download(domain: Domain, root: Path, split: str, label_map: str | None = None) -> SplitSource:
+    """One split of an official download, or of a copy whose labels another toolbox converted to train ids."""
     found = find_pairs(domain, root, split)
+    reading = domain.label_reading(found.layout, label_map)
     record = {
         "layout": found.layout.name,
         "expected_pairs": domain.splits[split].pairs,
@@ -72,32 +87,29 @@ def pairs_of_download(domain: Domain, root: Path, split: str) -> SplitSource:
         "labels_without_image": found.labels_without_image,
         "missing_folders": found.missing_folders,
     }
-    return SplitSource(DownloadRows(found.pairs, domain.class_in_red_channel), record)
+    conversion = Conversion(reading.label_map, domain.classes, reading.class_in_red_channel)
+    return SplitSource(DownloadRows(found.pairs, reading.class_in_red_channel), conversion, reading.name, record)
 
 
-def rows_of_dataset(source: str, split: str, image_column: str, label_column: str) -> SplitSource:
-    """One split of any dataset with an image and a label column."""
+def rows_of_dataset(source: str, split: str, image_column: str, label_column: str) -> tuple[Rows, dict[str, Any]]:
+    """The rows of one split of any dataset with an image and a label column, and what to record about them."""
     dataset, split = open_columns(source, split, image_column, label_column)
     if "name" in dataset.column_names and len(set(dataset["name"])) < len(dataset):
         print(f"{source}, {split}: names repeat, so rows are named by their position", file=sys.stderr)
         dataset = dataset.remove_columns("name")
     record = {"layout": f"columns {image_column} and {label_column}", "expected_pairs": None}
-    return SplitSource(DatasetRows(dataset), record)
+    return DatasetRows(dataset), record
 
 
-def prepare_split(
-    source: SplitSource, folder: Path, conversion: Conversion, title: str, shard_size: int, workers: int
-) -> dict[str, Any]:
+def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int, workers: int) -> dict[str, Any]:
     """
     Writes one split. Shards of an earlier run that are intact are kept.
 
     Args:
         source (`SplitSource`):
-            The rows.
+            The split.
         folder (`Path`):
             The folder to write, named after the split.
-        conversion (`Conversion`):
-            The conversion of the labels.
         title (`str`):
             The name of the dataset in messages and in the description of the split.
         shard_size (`int`):
@@ -113,7 +125,7 @@ def prepare_split(
     """
     folder.mkdir(parents=True, exist_ok=True)
     description = f"{title} {folder.name}"
-    shards = cut_into_shards(source.rows, folder, conversion, shard_size)
+    shards = cut_into_shards(source.rows, folder, source.conversion, shard_size)
     records: list[dict[str, Any] | None] = [None] * len(shards)
     if any(shard.record_file.exists() for shard in shards):
         # Threads suffice: hashing releases the interpreter's lock.
@@ -127,7 +139,7 @@ def prepare_split(
         written = run(write_shard, [shards[index] for index in pending], pool, description)
         for index, record in zip(pending, written, strict=True):
             records[index] = record
-    result = _split_record(source, records, conversion.classes) | {"shards_kept": len(shards) - len(pending)}
+    result = _split_record(source, records) | {"shards_kept": len(shards) - len(pending)}
     if not result["rows"]:
         skipped = result["skipped"]
         raise ValueError(f"{description}: all {len(skipped)} pairs are bad; the first: {_reason(skipped[0])}")
@@ -136,7 +148,7 @@ def prepare_split(
     return result
 
 
-def _split_record(source: SplitSource, records: list, classes: tuple[str, ...]) -> dict[str, Any]:
+def _split_record(source: SplitSource, records: list) -> dict[str, Any]:
     """What to record about a split whose shards have these records."""
     sizes: Counter[str] = Counter()
     pixels = np.zeros(256, dtype=np.int64)
@@ -148,7 +160,7 @@ def _split_record(source: SplitSource, records: list, classes: tuple[str, ...]) 
         "rows": sum(record["rows"] for record in records),
         "skipped": [item for record in records for item in record["skipped"]],
         "sizes": dict(sorted(sizes.items())),
-        "pixels": {name: int(pixels[index]) for index, name in enumerate(classes)},
+        "pixels": {name: int(pixels[index]) for index, name in enumerate(source.conversion.classes)},
         "ignored_pixels": int(pixels[IGNORE_INDEX]),
     }
 
@@ -219,26 +231,32 @@ def prepare(
         raise ImportError("mfuser prepare requires the library datasets: pip install 'mfuser[train]'")
     domain = _check_arguments(domain_name, label_map, id2label, workers, shard_size)
     root, output = str(root), Path(output)
-    if domain is None or not domain.layouts or image_column or label_column:
-        sources = _sources_of_dataset(root, splits, image_column or "image", label_column or "label")
+    if domain and domain.layouts and not (image_column or label_column):
+        sources = _sources_of_download(domain, Path(root), splits, label_map)
+        map_name = _common_label_map(domain, sources)
     else:
-        sources = _sources_of_download(domain, Path(root), splits)
-    if domain:
-        conversion = Conversion(domain.label_map(label_map), domain.classes, domain.class_in_red_channel)
-        title, map_name = domain.title, domain.label_map_name(label_map)
-    else:
-        classes = tuple(class_names(root, id2label).values())
-        conversion = Conversion(LabelMap.identity(len(classes)), classes)
-        title, map_name = Path(root).name, "trainIds"
+        if domain:
+            conversion = Conversion(domain.label_map(label_map), domain.classes, domain.class_in_red_channel)
+            map_name = domain.label_map_name(label_map)
+        else:
+            classes = tuple(class_names(root, id2label).values())
+            conversion, map_name = Conversion(LabelMap.identity(len(classes)), classes), "trainIds"
+        sources = {
+            split: SplitSource(rows, conversion, map_name, record)
+            for split, (rows, record) in _rows_of_splits(
+                root, splits, image_column or "image", label_column or "label"
+            ).items()
+        }
+    title = domain.title if domain else Path(root).name
     preparation: dict[str, Any] = {"format": FORMAT, "domain": domain_name, "title": title, "label_map": map_name}
-    preparation |= _conversion_record(conversion, domain)
+    preparation |= _conversion_record(next(iter(sources.values())).conversion, domain)
 
     output.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(output / ".lock", timeout=0):
         preparation["splits"] = _earlier_splits(output, preparation)
         write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2))
         for split, source in sources.items():
-            record = prepare_split(source, output / split, conversion, title, shard_size, workers)
+            record = prepare_split(source, output / split, title, shard_size, workers)
             report(title, split, record, domain)
             preparation["splits"][split] = {key: value for key, value in record.items() if key != "shards_kept"}
             write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2))
@@ -267,23 +285,37 @@ def _check_arguments(
     return domain
 
 
-def _sources_of_dataset(
+def _rows_of_splits(
     source: str, splits: list[str] | None, image_column: str, label_column: str
-) -> dict[str, SplitSource]:
+) -> dict[str, tuple[Rows, dict[str, Any]]]:
     """The requested splits of any dataset with an image and a label column, by default all."""
     available = available_splits(source)
     picked = [pick_split(available, split, source) for split in splits or available]
     return {split: rows_of_dataset(source, split, image_column, label_column) for split in picked}
 
 
-def _sources_of_download(domain: Domain, root: Path, splits: list[str] | None) -> dict[str, SplitSource]:
+def _sources_of_download(
+    domain: Domain, root: Path, splits: list[str] | None, label_map: str | None
+) -> dict[str, SplitSource]:
     """The requested splits of an official download, by default those that are found and have public labels."""
     if not splits:
         public = [name for name, split in domain.splits.items() if split.labelled]
         # If none is found, all are tried, so that the error message lists the missing folders.
         splits = [name for name in public if has_split(domain, root, name)] or public
     names = [SPLIT_ALIASES.get(split, split) for split in splits]
-    return {name: pairs_of_download(domain, root, name) for name in names}
+    return {name: pairs_of_download(domain, root, name, label_map) for name in names}
+
+
+def _common_label_map(domain: Domain, sources: dict[str, SplitSource]) -> str:
+    """The label map of all splits; raises ValueError if they have different ones."""
+    names = {split: source.label_map for split, source in sources.items()}
+    if len(set(names.values())) > 1:
+        found = ", ".join(f"{split} by {name}" for split, name in names.items())
+        raise ValueError(
+            f"{domain.title}: the labels of its splits are converted by different label maps ({found}); prepare them "
+            "into different folders with --split"
+        )
+    return next(iter(names.values()))
 
 
 def _conversion_record(conversion: Conversion, domain: Domain | None) -> dict[str, Any]:

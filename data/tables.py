@@ -82,6 +82,14 @@ SYNTHIA_LABELS = (
     (22, "lane marking", None),
 )
 
+# UrbanSyn's README (huggingface.co/datasets/UrbanSyn/UrbanSyn): the 19 train ids of Cityscapes, and 19 for unlabelled
+# pixels. Copies that were converted for MMSegmentation hold 255 instead.
+URBANSYN_LABELS = (
+    *((train_id, name, name) for train_id, name in enumerate(CITYSCAPES_CLASSES)),
+    (19, "unlabeled", None),
+    (IGNORE_INDEX, "unlabeled", None),
+)
+
 # Mapillary Vistas v1.2, config.json. Two mappings to the 19 classes are in use, which differ in eleven ids, so scores
 # under one cannot be compared with scores under the other:
 #   A: shachoi/RobustNet, HRDA, CLOUDS, VLTSeg;  B: w1oves/Rein, SoMA, GeCo, Causal-Tune, DepthForge
@@ -175,7 +183,10 @@ GTA5 = Domain(
     label_maps={"labelIds": _label_map(GTA5_LABELS)},
     # Flat folders, as the ten archives unpack. Some labels differ in size from their image (15188, 17705 and
     # 20801-20860 among others); preparation and evaluation skip them.
-    layouts=(Layout("images and labels", "images", ".png", "labels", ".png"),),
+    layouts=(
+        Layout("images and labels", "images", ".png", "labels", ".png"),
+        Layout("labelTrainIds", "images", ".png", "labels", "_labelTrainIds.png", converted_by="labelIds"),
+    ),
     splits={"train": Split("", 24966)},
     sizes=((1052, 1914), (1046, 1914)),
 )
@@ -184,8 +195,24 @@ SYNTHIA = Domain(
     title="SYNTHIA-RAND-CITYSCAPES",
     classes=CITYSCAPES_CLASSES,
     label_maps={"SYNTHIA ids": _label_map(SYNTHIA_LABELS)},
-    layouts=(Layout("RGB and GT/LABELS", "RGB", ".png", "GT/LABELS", ".png"),),
-    splits={"train": Split("", 9400)},
+    layouts=(
+        Layout("RGB and GT/LABELS", "RGB/{split}", ".png", "GT/LABELS/{split}", ".png"),
+        Layout(
+            "labelTrainIds",
+            "RGB/{split}",
+            ".png",
+            "GT/LABELS/{split}",
+            "_labelTrainIds.png",
+            converted_by="SYNTHIA ids",
+        ),
+    ),
+    # Two of MFuser's three configurations of SYNTHIA read RGB/train, the third reads all of RGB. Those folders are not
+    # part of the download; the sizes are those of the file lists in shachoi/RobustNet, which divide it the same way.
+    splits={
+        "train": Split("", 9400),
+        "source_train": Split("train", 6580),
+        "source_validation": Split("val", 2820),
+    },
     sizes=((760, 1280),),
     absent_classes=("terrain", "truck", "train"),
     top_folders=("", "RAND_CITYSCAPES"),
@@ -204,6 +231,15 @@ CITYSCAPES = Domain(
             "gtFine/{split}",
             "_gtFine_labelIds.png",
             recursive=True,
+        ),
+        Layout(
+            "gtFine labelTrainIds",
+            "leftImg8bit/{split}",
+            "_leftImg8bit.png",
+            "gtFine/{split}",
+            "_gtFine_labelTrainIds.png",
+            recursive=True,
+            converted_by="labelIds",
         ),
     ),
     splits={
@@ -242,11 +278,23 @@ MAPILLARY = Domain(
     layouts=(
         Layout("v2.0 package, v1.2 labels", "{split}/images", ".jpg", "{split}/v1.2/labels", ".png"),
         Layout("v1.2 package", "{split}/images", ".jpg", "{split}/labels", ".png"),
+        # Written by the converters of lhoyer/HRDA and of w1oves/Rein.
+        Layout("labelTrainIds", "{split}/images", ".jpg", "{split}/labels", "_labelTrainIds.png", converted_by="A"),
+        Layout(
+            "half",
+            "half/{split}_img",
+            ".jpg",
+            "half/{split}_label",
+            ".png",
+            converted_by="B",
+            splits=("validation_half",),
+        ),
     ),
     splits={
         "train": Split("training", 18000),
         "validation": Split("validation", 2000),
         "test": Split("testing", 5000, labelled=False),
+        "validation_half": Split("val", 2000, halved=True),
     },
     evaluation_sizes={"P1": EvaluationSize((512, 1024), halve_first=True), "P2": EvaluationSize((1024, 2048))},
 )
@@ -277,6 +325,18 @@ ACDC = Domain(
     evaluation_sizes={"P1": EvaluationSize((540, 960)), "P2": EvaluationSize((1080, 1920))},
     conditions=("fog", "night", "rain", "snow"),
 )
+URBANSYN = Domain(
+    name="urbansyn",
+    title="UrbanSyn",
+    classes=CITYSCAPES_CLASSES,
+    label_maps={"UrbanSyn ids": _label_map(URBANSYN_LABELS)},
+    layouts=(
+        Layout("rgb and ss", "rgb", ".png", "ss", ".png", image_prefix="rgb_", label_prefix="ss_"),
+        Layout("rgb and ss of equal names", "rgb", ".png", "ss", ".png"),
+    ),
+    splits={"train": Split("", 7539)},
+    sizes=((1024, 2048),),
+)
 # The 11-class version of the SegNet tutorial, as parquet files with train ids: there is no download to prepare.
 CAMVID = Domain(
     name="camvid",
@@ -285,4 +345,10 @@ CAMVID = Domain(
     label_maps={"trainIds": _train_ids(CAMVID_CLASSES)},
     sizes=((360, 480),),
 )
-DOMAINS = {domain.name: domain for domain in (GTA5, SYNTHIA, CITYSCAPES, BDD100K, MAPILLARY, ACDC, CAMVID)}
+# The sets of classes over which published tables average, whatever the target: those of SYNTHIA, and these without the
+# three that domain adaptation to Cityscapes leaves out.
+CLASS_SETS = {
+    "synthia16": SYNTHIA.evaluation_classes,
+    "synthia13": tuple(name for name in SYNTHIA.evaluation_classes if name not in ("wall", "fence", "pole")),
+}
+DOMAINS = {domain.name: domain for domain in (GTA5, SYNTHIA, URBANSYN, CITYSCAPES, BDD100K, MAPILLARY, ACDC, CAMVID)}

@@ -12,7 +12,7 @@ from mfuser.data.label_maps import LabelMap
 from mfuser.data.layouts import find_pairs, has_split
 from mfuser.data.loading import SPLIT_ALIASES, LoadedDomain, available_splits, load_domain, pick_split
 from mfuser.data.rows import DatasetRows, DownloadRows, Rows
-from mfuser.data.tables import DOMAINS
+from mfuser.data.tables import CLASS_SETS, DOMAINS
 
 DEFAULT_SPLIT = "validation"
 
@@ -73,9 +73,29 @@ class EvaluationDomain:
         return known.pairs if known else None
 
     @property
-    def scored_classes(self) -> list[int]:
-        """The ids that count in the mean IoU: all of them, except for SYNTHIA's three absent classes."""
-        absent = self.domain.absent_classes if self.domain else ()
+    def halved(self) -> bool:
+        """Whether the files have half the size of the original images and labels."""
+        known = self.domain.splits.get(self.split) if self.domain else None
+        return known is not None and known.halved
+
+    def scored_classes(self, classes: str = "domain") -> list[int]:
+        """
+        The ids of the classes that count in the mean IoU.
+
+        Args:
+            classes (`str`, *optional*, defaults to `"domain"`):
+                "domain" for all classes but those that never occur in the domain (three of SYNTHIA), "all", or a key
+                of `CLASS_SETS`.
+
+        Raises:
+            ValueError: If the domain lacks a class of the set.
+        """
+        if classes in CLASS_SETS:
+            missing = [name for name in CLASS_SETS[classes] if name not in self.id2label.values()]
+            if missing:
+                raise ValueError(f"{self.name} has no class {', '.join(missing)}, which {classes} contains")
+            return [index for index, name in self.id2label.items() if name in CLASS_SETS[classes]]
+        absent = self.domain.absent_classes if self.domain and classes == "domain" else ()
         return [index for index, name in self.id2label.items() if name not in absent]
 
     @property
@@ -158,6 +178,7 @@ def _pick_split(available: list[str], split: str | None, source: str) -> str:
 def _open_download(title: str, domain: Domain, source: str, split: str, label_map: str | None) -> EvaluationDomain:
     """A split of an official download as a domain."""
     found = find_pairs(domain, source, split)
+    reading = domain.label_reading(found.layout, label_map)
     unpaired = [{"name": name, "reason": "no label belongs to this image"} for name in found.images_without_label]
     unpaired += [{"name": name, "reason": "no image belongs to this label"} for name in found.labels_without_image]
     unpaired += [{"name": folder, "reason": "the folder is missing"} for folder in found.missing_folders]
@@ -166,10 +187,10 @@ def _open_download(title: str, domain: Domain, source: str, split: str, label_ma
         domain=domain,
         source=source,
         split=split,
-        rows=DownloadRows(found.pairs, domain.class_in_red_channel),
+        rows=DownloadRows(found.pairs, reading.class_in_red_channel),
         id2label=domain.id2label,
-        label_map=domain.label_map(label_map),
-        label_map_name=domain.label_map_name(label_map),
+        label_map=reading.label_map,
+        label_map_name=reading.name,
         skipped=tuple(unpaired),
     )
 

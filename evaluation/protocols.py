@@ -1,7 +1,7 @@
 """The published test protocols: the size at which an image is segmented, and the samples that a model is given."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mfuser.data.augmentation import ResizedWindow
 from mfuser.data.domain import EvaluationSize
+from mfuser.data.tables import CLASS_SETS, MAPILLARY
 from mfuser.evaluation.domains import EvaluationDomain, LabelledImage
 
 PROTOCOLS = ("P1", "P2")
+CLASSES = ("domain", "all", *CLASS_SETS)
+LABEL_SIZES = ("full", "half")
 # What Pillow raises for a file that it cannot decode (SyntaxError: broken PNGs), and the checks of a row.
 PAIR_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -35,6 +38,12 @@ class EvaluationOptions:
             The number of consecutive images in a batch. Images of different sizes are segmented separately.
         workers (`int`, *optional*, defaults to 0):
             The number of processes that read images, for each process that segments.
+        classes (`str`, *optional*, defaults to `"domain"`):
+            The classes that count in the mean IoU: "domain" for those that occur in the domain, "all", or "synthia16"
+            or "synthia13" for the classes of SYNTHIA, whatever the domain. Predictions of other classes are errors.
+        mapillary_labels (`str`, *optional*):
+            The size at which Mapillary is scored: "full", or "half" to halve images (bicubic) and labels (nearest)
+            first. By default that of the protocol: "half" in P1, "full" in P2.
     """
 
     protocol: str = "P2"
@@ -42,12 +51,20 @@ class EvaluationOptions:
     scales: tuple[float, ...] = (1.0,)
     batch_size: int = 1
     workers: int = 0
+    classes: str = "domain"
+    mapillary_labels: str | None = None
 
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales is {self.scales}; it must hold at least one number, all of them positive")
+        if self.classes not in CLASSES:
+            raise ValueError(f"classes is {self.classes!r}; it must be one of {', '.join(CLASSES)}")
+        if self.mapillary_labels not in (None, *LABEL_SIZES):
+            raise ValueError(
+                f"mapillary_labels is {self.mapillary_labels!r}; it must be one of {', '.join(LABEL_SIZES)}"
+            )
         if self.batch_size < 1 or self.workers < 0:
             raise ValueError(
                 f"batch_size is {self.batch_size} and workers is {self.workers}; they must be at least 1 and 0"
@@ -59,8 +76,25 @@ class EvaluationOptions:
         return self.flip or self.scales != (1.0,)
 
     def evaluation_size(self, domain: EvaluationDomain) -> EvaluationSize:
-        """The size at which the protocol segments the images of a domain."""
-        return domain.domain.evaluation_sizes[self.protocol] if domain.domain else EvaluationSize()
+        """
+        The size at which the images of a domain are segmented.
+
+        Raises:
+            ValueError: If `mapillary_labels` is "full" and the files of the domain are halved.
+        """
+        if domain.domain is None:
+            return EvaluationSize()
+        size = domain.domain.evaluation_sizes[self.protocol]
+        if domain.halved:
+            if self.mapillary_labels == "full":
+                raise ValueError(
+                    f"{domain.name}: its split {domain.split} holds halved labels; mapillary_labels is 'full', which "
+                    "requires the split validation"
+                )
+            return replace(size, halve_first=False)
+        if domain.domain.name == MAPILLARY.name and self.mapillary_labels is not None:
+            return replace(size, halve_first=self.mapillary_labels == "half")
+        return size
 
 
 class Sample(NamedTuple):

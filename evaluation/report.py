@@ -76,6 +76,9 @@ def describe(protocol: dict[str, Any], result: dict[str, Any]) -> str:
     words = [protocol["name"], f"segmented at {size}{', halved first' if at['halve_first'] else ''}"]
     if result["domain"] == MAPILLARY.title:
         words.append(f"label map {result['label_map'] or 'unknown'}")
+        words.append(f"{result['label_size']}-size labels")
+    if protocol["classes"] != "domain":
+        words.append(f"classes {protocol['classes']}")
     if protocol["flip"]:
         words.append("flip")
     if protocol["scales"] != [1.0]:

@@ -80,8 +80,8 @@ class DomainMetric:
             raise ValueError(f"{self.domain.name}: no labelled pixel in {images} images{first}")
         return pooled
 
-    def result(self, evaluation_size: EvaluationSize) -> dict[str, Any]:
-        """The result of `evaluate_domain`."""
+    def result(self, evaluation_size: EvaluationSize, classes: list[int]) -> dict[str, Any]:
+        """The result of `evaluate_domain`, with means over `classes`."""
         domain, pooled = self.domain, self.pooled()
         images = sum(self.labelled.values())
         result: dict[str, Any] = {
@@ -91,6 +91,7 @@ class DomainMetric:
             "source": domain.source,
             "split": domain.split,
             "label_map": domain.label_map_name,
+            "label_size": "half" if domain.halved or evaluation_size.halve_first else "full",
             "segmented_at": {
                 "fit": None if evaluation_size.fit is None else list(evaluation_size.fit),
                 "halve_first": evaluation_size.halve_first,
@@ -103,9 +104,9 @@ class DomainMetric:
             "conditions": {},
         }
         if pooled.matrix.any():
-            result["pooled"] = _scores(pooled, domain, images)
+            result["pooled"] = _scores(pooled, domain, classes, images)
             result["conditions"] = {
-                name: _scores(metric, domain, self.labelled[name])
+                name: _scores(metric, domain, classes, self.labelled[name])
                 for name, metric in self.by_condition.items()
                 if name is not None and metric.matrix.any()
             }
@@ -119,9 +120,9 @@ def _reason(skipped: dict[str, str]) -> str:
     return f"{skipped['name']}: {skipped['reason']}"
 
 
-def _scores(metric: MeanIoU, domain: EvaluationDomain, images: int) -> dict[str, Any]:
+def _scores(metric: MeanIoU, domain: EvaluationDomain, classes: list[int], images: int) -> dict[str, Any]:
     """The scores of a confusion matrix, ready for JSON."""
-    scores = metric.compute(domain.scored_classes)
+    scores = metric.compute(classes)
     iou = scores["per_category_iou"].tolist()
     return {
         "images": images,

@@ -50,7 +50,8 @@ def evaluate_domain(
         domain (`EvaluationDomain`):
             The domain, from `open_domain`.
         options (`EvaluationOptions`, *optional*):
-            The protocol, test-time augmentation and batch size. By default those of `EvaluationOptions()`.
+            The protocol, test-time augmentation, scored classes and batch size. By default those of
+            `EvaluationOptions()`.
         save_predictions (`str` or `Path`, *optional*):
             A folder for the predictions, see `prediction_files`. 8-bit PNGs at the size that is scored: labelIds for
             Cityscapes, as its test server expects, train ids for other domains.
@@ -63,13 +64,14 @@ def evaluate_domain(
         `dict`: The result, ready for JSON. `mean_iou` (in [0, 1]; `None` without labels) is the mean over conditions
         if the domain has them (ACDC), otherwise that of all pixels; `mean_iou_over` is "conditions" or "pixels";
         `pooled` holds the scores of all pixels together and `conditions` those of each condition; `images`,
-        `expected_images`, `unlabelled_images`, `skipped`, `segmented_at`, `domain`, `source`, `split` and `label_map`
-        describe what was scored. Scores hold `mean_iou`, `mean_accuracy`, `overall_accuracy`, `per_class_iou` by
-        name, `classes_averaged` and the `confusion_matrix` (rows: labels; columns: predictions, the last column for
-        predictions of no class).
+        `expected_images`, `unlabelled_images`, `skipped`, `segmented_at`, `domain`, `source`, `split`, `label_map` and
+        `label_size` ("full" or "half") describe what was scored. Scores hold `mean_iou`, `mean_accuracy`,
+        `overall_accuracy`, `per_class_iou` by name, `classes_averaged` and the `confusion_matrix` (rows: labels;
+        columns: predictions, the last column for predictions of no class).
 
     Raises:
-        ValueError: If the classes of model and domain differ, or there is nothing to score.
+        ValueError: If the classes of model and domain differ, the options do not fit the domain, or there is nothing
+            to score.
         FileExistsError: If the folder for the predictions is not empty.
     """
     options = options or EvaluationOptions()
@@ -83,7 +85,7 @@ def evaluate_domain(
         accelerator.wait_for_everyone()  # no process may write before all have checked that the folder is empty
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
-    evaluation_size = options.evaluation_size(domain)
+    evaluation_size, classes = options.evaluation_size(domain), domain.scored_classes(options.classes)
     batches = share_of_batches(len(domain.rows), options.batch_size, rank, processes)
     loader = sample_loader(ProtocolSamples(domain, processor, evaluation_size), batches, options.workers)
     metric = DomainMetric(domain, model.device)
@@ -95,7 +97,7 @@ def evaluate_domain(
             bar.update(len(samples))
     if processes > 1:
         metric.reduce(accelerator)
-    return metric.result(evaluation_size)
+    return metric.result(evaluation_size, classes)
 
 
 def score_batch(

@@ -1,8 +1,4 @@
-"""What takes how long on this machine: `mfuser benchmark [PART ...]`.
-
-Every part measures what it compares in turns, in one run, and prints medians and ratios: machines are noisy, and a
-ratio of two runs says little. Nothing is trained or downloaded; models are random.
-"""
+"""Times of the scan, the model and its parts on this machine, measured in turns: `mfuser benchmark [PART ...]`."""
 
 import argparse
 import gc
@@ -15,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import datasets
@@ -40,6 +37,8 @@ from mfuser.selective_scan import mamba_ssm_scan, selective_scan
 from mfuser.windows_mfuser import window_starts
 
 GEMM_SIZE = 4096
+Name = TypeVar("Name")
+
 SCAN_SHAPE = {"batch": 1, "dim": 512, "length": 2050, "state": 16}  # an MVFuser of the full-size CLIP variant
 
 
@@ -71,8 +70,8 @@ def synchronise(device: str):
 
 
 def in_turns(
-    candidates: dict[str, Callable[[], object]], rounds: int, device: str, warm_up: bool = True
-) -> dict[str, float]:
+    candidates: Mapping[Name, Callable[[], object]], rounds: int, device: str, warm_up: bool = True
+) -> dict[Name, float]:
     """Median seconds of each candidate, all run once in every round; with `warm_up` the first doesn't count."""
     seconds = defaultdict(list)
     for counted in [False] * warm_up + [True] * rounds:
@@ -158,7 +157,7 @@ def scan_peak_mebibytes(name: str, backward: bool, device: str) -> float:
         before = torch.cuda.memory_allocated(device)
         run_scan(name, inputs, backward)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_kibibytes("VmRSS")
     run_scan(name, inputs, backward)
     return (status_kibibytes("VmHWM") - before) / 1024
@@ -170,7 +169,7 @@ def status_kibibytes(field: str) -> int:
 
 
 def benchmark_scan(options) -> list[dict]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in (514, SCAN_SHAPE["length"], 8194):  # the tokens of crops of 256, 512 and 1024
         inputs = scan_inputs(options.device, **(SCAN_SHAPE | {"length": length}))
         names = list(SCANS) if length == SCAN_SHAPE["length"] else [name for name in SCANS if name != "step loop"]
@@ -223,7 +222,7 @@ def random_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticS
     return model.to(device).eval()
 
 
-def inference_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticSegmentation:
+def inference_model(device: str, dtype: str, crop: int = 512) -> Any:
     """As `mfuser segment` and `mfuser evaluate` lay it out in memory."""
     return random_model(device, dtype, crop).to(memory_format=torch.channels_last)
 
@@ -233,7 +232,7 @@ def part_modules(model: MFuserForSemanticSegmentation) -> dict[str, list[torch.n
     return {
         "VFM": [base.vfm.vision.embeddings, *base.vfm.vision.encoder.layer],
         "VLM": [base.vlm.vision.embeddings, *base.vlm.vision.encoder.layers],
-        "fusion": list(base.fusion_layers),
+        "fusion": [part for layer in base.fusion_layers for part in layer.children()],
         "MTEnhancer": [base.enhancer],
         "pixel decoder": [model.pixel_decoder],
         "decoder": [model.decoder],
@@ -257,7 +256,7 @@ class PartTimer:
     """Seconds inside each part of a model, by hooks; on a GPU every part waits for the one before."""
 
     def __init__(self, model, device: str):
-        self.seconds = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         for part, modules in part_modules(model).items():
             for module in modules:
                 module.register_forward_pre_hook(lambda *_, part=part: self.add(part, -1, device))
@@ -288,7 +287,9 @@ def benchmark_forward(options) -> list[dict]:
 
         seconds = in_turns({"whole": forward, "product": product}, options.rounds, options.device)
     rate = product_flops / seconds["product"]
-    rows = [{"part": part, "ms": 1e3 * statistics.median(values[1:])} for part, values in parts.items()]
+    rows: list[dict[str, Any]] = [
+        {"part": part, "ms": 1e3 * statistics.median(values[1:])} for part, values in parts.items()
+    ]
     rest = 1e3 * seconds["whole"] - sum(row["ms"] for row in rows)
     rows.append({"part": "pyramid and the rest", "ms": rest})
     whole = {"part": "one crop", "ms": 1e3 * seconds["whole"], "TFLOP": flops / 1e12}
@@ -347,7 +348,8 @@ def count_windows(size: tuple[int, int], config: MFuserConfig) -> int:
 def train_step(crop: int, batch: int, device: str, dtype: str, rounds: int) -> dict:
     """A training step of the full-size model with gradient checkpointing, its optimizer included."""
     model = random_model(device, "float32", crop)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed
+    enable({"use_reentrant": False})
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
@@ -479,7 +481,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    figures = {"machine": machine(options.device), "command": ["mfuser", "benchmark", *(arguments or sys.argv[1:])]}
+    figures: dict[str, Any] = {
+        "machine": machine(options.device),
+        "command": ["mfuser", "benchmark", *(arguments or sys.argv[1:])],
+    }
     print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
     for part in options.parts or PARTS:
         figures[part] = PARTS[part](options)

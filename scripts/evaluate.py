@@ -30,7 +30,7 @@ from mfuser import __version__
 from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.evaluation.domains import EvaluationDomain, check_classes, open_domain
 from mfuser.evaluation.predictions import prediction_files
-from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
+from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, EvaluationOptions
 from mfuser.evaluation.report import shortfalls, summary
 from mfuser.evaluation.scoring import evaluate_domain
 from mfuser.files import sha256, write_text
@@ -71,6 +71,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--mapillary-map",
         choices=tuple(MAPILLARY.label_maps),
         help="map of Mapillary's 66 classes to 19 (default: A, or that of the prepared folder)",
+    )
+    parser.add_argument(
+        "--mapillary-labels",
+        choices=LABEL_SIZES,
+        help="size at which Mapillary is scored; half: images and labels are halved first (default: half in P1, full "
+        "in P2)",
+    )
+    parser.add_argument(
+        "--classes",
+        choices=CLASSES,
+        default="domain",
+        help="classes that count in the mean IoU; domain: those that occur in each domain, synthia16 and synthia13: "
+        "those of SYNTHIA on every domain (default: domain)",
     )
     parser.add_argument("--flip", action="store_true", help="test-time augmentation: add the mirrored image")
     parser.add_argument(
@@ -118,8 +131,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             )
     if parsed.id2label and all(name in DOMAINS for _, name, *_ in parsed.domains):
         parser.error("--id2label is for your own datasets; those of --domains have their own class names")
-    if parsed.mapillary_map and "mapillary" not in (name for _, name, *_ in parsed.domains):
-        parser.error("--mapillary-map is for mapillary, which is not among the --domains")
+    for option, value in (("map", parsed.mapillary_map), ("labels", parsed.mapillary_labels)):
+        if value and "mapillary" not in (name for _, name, *_ in parsed.domains):
+            parser.error(f"--mapillary-{option} is for mapillary, which is not among the --domains")
     return parsed
 
 
@@ -171,7 +185,7 @@ def check_processes(parsed: argparse.Namespace, accelerator: Accelerator) -> Non
         raise ValueError(f"--device is {parsed.device}; in several processes it can only be cpu, or be left out")
 
 
-def open_domains(parsed: argparse.Namespace, model) -> dict[str, EvaluationDomain]:
+def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) -> dict[str, EvaluationDomain]:
     """Opens all domains by title, and checks everything that can be checked before the first image is segmented."""
     domains = {
         title: open_domain(
@@ -187,6 +201,8 @@ def open_domains(parsed: argparse.Namespace, model) -> dict[str, EvaluationDomai
     }
     for domain in domains.values():
         check_classes(model.config.id2label, domain)
+        domain.scored_classes(options.classes)  # raises ValueError if the domain lacks one
+        options.evaluation_size(domain)  # raises ValueError if the options do not fit the split
         if parsed.save_predictions is not None:
             prediction_files(domain, parsed.save_predictions)
         elif not domain.rows.labelled:
@@ -209,6 +225,7 @@ def new_report(model, origin: dict[str, Any], options: EvaluationOptions, accele
             "resizing": RESIZING,
             "flip": options.flip,
             "scales": list(options.scales),
+            "classes": options.classes,
         },
         "run": {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -234,12 +251,20 @@ def add_result(report: dict[str, Any], title: str, result: dict[str, Any], total
 def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """Runs the whole evaluation, writes the report after every domain, and returns it."""
     leader = accelerator.is_main_process
-    options = EvaluationOptions(parsed.protocol, parsed.flip, tuple(parsed.scales), parsed.batch_size, parsed.workers)
+    options = EvaluationOptions(
+        protocol=parsed.protocol,
+        flip=parsed.flip,
+        scales=tuple(parsed.scales),
+        batch_size=parsed.batch_size,
+        workers=parsed.workers,
+        classes=parsed.classes,
+        mapillary_labels=parsed.mapillary_labels,
+    )
     check_processes(parsed, accelerator)
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
     model, processor = load_for_inference(folder, device, parsed.dtype)
-    domains = open_domains(parsed, model)
+    domains = open_domains(parsed, model, options)
     accelerator.wait_for_everyone()
 
     hashes = weight_hashes(folder) if leader else None

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,11 +30,13 @@ from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
 from mfuser.data.loading import load_domain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
+from mfuser.data.sources import MultiSourceDataset, TrainingSource, joint_classes, multi_source_sampler
 from mfuser.data.validation import ValidationDataset
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.model_card import write_model_card
+from mfuser.training.monitoring import check_validation_source, open_monitored_domains
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 
@@ -62,11 +64,28 @@ class ModelArguments:
 class DataArguments:
     """The training and validation data."""
 
-    train_data: str | None = field(
+    train_data: list[str] | None = field(
         default=None,
-        metadata={"help": "Folder written by `mfuser prepare`, parquet files, or folder or Hub id of a dataset."},
+        metadata={
+            "help": "Folder written by `mfuser prepare`, parquet files, or folder or Hub id of a dataset; or a list "
+            "of several, as in [data/gta5, data/synthia]."
+        },
     )
-    train_split: str | None = field(default="train", metadata={"help": "Split of train_data to train on."})
+    train_split: list[str] | None = field(
+        default_factory=lambda: ["train"],
+        metadata={"help": "Split of train_data to train on; or a list of one for each of several (default: train)."},
+    )
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights by which several train_data are drawn (default: their numbers of images)."},
+    )
+    mask_unlabelled_classes: bool = field(
+        default=True,
+        metadata={
+            "help": "With several train_data, whether classes that one of them does not label are left out of the "
+            "loss of its images. Otherwise they are taught as absent, as in plain concatenation."
+        },
+    )
     validation_data: str | None = field(
         default=None,
         metadata={
@@ -80,6 +99,17 @@ class DataArguments:
     validation_size: dict[str, int] | None = field(
         default=None,
         metadata={"help": "Size that validation images are resized to, in the form of MFuserImageProcessor's `size`."},
+    )
+    monitor_data: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Target domains whose mean IoU is logged during training and cannot select the checkpoint: "
+            "FOLDER or FOLDER:SPLIT for each name (default split: validation). "
+            "For example monitor_data.night=data/acdc:train."
+        },
+    )
+    monitor_images: int | None = field(
+        default=50, metadata={"help": "Number of images of each monitored domain, evenly spaced; null: all."}
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(
@@ -99,6 +129,13 @@ class DataArguments:
     rare_class_sampling: bool = field(
         default=True, metadata={"help": "Whether images of rare classes are drawn more often."}
     )
+    rare_class_scope: str = field(
+        default="source",
+        metadata={
+            "help": "With several train_data: source draws one of them by its weight, then a class; joint draws a "
+            "class over all of them."
+        },
+    )
     rare_class_temperature: float = field(
         default=100.0,
         metadata={"help": "Temperature of the class probabilities: the higher, the closer to uniform."},
@@ -107,6 +144,20 @@ class DataArguments:
         default=3000,
         metadata={"help": "An image is drawn for a class if it holds more than this number of its pixels."},
     )
+
+    def __post_init__(self):
+        if isinstance(self.train_data, str):
+            self.train_data = [self.train_data]
+        splits: Any = self.train_split if isinstance(self.train_split, list) else [self.train_split]
+        sources = self.train_data or []
+        self.train_split = splits * len(sources) if len(splits) == 1 else splits
+        if len(sources) != len(self.train_split or ()):
+            raise ValueError(
+                f"train_split is {self.train_split} and train_data {self.train_data}; give one split for all of them, "
+                "or one for each"
+            )
+        if self.train_weights and len(sources) < 2:
+            raise ValueError(f"train_weights is {self.train_weights}; weights require a list of several train_data")
 
 
 @dataclass
@@ -244,6 +295,21 @@ def encoders_of(options: ModelArguments) -> dict[str, str] | None:
     return saved_encoders(options.model) if options.model else None
 
 
+def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> Sampler[Draw]:
+    """The sampler of the sources. Counts the pixels of each class first if rare classes are drawn more often."""
+    rare_classes: dict[str, Any] = {
+        "temperature": data.rare_class_temperature,
+        "min_pixels": data.rare_class_min_pixels,
+    }
+    if len(sources) > 1:
+        scope = data.rare_class_scope if data.rare_class_sampling else None
+        return multi_source_sampler(sources, data.train_weights, seed, scope, **rare_classes)
+    if not data.rare_class_sampling:
+        return ShuffledSampler(len(sources[0].dataset), seed=seed)
+    counts = count_class_pixels(sources[0].dataset, len(sources[0].id2label))
+    return RareClassSampler(counts, seed=seed, **rare_classes)
+
+
 def build_trainer(model_options: ModelArguments, data: DataArguments, training: TrainArguments) -> MFuserTrainer:
     """
     Opens the data, builds the model and returns the trainer of both.
@@ -251,38 +317,52 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     Raises:
         ValueError: If `train_data` is missing, or classes of data and model differ.
     """
-    if data.train_data is None:
+    if not data.train_data:
         raise ValueError("train_data is missing; give a folder written by `mfuser prepare` as --train_data FOLDER")
     open_data = functools.partial(
         load_domain, image_column=data.image_column, label_column=data.label_column, id2label=data.id2label
     )
-    with training.main_process_first(desc="opening the data"):
-        train = open_data(data.train_data, data.train_split)
-        validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
-        if validation and validation.id2label != train.id2label:
-            raise ValueError(f"{data.train_data} and {data.validation_data} have different classes")
-        sampler: Sampler[Draw]
-        if data.rare_class_sampling:
-            counts = count_class_pixels(train.dataset, len(train.id2label))
-            sampler = RareClassSampler(
-                counts,
-                seed=training.seed,
-                temperature=data.rare_class_temperature,
-                min_pixels=data.rare_class_min_pixels,
-            )
-        else:
-            sampler = ShuffledSampler(len(train.dataset), seed=training.seed)
-    set_seed(training.seed)
-    model = build_model(model_options, train.id2label)
-    augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
     processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
+    with training.main_process_first(desc="opening the data"):
+        sources = [
+            TrainingSource.from_domain(source, open_data(source, split))
+            for source, split in zip(data.train_data, data.train_split or (), strict=True)
+        ]
+        id2label = joint_classes(sources)
+        validation = open_data(data.validation_data, data.validation_split) if data.validation_data else None
+        if validation and validation.id2label != id2label:
+            raise ValueError(
+                f"{' and '.join(data.train_data)} together have the classes {', '.join(id2label.values())}; "
+                f"{data.validation_data} has {', '.join(validation.id2label.values())}"
+            )
+        monitored = open_monitored_domains(
+            data.monitor_data,
+            id2label,
+            processor,
+            images=data.monitor_images,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            id2label=data.id2label,
+        )
+        if data.validation_data:
+            check_validation_source(data.validation_data, data.train_data, monitored)
+        sampler = build_sampler(sources, data, training.seed)
+    set_seed(training.seed)
+    model = build_model(model_options, id2label)
+    augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
+    train_dataset: Dataset
+    if len(sources) == 1:
+        train_dataset = AugmentedDataset(sources[0].dataset, augmentation, seed=training.seed)
+    else:
+        train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes)
     return MFuserTrainer(
         model,
         training,
-        train_dataset=AugmentedDataset(train.dataset, augmentation, seed=training.seed),
+        train_dataset=train_dataset,
         train_sampler=sampler,
         eval_dataset=ValidationDataset(validation.dataset, processor) if validation else None,
         encoders=encoders_of(model_options),
+        monitored=monitored,
         processing_class=processor,
     )
 
@@ -301,9 +381,11 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
     """The paragraph of the model card on how the model was trained."""
     steps, batch = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
     batch *= trainer.args.gradient_accumulation_steps
-    text = (
-        f"Trained by `mfuser train` on {Path(str(data.train_data)).name}, split {data.train_split}: {steps} steps of "
-    )
+    sources = [
+        f"{Path(source).name}, split {split}"
+        for source, split in zip(data.train_data or (), data.train_split or (), strict=True)
+    ]
+    text = f"Trained by `mfuser train` on {' and '.join(sources)}: {steps} steps of "
     text += f"{batch} crops of {trainer.train_dataset.augmentation.crop_size} pixels, learning rate "
     text += f"{trainer.args.learning_rate:g}."
     if "eval_mean_iou" in metrics:

@@ -23,7 +23,6 @@ from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 BATCH = 4  # over all processes
 NO_DROPOUT = {"fusion_dropout": 0.0, "enhancer_dropout": 0.0}
-FSDP_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in PyTorch 2.6
 
 
 class Samples(Dataset):
@@ -120,7 +119,7 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     world_size = torch.distributed.get_world_size()
     result = step_and_evaluate(world_size)
-    sharded = sharded_step(sys.argv[2].split(",")) if FSDP_RUNS_ON_CPU else None
+    sharded = sharded_step(sys.argv[2].split(","))
     everyone = [None] * world_size
     torch.distributed.all_gather_object(everyone, (result["seen"], reduced_counts()))
     if torch.distributed.get_rank() == 0:

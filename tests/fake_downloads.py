@@ -92,14 +92,43 @@ def gta5(root: Path, count: int = 3) -> Path:
     return root
 
 
-def synthia(root: Path, count: int = 2) -> Path:
+def train_ids(root: Path) -> Path:
+    """Replaces the labels of a download by train ids, as the converters of other toolboxes write them."""
+    folders = ("labels", "GT", "gtFine", "training/labels", "validation/labels")
+    labels = [path for folder in folders for path in (root / folder).rglob("*.png")]
+    for label in labels:
+        label.unlink()
+    for label in labels:
+        stem = label.with_suffix("")
+        stem = stem.with_name(stem.name.removesuffix("_labelTrainIds").removesuffix("_labelIds"))
+        if not stem.name.endswith(("_color", "_instanceIds")):
+            write(stem.with_name(f"{stem.name}_labelTrainIds.png"), encoded_label(all_ids([*range(19), 255])))
+    return root
+
+
+def urbansyn(root: Path, count: int = 2, prefixes=("rgb_", "ss_")) -> Path:
+    for number in range(1, count + 1):
+        image, label = (
+            f"{folder}/{prefix}{number:04}.png" for folder, prefix in zip(("rgb", "ss"), prefixes, strict=True)
+        )
+        write_pair(root / image, root / label, all_ids(range(20)), number)
+    return root
+
+
+def half_mapillary(root: Path) -> Path:
+    """The halved validation images of Rein's converter."""
+    write_pair(root / "half/val_img/im0.jpg", root / "half/val_label/im0.png", all_ids([*range(19), 255]))
+    return root
+
+
+def synthia(root: Path, count: int = 2, folder: str = ".") -> Path:
     ids = all_ids(range(23))
     for number in range(count):
         samples = np.zeros((*ids.shape, 3), dtype=np.uint16)
         samples[..., 0] = ids
         samples[..., 1] = 60000 + number
-        write(root / f"RGB/{number:07}.png", encoded_image(number, ids.shape))
-        write(root / f"GT/LABELS/{number:07}.png", encoded_16_bit_rgb(samples))
+        write(root / "RGB" / folder / f"{number:07}.png", encoded_image(number, ids.shape))
+        write(root / "GT/LABELS" / folder / f"{number:07}.png", encoded_16_bit_rgb(samples))
     return root
 
 

@@ -27,6 +27,7 @@ from mfuser.data.tables import (
     MAPILLARY_LABELS,
     SYNTHIA,
     SYNTHIA_LABELS,
+    URBANSYN,
 )
 
 # raw id:train id, transcribed from the sources independently of `mfuser.data.tables`; all other ids are 255.
@@ -61,6 +62,7 @@ def table(text: str) -> np.ndarray:
         (CITYSCAPES, None, CITYSCAPES_IDS, range(34)),
         (GTA5, None, CITYSCAPES_IDS, range(35)),
         (SYNTHIA, None, SYNTHIA_IDS, range(23)),
+        (URBANSYN, None, TRAIN_IDS, [*range(20), 255]),
         (BDD100K, None, TRAIN_IDS, [*range(19), 255]),
         (ACDC, None, TRAIN_IDS, [*range(19), 255]),
         (MAPILLARY, None, MAPILLARY_A, range(66)),
@@ -107,7 +109,9 @@ def test_driving_domains_share_the_nineteen_classes_in_order():
 def test_synthia_is_scored_on_sixteen_classes_and_the_others_on_all():
     assert SYNTHIA.evaluation_classes == tuple(name for name in NAMES if name not in ("terrain", "truck", "train"))
     assert len(SYNTHIA.evaluation_classes) == 16
-    assert all(len(domain.evaluation_classes) == 19 for domain in (GTA5, CITYSCAPES, BDD100K, MAPILLARY, ACDC))
+    assert all(
+        len(domain.evaluation_classes) == 19 for domain in (GTA5, URBANSYN, CITYSCAPES, BDD100K, MAPILLARY, ACDC)
+    )
 
 
 def test_camvid_has_its_eleven_classes():
@@ -223,7 +227,17 @@ DOWNLOADS = [
     ("mapillary", fake.mapillary, "", {"train": 2, "validation": 1}, "v1.2 package"),
     ("mapillary", lambda root: fake.mapillary(root, v2=True), "", {"validation": 1}, "v2.0 package, v1.2 labels"),
     ("acdc", fake.acdc, "", {"train": 4, "validation": 4}, "gt labelTrainIds"),
-]
+    ("synthia", lambda root: fake.synthia(root, 3, "train"), "", {"source_train": 3}, "RGB and GT/LABELS"),
+    ("synthia", lambda root: fake.synthia(root, 2, "val"), "", {"source_validation": 2}, "RGB and GT/LABELS"),
+    ("urbansyn", fake.urbansyn, "", {"train": 2}, "rgb and ss"),
+    ("urbansyn", lambda root: fake.urbansyn(root, prefixes=("", "")), "", {"train": 2}, "rgb and ss of equal names"),
+    ("mapillary", fake.half_mapillary, "", {"validation_half": 1}, "half"),
+    ("gta5", lambda root: fake.train_ids(fake.gta5(root)), "", {"train": 3}, "labelTrainIds"),
+    ("synthia", lambda root: fake.train_ids(fake.synthia(root)), "", {"train": 2}, "labelTrainIds"),
+    ("synthia", lambda root: fake.train_ids(fake.synthia(root, 2, "train")), "", {"source_train": 2}, "labelTrainIds"),
+    ("cityscapes", lambda root: fake.train_ids(fake.cityscapes(root)), "", {"train": 5}, "gtFine labelTrainIds"),
+    ("mapillary", lambda root: fake.train_ids(fake.mapillary(root)), "", {"validation": 1}, "labelTrainIds"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "build", "top", "counts", "layout"), DOWNLOADS)
@@ -266,6 +280,36 @@ def test_bdd_masks_are_preferred_to_colormaps(tmp_path):
     assert find_pairs(BDD100K, tmp_path, "train").layout.name == "sem_seg masks"
 
 
+def test_original_labels_are_preferred_to_converted_ones(tmp_path):
+    assert find_pairs(GTA5, fake.gta5(tmp_path), "train").layout.name == "images and labels"
+    assert find_pairs(CITYSCAPES, fake.cityscapes(tmp_path), "train").layout.name == "gtFine labelIds"
+
+
+def test_converted_labels_are_train_ids_of_the_map_that_converted_them():
+    original, _, converted, half = MAPILLARY.layouts
+    assert MAPILLARY.label_reading(original, "B").name == "B"
+    assert (MAPILLARY.label_reading(converted).name, MAPILLARY.label_reading(half).name) == ("A", "B")
+    for domain, layout in ((MAPILLARY, half), (SYNTHIA, SYNTHIA.layouts[1])):
+        reading = domain.label_reading(layout)
+        assert not reading.class_in_red_channel
+        np.testing.assert_array_equal(reading.label_map.lookup, table(TRAIN_IDS))
+        assert np.flatnonzero(reading.label_map.valid).tolist() == [*range(19), 255]
+    with pytest.raises(ValueError, match=r"labels \(labelTrainIds\) were converted by label map A, not B"):
+        MAPILLARY.label_reading(converted, "B")
+
+
+def test_synthias_source_split_and_all_its_images_are_selected_by_name(tmp_path):
+    fake.synthia(fake.synthia(tmp_path, 5), 3, "train")
+    assert [len(find_pairs(SYNTHIA, tmp_path, split).pairs) for split in ("train", "source_train")] == [5, 3]
+    assert [SYNTHIA.splits[split].pairs for split in ("train", "source_train", "source_validation")] == [
+        9400,
+        6580,
+        2820,
+    ]
+    with pytest.raises(FileNotFoundError, match=r"RGB/val/\*.png, GT/LABELS/val/\*_labelTrainIds.png"):
+        find_pairs(SYNTHIA, tmp_path, "source_validation")
+
+
 def test_unmatched_files_are_listed_from_both_sides(tmp_path):
     fake.bdd100k(tmp_path)
     fake.write(tmp_path / "images/10k/train/80a9e37d.jpg", fake.encoded_image(file_format="JPEG"))
@@ -280,7 +324,11 @@ def test_unmatched_files_are_listed_from_both_sides(tmp_path):
 def test_a_missing_download_is_an_error_that_lists_the_known_folders(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         find_pairs(BDD100K, tmp_path, "validation")
-    for words in ("images/10k/val, labels/sem_seg/masks/val", "seg/images/val, seg/labels/val", "its folder bdd100k"):
+    for words in (
+        "images/10k/val/*.jpg, labels/sem_seg/masks/val/*.png",
+        "seg/images/val/*.jpg, seg/labels/val/*_train_id.png",
+        "its folder bdd100k",
+    ):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, validation, test"):
         find_pairs(BDD100K, tmp_path, "dev")

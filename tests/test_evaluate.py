@@ -22,7 +22,7 @@ from mfuser.data.tables import CITYSCAPES, DOMAINS
 from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
-from mfuser.evaluation.report import shortfalls
+from mfuser.evaluation.report import describe, shortfalls
 from mfuser.evaluation.scoring import evaluate_domain, label_map_of_scores
 
 OWN_SIZE = {"P2": EvaluationSize()}  # the size of the images
@@ -173,6 +173,58 @@ def test_a_download_and_its_preparation_have_the_same_score(tmp_path, monkeypatc
         assert len(averaged) == 19
     if name == "acdc":
         assert list(results[0]["conditions"]) == ["fog", "night", "rain", "snow"]
+
+
+@pytest.mark.parametrize(("classes", "count"), [("domain", 19), ("all", 19), ("synthia16", 16), ("synthia13", 13)])
+def test_any_domain_is_scored_over_the_classes_of_synthia(tmp_path, monkeypatch, classes, count):
+    monkeypatch.setitem(DOMAINS, "bdd100k", dataclasses.replace(DOMAINS["bdd100k"], evaluation_sizes=OWN_SIZE))
+    fake.bdd100k(tmp_path / "raw")
+    model = Colours(dict(enumerate(CITYSCAPES_CLASSES)))
+    domain = open_domain("bdd100k", tmp_path / "raw")
+    options = EvaluationOptions(classes=classes)
+    scores = evaluate_domain(model, MFuserImageProcessor(), domain, options, progress=False)["pooled"]
+    without = {19: (), 16: (9, 14, 16), 13: (3, 4, 5, 9, 14, 16)}[count]  # terrain, truck, train; wall, fence, pole
+    counted = [name for index, name in enumerate(CITYSCAPES_CLASSES) if index not in without]
+    assert scores["classes_averaged"] == counted
+    assert scores["mean_iou"] == pytest.approx(np.mean([scores["per_class_iou"][name] for name in counted]))
+    assert np.array(scores["confusion_matrix"]).sum() == (domain.read(0).label != 255).sum()  # of all 19 classes
+
+
+def test_classes_that_a_domain_lacks_are_named(tmp_path):
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1)))
+    with pytest.raises(ValueError, match="mine has no class sidewalk, .*, which synthia13 contains"):
+        evaluate_domain(Colours(), MFuserImageProcessor(), domain, EvaluationOptions(classes="synthia13"))
+
+
+def test_mapillary_is_scored_at_full_or_half_size_in_either_protocol(tmp_path):
+    fake.half_mapillary(fake.mapillary(tmp_path / "raw"))
+    full, half = (open_domain("mapillary", tmp_path / "raw", split) for split in ("validation", "validation_half"))
+    for protocol, fit in (("P1", (512, 1024)), ("P2", (1024, 2048))):
+        for labels, halves in ((None, protocol == "P1"), ("half", True), ("full", False)):
+            size = EvaluationOptions(protocol, mapillary_labels=labels).evaluation_size(full)
+            assert (size.fit, size.halve_first) == (fit, halves)
+        for labels in (None, "half"):  # halved once, not twice
+            size = EvaluationOptions(protocol, mapillary_labels=labels).evaluation_size(half)
+            assert (size.fit, size.halve_first) == (fit, False)
+    with pytest.raises(ValueError, match="validation_half holds halved labels; mapillary_labels is 'full'"):
+        EvaluationOptions(mapillary_labels="full").evaluation_size(half)
+    other = open_domain("bdd100k", fake.bdd100k(tmp_path / "bdd"))
+    assert not EvaluationOptions(mapillary_labels="half").evaluation_size(other).halve_first
+
+
+@pytest.mark.parametrize("labels", ["full", "half"])
+def test_the_size_of_mapillarys_labels_is_recorded_and_printed(tmp_path, monkeypatch, labels):
+    own = dataclasses.replace(DOMAINS["mapillary"], evaluation_sizes=OWN_SIZE)
+    monkeypatch.setitem(DOMAINS, "mapillary", own)
+    domain = open_domain("mapillary", fake.mapillary(tmp_path / "raw"))
+    options = EvaluationOptions(mapillary_labels=labels)
+    model = Colours(dict(enumerate(CITYSCAPES_CLASSES)))
+    result = evaluate_domain(model, MFuserImageProcessor(), domain, options, progress=False)
+    assert result["label_size"] == labels
+    pixels = np.array(result["pooled"]["confusion_matrix"]).sum()
+    assert pixels <= {"full": 72, "half": 16}[labels] and (labels == "half" or pixels > 16)
+    protocol = {"name": "P2", "flip": False, "scales": [1.0], "classes": "synthia16"}
+    assert f"label map A, {labels}-size labels, classes synthia16" in describe(protocol, result)
 
 
 def test_a_prepared_folder_keeps_its_mapillary_map(tmp_path):

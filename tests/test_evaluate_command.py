@@ -53,7 +53,8 @@ def test_the_report_holds_the_scores_and_all_settings(tmp_path, saved_model, cap
     weights = (saved_model / "model.safetensors").read_bytes()
     assert report["model"]["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
     assert report["protocol"] == {
-        "name": "P1", "crop_size": 64, "crop_stride": 42, "resizing": command.RESIZING, "flip": True, "scales": [1.0]
+        "name": "P1", "crop_size": 64, "crop_stride": 42, "resizing": command.RESIZING, "flip": True, "scales": [1.0],
+        "classes": "domain",
     }  # fmt: skip
     assert report["run"]["dtype"] == "float32" and report["run"]["processes"] == 1
     assert report["versions"]["torch"] == version("torch")
@@ -117,6 +118,7 @@ def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, caps
         (["cityscapes"], [], "not of the form NAME=SOURCE"),
         (["mine=a", "mine=b"], [], "names mine more than once"),
         (["bdd100k=a"], ["--mapillary-map", "B"], "not among the --domains"),
+        (["bdd100k=a"], ["--mapillary-labels", "half"], "--mapillary-labels is for mapillary"),
         (["bdd100k=a"], ["--id2label", "classes.json"], "have their own class names"),
     ],
 )
@@ -141,5 +143,7 @@ def test_errors_are_found_before_the_first_image_is_segmented(tmp_path, saved_mo
         assert run("--model", saved_model, "--domains", f"mine={good}", second, "--output", output) == 2
         assert message in capsys.readouterr().err
         assert not output.exists()
+    assert run("--model", saved_model, "--domains", f"mine={good}", "--classes", "synthia16") == 2
+    assert "mine has no class sidewalk" in capsys.readouterr().err
     assert run("--model", tmp_path / "no/model/here", "--domains", f"mine={good}") == 2
     assert "there is no model" in capsys.readouterr().err

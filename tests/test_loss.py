@@ -116,3 +116,83 @@ def test_siglips_scale_and_bias_stand_in_for_the_temperature():
         reduction="none",
     ).mean()
     torch.testing.assert_close(objective(pair="dinov2+siglip").score_map_loss(inputs["score_map"], labels), expected)
+
+
+def two_sources() -> dict[str, torch.Tensor]:
+    """Labels of two images of different sources: the second labels neither class 2 nor class 3."""
+    labels = torch.randint(0, 4, (2, 64, 64), generator=torch.Generator().manual_seed(1))
+    labels[1] = torch.where(labels[1] < 2, labels[1], 255)
+    return {"labels": labels, "labelled_classes": torch.tensor([[True] * 4, [True, True, False, False]])}
+
+
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+siglip"])
+def test_classes_that_a_source_does_not_label_have_no_loss_and_exactly_no_gradient(pair):
+    criterion, inputs = objective(pair=pair), {name: x.requires_grad_() for name, x in predictions().items()}
+    torch.manual_seed(0)
+    losses = criterion(**inputs, **two_sources())
+    gradients = torch.autograd.grad(sum(losses.values()), list(inputs.values()))
+    classes, masks, scores = gradients
+    assert classes[:, 1, 2:].eq(0).all() and classes[:, 1, :2, 2:4].eq(0).all()  # as queries, and as answers of others
+    assert masks[:, 1, 2:].eq(0).all() and scores[1, 2:].eq(0).all()
+    assert classes[:, 1, :2, [0, 1, 4]].ne(0).all() and masks[:, 1, :2].any() and scores[1, :2].any()
+    assert classes[:, 0].ne(0).all() and scores[0].any(dim=(1, 2)).all()  # the first image labels all
+
+    class_logits, mask_logits, score_map = inputs.values()
+    unlabelled = (class_logits[:, 1, 2:], class_logits[:, 1, :, 2:4], mask_logits[:, 1, 2:], score_map[1, 2:])
+    for logits in unlabelled:
+        logits.data.add_(torch.randn_like(logits) * 100)
+    torch.manual_seed(0)
+    changed = criterion(**inputs, **two_sources())
+    assert {name: value.item() for name, value in changed.items()} == {
+        name: value.item() for name, value in losses.items()
+    }
+
+
+def test_a_query_without_label_leaves_the_denominator_of_the_class_loss():
+    inputs = predictions(1, 2)
+    labels, labelled = two_sources().values()
+    loss = objective(loss_class_weight=1.0)(**inputs, labels=labels, labelled_classes=labelled)["class_0"]
+    total, weights = 0.0, 0.0
+    for image, answers in ((0, [0, 1, 2, 3, 4]), (1, [0, 1, 4])):  # the fifth is "no object"
+        for query in answers[:-1]:  # every labelled class is present
+            logits = inputs["class_logits"][0, image, query, answers]
+            total -= logits.log_softmax(0)[answers.index(query)].item()
+            weights += 1
+    assert weights == 6 and loss.item() == pytest.approx(total / weights, rel=1e-5)
+
+
+def test_with_all_classes_labelled_the_losses_are_those_without_the_argument_bit_by_bit():
+    batch, results = tiny_batch(), []
+    for labelled in (None, torch.ones(2, 4, dtype=torch.bool)):
+        inputs = {name: x.requires_grad_() for name, x in predictions().items()}
+        torch.manual_seed(0)
+        losses = objective()(**inputs, labels=batch["labels"], labelled_classes=labelled)
+        gradients = torch.autograd.grad(sum(losses.values()), list(inputs.values()))
+        results.append([*losses.values(), *gradients])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 100)])  # the second is segmented by windows
+def test_the_model_passes_labelled_classes_to_the_loss_of_crops_and_of_windows(size):
+    model, batch = tiny_model(), tiny_batch(size)
+    batch["labels"][1] = torch.where(batch["labels"][1] < 2, batch["labels"][1], 255)
+    torch.manual_seed(0)
+    everything = model(**batch).loss_components
+    torch.manual_seed(0)
+    masked = model(**batch, labelled_classes=two_sources()["labelled_classes"]).loss_components
+    assert everything["class_0"] != masked["class_0"] and everything["score_map"] != masked["score_map"]
+    assert everything["mask_0"] == masked["mask_0"]  # an absent class has no mask loss either
+
+
+@pytest.mark.parametrize(
+    ("labelled", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.bool), r"shape \(2, 3\) .*; they must be booleans of shape \(2, 4\)"),
+        (torch.ones(2, 4), r"dtype torch.float32; they must be booleans"),
+        (torch.tensor([[True] * 4, [False] * 4]), "leave an image of the batch without classes"),
+        (torch.tensor([[True, True, True, False], [True] * 4]), "labels of image 0 hold class 3, which .* exclude"),
+    ],
+)
+def test_labelled_classes_that_do_not_fit_the_labels_are_refused(labelled, message):
+    with pytest.raises(ValueError, match=message):
+        objective()(**predictions(), labels=two_sources()["labels"], labelled_classes=labelled)

@@ -310,8 +310,13 @@ def test_an_upsampling_and_its_projection_are_one_linear_map():
     upsampling, projection = MFuserUpsampling(8), nn.Conv2d(8, 5, 1)
     maps = torch.randn(2, 8, 3, 4)
     expected = projection(upsampling(maps))
-    torch.testing.assert_close(PyramidLevel(maps, upsampling).project(projection), expected)
-    torch.testing.assert_close(PyramidLevel(maps, upsampling).project(nn.Identity()), upsampling(maps))
+    level = PyramidLevel(maps, upsampling)
+    torch.testing.assert_close(level.project(projection), expected)
+    with torch.no_grad():  # the projected kernel is cached
+        torch.testing.assert_close(level.project(projection), expected)
+        projection.weight.mul_(2)
+        torch.testing.assert_close(level.project(projection), projection(upsampling(maps)))
+    torch.testing.assert_close(PyramidLevel(maps, upsampling).feature_map(), upsampling(maps))
 
 
 def test_the_base_model_loads_from_the_same_folder(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 from mfuser.data import preparation
 from mfuser.data import rows as data_rows
+from mfuser.data.layouts import has_split
 from mfuser.data.loading import PREPARATION_FILE, load_domain
 from mfuser.data.preparation import prepare
 from mfuser.data.tables import DOMAINS, MAPILLARY
@@ -51,6 +52,8 @@ def contents(folder) -> dict[str, bytes]:
         ("cityscapes", fake.cityscapes, range(34)),
         ("gta5", fake.gta5, range(35)),
         ("synthia", fake.synthia, range(23)),
+        ("synthia", functools.partial(fake.synthia, folder="train"), range(23)),
+        ("urbansyn", fake.urbansyn, range(20)),
         ("bdd100k", fake.bdd100k, [*range(19), 255]),
         ("bdd100k", functools.partial(fake.bdd100k, labels="colormaps"), [*range(19), 255]),
         ("mapillary", fake.mapillary, range(66)),
@@ -72,7 +75,11 @@ def test_every_layout_becomes_a_dataset_of_original_images_and_train_ids(tmp_pat
             assert row["image"]["bytes"] == (tmp_path / "raw" / row["name"]).read_bytes()
             assert (item["label"].format, item["label"].mode) == ("PNG", "L")
             np.testing.assert_array_equal(np.array(item["label"]), expected)
-    assert set(record["splits"]) == {split for split, known in domain.splits.items() if known.labelled}
+    assert list(record["splits"]) == [
+        split
+        for split in domain.splits
+        if has_split(domain, tmp_path / "raw", split) and domain.splits[split].labelled
+    ]
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
@@ -99,6 +106,25 @@ def test_the_chosen_mapillary_map_is_used_and_recorded(tmp_path):
     expected = MAPILLARY.label_map("B").lookup[fake.all_ids(range(66))]
     np.testing.assert_array_equal(np.array(loaded.dataset[0]["label"]), expected)
     assert loaded.preparation["label_map"] == "B"
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), [("gta5", fake.gta5), ("synthia", fake.synthia), ("cityscapes", fake.cityscapes)]
+)
+def test_labels_that_another_toolbox_converted_are_kept_as_train_ids(tmp_path, name, build):
+    fake.train_ids(build(tmp_path / "raw"))
+    record = run(name, tmp_path / "raw", tmp_path / "out", splits=["train"])
+    loaded = load_domain(tmp_path / "out", "train")
+    assert np.array_equal(np.array(loaded.dataset[0]["label"]), fake.all_ids([*range(19), 255]))
+    assert "labelTrainIds" in record["splits"]["train"]["layout"] and not record["splits"]["train"]["skipped"]
+    assert record["label_map"] == next(iter(DOMAINS[name].label_maps))
+
+
+def test_splits_of_different_label_maps_are_not_prepared_into_one_folder(tmp_path):
+    fake.half_mapillary(fake.mapillary(tmp_path / "raw"))
+    with pytest.raises(ValueError, match="train by A, validation by A, validation_half by B"):
+        run("mapillary", tmp_path / "raw", tmp_path / "out")
+    assert run("mapillary", tmp_path / "raw", tmp_path / "half", splits=["validation_half"])["label_map"] == "B"
 
 
 def test_acdc_rows_name_their_condition(tmp_path):
@@ -356,7 +382,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gta5", "nowhere", "out"], "none of the known folder pairs"),
+        (["gta5", "nowhere", "out"], "none of the known pairs of files"),
         (["gta5", "raw", "out", "--mapillary-map", "A"], "--mapillary-map is for mapillary"),
         (["gta5", "raw", "out", "--split", "val"], "has no split 'validation'; it has train"),
         (["gta5", "raw", "out", "--id2label", "camvid"], "has its own class names"),

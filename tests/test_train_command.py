@@ -149,6 +149,32 @@ def test_saving_only_trainable_weights_needs_known_encoders(recipe, capsys):
     assert "pass encoders=" in capsys.readouterr().err
 
 
+def test_one_source_or_several_are_given_with_a_split_for_all_or_for_each():
+    def data(*settings):
+        return train.parse_arguments(["output_dir=x", *settings])[1]
+
+    assert (data("train_data=a").train_data, data("train_data=a").train_split) == (["a"], ["train"])
+    assert data("train_data=[a,b]", "train_split=day").train_split == ["day", "day"]
+    assert data("train_data=[a,b]", "train_split=[day,night]").train_split == ["day", "night"]
+    assert data("train_data=[a,b]", "train_weights=[1,0.5]").train_weights == [1, 0.5]
+    with pytest.raises(ValueError, match="give one split for all of them, or one for each"):
+        data("train_data=[a,b,c]", "train_split=[day,night]")
+    with pytest.raises(ValueError, match="weights require a list of several train_data"):
+        data("train_data=a", "train_weights=[1]")
+
+
+@pytest.mark.parametrize("name", ["gta5_synthia", "gta5_synthia_urbansyn"])
+@pytest.mark.parametrize("crop", [512, 1024])
+def test_the_recipes_of_several_sources_differ_from_the_published_ones_in_data_and_crop_alone(name, crop):
+    settings = train.read_settings([str(RECIPES / f"{name}_eva02_{crop}.yaml")])
+    assert settings["train_data"] == [f"data/{source}" for source in name.split("_")]
+    assert settings["model_config"] == {"crop_size": crop, "crop_stride": {512: 341, 1024: 683}[crop]}
+    published = train.read_settings([str(RECIPES / "gta5_eva02.yaml")])
+    own = {"train_data", "output_dir", "model_config"}
+    assert {key: settings[key] for key in set(settings) - own} == {key: published[key] for key in set(published) - own}
+    train.parse_arguments([str(RECIPES / f"{name}_eva02_{crop}.yaml")])
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +218,42 @@ def test_an_interrupted_run_is_resumed_from_its_last_checkpoint_and_ends_with_th
     assert train.main([str(recipe), "--resume", "true"]) == 0
     assert steps == [1]  # the first step is not repeated
     assert_same_weights(weights_in(tmp_path / "run"), weights_in(finished))
+
+
+def write_second_source(folder):
+    """Parquet files of four images, labelled with two of the four classes under other ids."""
+    rows = {"image": [], "label": []}
+    for seed in range(4):
+        label = np.random.default_rng(seed).integers(0, 2, size=(72, 96), dtype=np.uint8)
+        rows["image"].append(Image.fromarray(np.stack([label * 90] * 3, axis=-1)))
+        rows["label"].append(Image.fromarray(label))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    (folder / "id2label.json").write_text(json.dumps({0: CLASSES[3], 1: CLASSES[0]}))
+    return folder
+
+
+@pytest.mark.parametrize("scope", ["source", "joint"])
+def test_a_run_on_two_sources_is_resumed_with_the_same_weights(recipe, data, tmp_path, steps, scope):
+    second = write_second_source(tmp_path / "second")
+    settings = [str(recipe), f"train_data=[{data}, {second}]", "train_weights=[1, 2]", f"rare_class_scope={scope}"]
+    settings.append("eval_strategy=no")
+    assert train.main([*settings, f"output_dir={tmp_path / 'whole'}"]) == 0
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    assert train.main([*settings, "--resume", "true"]) == 0
+    assert steps == [0, 1, 1]
+    assert_same_weights(weights_in(tmp_path / "run"), weights_in(tmp_path / "whole"))
+    assert json.loads((tmp_path / "run/config.json").read_text())["id2label"]["3"] == CLASSES[3]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"{data.name}, split train and second, split train: 2 steps" in card
+
+
+def test_validation_data_must_have_the_classes_of_all_sources_together(recipe, data, tmp_path, capsys):
+    second = write_second_source(tmp_path / "second")
+    assert train.main([str(recipe), f"train_data=[{second}, {data}]"]) == 1
+    assert "together have the classes person, road, sky, car; " in capsys.readouterr().err
 
 
 def test_a_named_checkpoint_is_resumed(finished, recipe, tmp_path, steps):

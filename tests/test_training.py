@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed_worker import FSDP_RUNS_ON_CPU, Samples, random_maps, step_and_evaluate
+from distributed_worker import Samples, random_maps, step_and_evaluate
 from sklearn.metrics import confusion_matrix
 from tiny_models import CLASSES, tiny_batch, tiny_model
 from torch import nn
@@ -385,7 +385,6 @@ def test_two_processes_reduce_to_exactly_the_pixel_counts_of_one(both):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FSDP_RUNS_ON_CPU, reason="this version of PyTorch shards on accelerators only")
 def test_layers_sharded_as_the_fsdp_recipe_says_give_the_same_loss_and_gradients(both):
     assert both["sharded"][True] == pytest.approx(both["sharded"][False], rel=1e-5)
 

@@ -3,8 +3,10 @@
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +18,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 
 from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
+from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_for_metrics
 from mfuser.files import write_text
 from mfuser.loading import ENCODERS_FILE
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.training.checkpoints import UNFINISHED_FOLDER, accept_saved_names, publish, without_scalars
+from mfuser.training.monitoring import PREFIX, MonitorCallback, check_selection, training_state_preserved
 from mfuser.training.optimization import PolynomialSchedule, parameter_groups
 
 
@@ -45,6 +49,8 @@ class MFuserTrainingArguments(TrainingArguments):
             published code, or on no normalisation layer.
         save_trainable_only (`bool`, *optional*, defaults to `False`):
             Whether checkpoints and the final model leave out the frozen weights.
+        monitor_steps (`int`, *optional*, defaults to 500):
+            Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
     """
 
     lr_scheduler_type: str = field(
@@ -75,6 +81,15 @@ class MFuserTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Leave the frozen encoders out of checkpoints and of the final model."},
     )
+    monitor_steps: int = field(
+        default=500,
+        metadata={"help": "Number of steps between two scorings of the monitored domains, independent of eval_steps."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.monitor_steps < 1:
+            raise ValueError(f"monitor_steps is {self.monitor_steps}; it must be at least 1")
 
 
 class _SetEpoch(TrainerCallback):
@@ -96,7 +111,10 @@ class MFuserTrainer(Trainer):
     - The parts of the loss are logged, as means since the last log: `loss_class`, `loss_mask` and `loss_dice`, each
       summed over the decoder's predictions, and `loss_score_map`.
     - Evaluation accumulates a confusion matrix, image by image, and is exact over several processes:
-      `eval_mean_iou`, `eval_overall_accuracy`, `eval_iou_<class>`. Logits are not collected.
+      `eval_mean_iou`, `eval_overall_accuracy`, `eval_iou_<class>`. Logits are not collected. With several validation
+      sets, their names follow "eval", as in [`Trainer`].
+    - Target domains can be monitored: every `monitor_steps` steps their mean IoU is logged as
+      `monitor_<name>_mean_iou`. It cannot select the best checkpoint, and training is bit-equal without it.
     - A checkpoint folder gets its name when it is complete. Resuming and loading the best model restore every tensor
       ([`~mfuser.training.checkpoints.accept_saved_names`]).
     - BatchNorm is synchronised when several accelerators train together.
@@ -113,10 +131,12 @@ class MFuserTrainer(Trainer):
         train_sampler (*optional*):
             The [`~mfuser.data.augmentation.ShuffledSampler`] or
             [`~mfuser.data.rare_class_sampling.RareClassSampler`] that yields the draws.
-        eval_dataset ([`~mfuser.data.validation.ValidationDataset`], *optional*):
+        eval_dataset ([`~mfuser.data.validation.ValidationDataset`] or a `dict` of them by name, *optional*):
             Validation images of the source domain, by which the best checkpoint is selected.
         encoders (`dict[str, str]`, *optional*):
             Folder or Hub id of the pretrained `vfm` and `vlm`, saved beside weights that are saved without them.
+        monitored (`dict[str, Dataset]`, *optional*):
+            Target domains to monitor, by name, such as [`~mfuser.training.monitoring.MonitoredDomain`].
         kwargs:
             Further arguments of [`Trainer`].
     """
@@ -132,8 +152,9 @@ class MFuserTrainer(Trainer):
         args: MFuserTrainingArguments,
         train_dataset: Dataset | None = None,
         train_sampler=None,
-        eval_dataset: ValidationDataset | None = None,
+        eval_dataset: ValidationDataset | dict[str, ValidationDataset] | None = None,
         encoders: dict[str, str] | None = None,
+        monitored: Mapping[str, Dataset] | None = None,
         **kwargs,
     ):
         if args.save_trainable_only and encoders is None and model.config.freeze_encoders:
@@ -141,20 +162,27 @@ class MFuserTrainer(Trainer):
                 "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
                 "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to false"
             )
+        self.monitored = dict(monitored or {})
+        metrics = ["mean_iou", "overall_accuracy", *(f"iou_{name}" for name in model.config.id2label.values())]
+        check_selection(args.metric_for_best_model, metrics, eval_dataset, self.monitored)
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler, self.encoders = train_sampler, encoders
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_count = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        if self.is_fsdp_enabled and eval_dataset is not None:
-            raise ValueError("evaluation during training is not possible under FSDP; leave validation_data out")
+        if self.is_fsdp_enabled and (eval_dataset is not None or self.monitored):
+            raise ValueError(
+                "evaluation during training is not possible under FSDP; leave validation_data and monitor_data out"
+            )
         self._scalars = without_scalars(self.model) if self.is_fsdp_enabled else []
         # FSDP and DeepSpeed restore weights from separate files, with the names in memory.
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             accept_saved_names(self.model)
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
+        if self.monitored:
+            self.add_callback(MonitorCallback(self))
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -179,15 +207,38 @@ class MFuserTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def get_eval_dataloader(self, eval_dataset: ValidationDataset | None = None) -> DataLoader:
-        """Returns a loader of this process's share of the images, one by one since their sizes may differ."""
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if eval_dataset is None:
-            raise ValueError("evaluation needs an eval_dataset, and eval_dataset is None")
-        share = range(self.args.process_index, len(eval_dataset), self.args.world_size)
-        return DataLoader(Subset(eval_dataset, share), batch_size=1, num_workers=self.args.dataloader_num_workers)
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """
+        Returns a loader of this process's share of the images, one by one since their sizes may differ.
 
-    def get_test_dataloader(self, test_dataset: ValidationDataset) -> DataLoader:
+        Args:
+            eval_dataset (`str` or `Dataset`, *optional*):
+                The images, such as a [`~mfuser.data.validation.ValidationDataset`], or the name of one of several
+                validation sets; by default the validation set.
+
+        Raises:
+            ValueError: If there is no validation set, or none of this name.
+        """
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if dataset not in named:
+                raise ValueError(f"eval_dataset is {dataset!r}; the named validation sets are {list(named)}")
+            dataset = named[dataset]
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset, and eval_dataset is None")
+        if isinstance(dataset, dict):
+            raise ValueError(f"there are several validation sets; name one of {list(dataset)}")
+        share = range(self.args.process_index, len(dataset), self.args.world_size)
+        # Without a generator, a loader draws the seed of its workers from the random numbers of training.
+        return DataLoader(
+            Subset(dataset, share),
+            batch_size=1,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
     # --- optimization ------------------------------------------------------------------------------------------------
@@ -243,6 +294,14 @@ class MFuserTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Computes the mean IoU at the labels' size, with memory that does not grow with the number of images."""
+        scores = self._score(dataloader, report_progress=True)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        dataset: Any = dataloader.dataset
+        images: Any = dataset.dataset if isinstance(dataset, Subset) else dataset  # those of all processes
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(images))
+
+    def _score(self, dataloader: DataLoader, report_progress: bool = False) -> dict[str, float]:
+        """Mean IoU, overall accuracy and IoU per class over the images of all processes."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metric = MeanIoU(model.config.num_labels, model.config.semantic_loss_ignore_index, device=self.args.device)
@@ -250,20 +309,19 @@ class MFuserTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 scores = model(pixel_values=batch["pixel_values"]).logits
-            size = batch["labels"].shape[-2:]
-            if scores.shape[-2:] != size:
-                scores = nn.functional.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-            metric.update(scores.argmax(dim=1), batch["labels"])
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        scores = metric.reduce(self.accelerator).compute()
-        metrics = {
-            f"{metric_key_prefix}_mean_iou": scores["mean_iou"],
-            f"{metric_key_prefix}_overall_accuracy": scores["overall_accuracy"],
-        }
-        for index, iou in enumerate(scores["per_category_iou"].tolist()):
-            metrics[f"{metric_key_prefix}_iou_{model.config.id2label[index]}"] = iou
-        num_samples = len(self.eval_dataset) if self.eval_dataset is not None else len(dataloader)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
+            metric.update(preprocess_logits_for_metrics(scores, batch["labels"]), batch["labels"])
+            if report_progress:
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return named_scores(metric.reduce(self.accelerator).compute(), model.config.id2label)
+
+    def monitor(self) -> dict[str, float]:
+        """Scores the monitored domains, logs and returns `monitor_<name>_mean_iou`, and leaves training unchanged."""
+        logs = {}
+        with training_state_preserved(self.model):
+            for name, dataset in self.monitored.items():
+                logs[f"{PREFIX}_{name}_mean_iou"] = self._score(self.get_eval_dataloader(dataset))["mean_iou"]
+        self.log(dict(logs))
+        return logs
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -1,1 +1,497 @@
-../../image_processing_mfuser.py
+"""Image processor of MFuser: prepares images and label maps, and turns scores into label maps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType, logging
+
+from .class_names_mfuser import IGNORE_INDEX
+
+logger = logging.get_logger(__name__)
+
+SUPPORTED_SIZES = (
+    {"shortest_edge", "longest_edge"},
+    {"shortest_edge"},
+    {"longest_edge"},
+    {"max_height", "max_width"},
+    {"height", "width"},
+)
+
+
+class MFuserImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # ImagesKwargs is a TypedDict
+    r"""
+    do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
+        Whether label 0 means "no class", as in ADE20K: 0 becomes 255 (ignored), every other label is decreased by
+        one, and 255 is kept.
+    """
+
+    do_reduce_labels: bool | None
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Returns (height, width) times `scale`, rounded half up as in mmcv's `imrescale`, and at least 1 pixel each."""
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
+    """
+    Returns the (height, width) in pixels to which an image is resized.
+
+    `{"height", "width"}` is exact. All other forms keep the aspect ratio and give the largest image within every limit
+    that they name, rounded half up as in mmcv's `imrescale`, which the published test protocols use.
+    """
+    size = size if isinstance(size, SizeDict) else SizeDict(**size)
+    if size.height is not None:
+        return size.height, size.width
+    limits = (
+        (size.shortest_edge, min(height, width)),
+        (size.longest_edge, max(height, width)),
+        (size.max_height, height),
+        (size.max_width, width),
+    )
+    scale = min(limit / length for limit, length in limits if limit is not None)
+    return scaled_size(height, width, scale)
+
+
+class MFuserImageProcessor(PilBackend):
+    r"""
+    Constructs an MFuser image processor.
+
+    It uses only PIL and NumPy, so that an image gives the same pixels with and without torchvision. By default, an
+    image keeps its size (in eval mode the model segments images of any size by sliding windows), is scaled to [0, 1]
+    and is normalised with CLIP's mean and standard deviation.
+
+    - **Images** may be PIL images, NumPy arrays or torch tensors of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or
+      4 channels, batches of such arrays, paths or URLs, or lists of these with different sizes. Greyscale images are
+      converted to RGB, an alpha channel is dropped, and 16-bit values (modes `I;16` and `I`, dtype uint16) are scaled
+      to 8 bits. Floating-point images hold values from 0 to 255, or from 0 to 1 with `do_rescale=False`.
+    - **Resizing** is enabled by `do_resize=True` or by passing a `size` to the constructor, to `from_pretrained` or to
+      a call. The published test protocols resize to the largest fit with the aspect ratio kept:
+      `size={"shortest_edge": 1024, "longest_edge": 2048}` for Cityscapes and Mapillary Vistas,
+      `{"shortest_edge": 720, "longest_edge": 1280}` for BDD100K; see [`resized_size`] for the other forms. Images are
+      resized with PIL's bilinear filter, which antialiases when it downsamples; mmcv, used for the published numbers,
+      does not. Label maps are resized by nearest neighbour.
+    - **Batches** of images with different sizes are padded at the right and at the bottom to the largest size (or to
+      `pad_size`), with 0 after normalisation and with label 255, as in training. The model does not mask the padding,
+      so scores close to it differ slightly from those of the unpadded image; pass images one by one for exact results.
+      `post_process_semantic_segmentation` removes the padding.
+
+    Args:
+        do_resize (`bool`, *optional*, defaults to `False`):
+            Whether to resize. Defaults to `True` if a `size` is passed.
+        size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 512}`):
+            Size after resizing, in pixels. The default, the training crop, is used with `do_resize=True` alone.
+        resample (`PILImageResampling`, *optional*, defaults to `PILImageResampling.BILINEAR`):
+            Filter with which images are resized.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether to multiply the pixel values by `rescale_factor`, 1/255 by default.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether to normalise the rescaled values with `image_mean` and `image_std`, CLIP's by default.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Whether to convert images to RGB. If `False`, images without exactly three channels raise an error.
+        do_pad (`bool`, *optional*, defaults to `True`):
+            Whether to pad the images of a batch to `pad_size`, by default the largest height and width among them.
+        do_reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether label 0 means "no class", see [`MFuserImageProcessorKwargs`].
+    """
+
+    valid_kwargs = MFuserImageProcessorKwargs
+    do_resize = False
+    size = {"shortest_edge": 512}
+    default_to_square = False
+    resample = PILImageResampling.BILINEAR
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_convert_rgb = True
+    do_pad = True
+    do_reduce_labels = False
+
+    def __init__(self, **kwargs: Unpack[MFuserImageProcessorKwargs]):
+        super().__init__(**_resize_if_size_is_given(kwargs))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs):
+        return super().from_dict(image_processor_dict, **_resize_if_size_is_given(kwargs))
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[MFuserImageProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Prepares images, and optionally their label maps, for the model.
+
+        Args:
+            images (`ImageInput`):
+                One image or several, see the class.
+            segmentation_maps (`ImageInput`, *optional*):
+                One label map per image, with the same height and width: integer arrays or tensors of shape (H, W) or
+                (1, H, W), or PIL images of one channel (for a palette image, its indices are the labels).
+            kwargs:
+                Any argument of the class, for this call only, and `return_tensors` and `input_data_format`.
+
+        Returns:
+            [`BatchFeature`]: `pixel_values`, float32 of shape (B, 3, H, W), and `labels`, int64 of shape (B, H, W), if
+            label maps were passed. Lists of arrays if `return_tensors` is `None`.
+
+        Raises:
+            ValueError: If an image, a label map or a size is invalid.
+        """
+        return super().preprocess(images, segmentation_maps, **_resize_if_size_is_given(kwargs))
+
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        for name, supported in (("size", SUPPORTED_SIZES), ("pad_size", ({"height", "width"},))):
+            size = dict(kwargs[name]) if kwargs[name] is not None else None
+            if size is not None and set(size) not in supported:
+                forms = ", ".join(str(sorted(keys)) for keys in supported)
+                raise ValueError(f"`{name}` is {size}; its keys must be one of {forms}.")
+            if size is not None and any(length < 1 for length in size.values()):
+                raise ValueError(f"`{name}` is {size}; every length must be at least 1 pixel.")
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs["do_center_crop"]:
+            raise ValueError("`do_center_crop` is True; it must be unset or False: the processor does not crop.")
+        if kwargs["data_format"] not in (None, ChannelDimension.FIRST):
+            raise ValueError(f"`data_format` is {kwargs['data_format']!r}; it must be unset or 'channels_first'.")
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        do_convert_rgb: bool | None,
+        input_data_format: str | ChannelDimension | None,
+        do_reduce_labels: bool | None,
+        do_pad: bool | None,
+        pad_size: SizeDict | None,
+        return_tensors: str | TensorType | None,
+        **kwargs,
+    ) -> BatchFeature:
+        images = [
+            self.process_image(image, do_convert_rgb, input_data_format)
+            for image in self._as_list(images, batch_ndim=4)
+        ]
+        maps = None
+        if segmentation_maps is not None:
+            maps = [
+                _label_map(segmentation_map, do_reduce_labels)
+                for segmentation_map in self._as_list(segmentation_maps, batch_ndim=3)
+            ]
+            image_sizes, map_sizes = [image.shape[1:] for image in images], [label_map.shape for label_map in maps]
+            if image_sizes != map_sizes:
+                raise ValueError(
+                    f"The images have the sizes {image_sizes} and the segmentation maps {map_sizes}; there must be "
+                    "one map per image, with the image's (height, width)."
+                )
+
+        images = self._preprocess(images, **kwargs)
+        if maps is not None and kwargs["do_resize"]:
+            size, nearest = kwargs["size"], PILImageResampling.NEAREST
+            maps = [_resize(rows, resized_size(rows.shape[0], rows.shape[1], size), nearest) for rows in maps]
+        if do_pad:
+            images = self.pad(images, pad_size=pad_size)
+            if maps is not None:
+                maps = self.pad([label_map[None] for label_map in maps], pad_size=pad_size, fill_value=IGNORE_INDEX)
+                maps = [label_map[0] for label_map in maps]
+        elif return_tensors is not None and len({image.shape for image in images}) > 1:
+            raise ValueError(
+                f"Images of the sizes {[image.shape[1:] for image in images]} can't be stacked: pad them "
+                '(`do_pad=True`), resize them to one `size={"height": ..., "width": ...}` or pass them one by one.'
+            )
+
+        data = {"pixel_values": images}
+        if maps is not None:
+            data["labels"] = [label_map.astype(np.int64) for label_map in maps]
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _as_list(self, images: ImageInput, batch_ndim: int) -> list:
+        """Returns a flat list; opens paths and URLs, and splits arrays of `batch_ndim` dimensions."""
+        images = self.fetch_images(images)
+        if not isinstance(images, list):
+            images = list(images) if getattr(images, "ndim", None) == batch_ndim else [images]
+        if not images:
+            raise ValueError("No image was passed.")
+        return images
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool | None,
+        size: SizeDict | None,
+        resample: PILImageResampling | int | None,
+        do_rescale: bool | None,
+        rescale_factor: float | None,
+        do_normalize: bool | None,
+        image_mean: float | Sequence[float] | None,
+        image_std: float | Sequence[float] | None,
+        **kwargs,
+    ) -> list[np.ndarray]:
+        processed = []
+        for image in images:
+            if do_rescale and image.dtype != np.uint8:
+                _check_float_range(image)
+            if do_resize:
+                image = self.resize(image, size, resample)
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            processed.append(image)
+        return processed
+
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs
+    ) -> np.ndarray:
+        """Resizes an image of shape (C, H, W) to `size`, see [`resized_size`]."""
+        _, height, width = image.shape
+        new_size = resized_size(height, width, size)
+        resample = PILImageResampling.BILINEAR if resample is None else resample
+        return np.stack([_resize(channel, new_size, resample) for channel in image])
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        Converts an image of any accepted kind to an array of shape (3, H, W), of uint8 or float32.
+
+        The base class is not used, because its treatment of alpha channels, greyscale images and 16-bit images differs
+        between releases of Transformers.
+        """
+        if isinstance(image, Image.Image):
+            # Image.convert would clip 16-bit and floating-point values at 255.
+            if do_convert_rgb and image.mode != "F" and not image.mode.startswith("I"):
+                image = image.convert("RGB")
+            if image.mode == "I" and image.getextrema()[0] >= 0 and image.getextrema()[1] <= 65535:
+                # Older releases of Pillow open a 16-bit greyscale PNG in this mode.
+                array = np.asarray(image).astype(np.uint16)
+            else:
+                array = np.asarray(image)
+            input_data_format = ChannelDimension.LAST
+        else:
+            array = _to_numpy(image)
+
+        if array.size == 0 or array.ndim not in (2, 3):
+            raise ValueError(f"An image has the shape {array.shape}; it must be (H, W), (H, W, C) or (C, H, W).")
+        array = _to_uint8_or_float32(array)
+        if array.ndim == 2:
+            array = array[None]
+        else:
+            if input_data_format is None:
+                if array.shape[0] not in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+                    raise ValueError(f"An image has the shape {array.shape}; it must have 1, 3 or 4 channels.")
+                input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+            if ChannelDimension(input_data_format) == ChannelDimension.LAST:
+                array = array.transpose(2, 0, 1)
+
+        channels = array.shape[0]
+        if do_convert_rgb and channels == 1:
+            array = np.repeat(array, 3, axis=0)
+        elif do_convert_rgb and channels == 4:
+            array = array[:3]
+        if array.shape[0] != 3:
+            raise ValueError(
+                f"An image has {channels} channels; MFuser takes images of three channels"
+                + ("." if do_convert_rgb else " (`do_convert_rgb=True` converts images of 1 and 4 channels).")
+            )
+        return array
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        return_segmentation_scores: bool = False,
+        input_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+    ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
+        """
+        Converts the output of [`MFuserForSemanticSegmentation`] into label maps.
+
+        Args:
+            outputs ([`MFuserForSemanticSegmentationOutput`]):
+                Output of the model; `outputs.logits` are scores of shape (B, K, H, W) at the size of `pixel_values`.
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor`, *optional*):
+                (height, width) of each label map, usually the size of the original image. Scores are resized
+                bilinearly before the argmax. By default, label maps have the size of the scores, padding included.
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
+                Whether to also return the scores.
+            input_sizes (`list[tuple[int, int]]` or `torch.Tensor`, *optional*):
+                (height, width) of each image in `pixel_values` before padding. By default they are inferred from
+                `target_sizes` and the settings of this processor.
+
+        Returns:
+            `list[torch.Tensor]`: For each image a label map of shape (height, width), int64; or, if scores are
+            returned, an object with `segmentation` and `segmentation_scores` of shape (K, height, width).
+
+        Raises:
+            ValueError: If a size is invalid or missing, or the padding of a batch can't be inferred.
+        """
+        logits = outputs.logits
+        logits_size = tuple(logits.shape[-2:])
+        if target_sizes is not None:
+            target_sizes = _check_sizes("target_sizes", target_sizes, len(logits))
+        if input_sizes is not None:
+            input_sizes = _check_sizes("input_sizes", input_sizes, len(logits))
+            if any(height > logits_size[0] or width > logits_size[1] for height, width in input_sizes):
+                raise ValueError(f"`input_sizes` {input_sizes} must not exceed the scores' size, {logits_size}.")
+        elif target_sizes is not None and self.do_pad:
+            input_sizes = self._sizes_before_padding(target_sizes, logits_size)
+        else:
+            input_sizes = [logits_size] * len(logits)
+
+        results = []
+        for index, (height, width) in enumerate(input_sizes):
+            scores = logits[index, :, :height, :width].float()
+            if target_sizes is not None and target_sizes[index] != (height, width):
+                scores = torch.nn.functional.interpolate(
+                    scores[None], size=target_sizes[index], mode="bilinear", align_corners=False
+                )[0]
+            segmentation = scores.argmax(dim=0)
+            if return_segmentation_scores:
+                segmentation = SemanticSegmentationPostProcessorOutput(
+                    data={"segmentation": segmentation, "segmentation_scores": scores}
+                )
+            results.append(segmentation)
+        return results
+
+    def _sizes_before_padding(
+        self, image_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
+    ) -> list[tuple[int, int]]:
+        """Returns the size of each image of a batch before padding, inferred from this processor's settings."""
+        sizes = [resized_size(*size, self.size) if self.do_resize else size for size in image_sizes]
+        largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
+        expected = largest if self.pad_size is None else (self.pad_size.height, self.pad_size.width)
+        if expected == padded_size and largest[0] <= padded_size[0] and largest[1] <= padded_size[1]:
+            return sizes
+        # the batch was prepared with other settings: images of one size were not padded
+        if self.pad_size is None and len(set(sizes)) == 1:
+            return [padded_size] * len(sizes)
+        raise ValueError(
+            f"Images of the sizes {image_sizes} don't give the padded size {padded_size} with this processor's "
+            "settings, so their padding can't be inferred. Pass `input_sizes`, the (height, width) of each image in "
+            f"`pixel_values` before padding ({padded_size} for an image without padding)."
+        )
+
+
+def _resize_if_size_is_given(kwargs: dict) -> dict:
+    """Enables resizing if a size is passed, so that it is not silently ignored."""
+    if kwargs.get("size") is not None:
+        kwargs.setdefault("do_resize", True)
+    return kwargs
+
+
+def _to_numpy(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        # NumPy has no bfloat16.
+        return (image.float() if image.is_floating_point() else image).numpy()
+    if isinstance(image, np.ndarray):
+        return image
+    raise ValueError(f"Got {type(image).__name__}; expected a PIL image, an array, a tensor or a flat list of these.")
+
+
+def _to_uint8_or_float32(image: np.ndarray) -> np.ndarray:
+    """Converts integers and booleans to uint8, and floating-point values to float32."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == bool:
+        return image.astype(np.uint8) * 255
+    if image.dtype.kind == "f":
+        if not np.isfinite(image).all():
+            raise ValueError("The image holds NaN or infinite values; all values must be finite.")
+        return image.astype(np.float32)
+    if image.dtype.kind == "u" and image.dtype.itemsize == 2:
+        if 0 < image.max() <= 255:
+            logger.warning(
+                "A 16-bit image holds no value above 255, so it is almost black once it is scaled to 8 bits. "
+                "If it holds 8-bit values, convert it to uint8."
+            )
+        return ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.dtype.kind in "iu":
+        if image.min() < 0 or image.max() > 255:
+            raise ValueError(
+                f"The image holds {image.dtype} values from {image.min()} to {image.max()}; integers must lie in "
+                "0..255, or have dtype uint16 for a 16-bit image."
+            )
+        return image.astype(np.uint8)
+    raise ValueError(f"The image has dtype {image.dtype}; it must hold integers, booleans or floating-point values.")
+
+
+def _check_float_range(image: np.ndarray):
+    low, high = image.min(), image.max()
+    if low < 0 or high > 255 or 0 < high <= 1:
+        raise ValueError(
+            f"The floating-point image holds values from {low:g} to {high:g}; with `do_rescale=True` they must lie in "
+            "0..255. Pass `do_rescale=False` for values in 0..1, and also `do_normalize=False` for normalised values."
+        )
+
+
+def _resize(array: np.ndarray, size: tuple[int, int], resample: PILImageResampling | int) -> np.ndarray:
+    """Resizes an array of shape (H, W) of uint8, int32 or float32 by PIL, which keeps these dtypes."""
+    height, width = size
+    return np.asarray(Image.fromarray(array).resize((width, height), resample))
+
+
+def _label_map(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> np.ndarray:
+    """Converts a label map to int32 of shape (H, W)."""
+    if isinstance(segmentation_map, Image.Image):
+        labels = np.asarray(segmentation_map)
+    else:
+        labels = _to_numpy(segmentation_map)
+        if labels.ndim == 3 and labels.shape[0] == 1:
+            labels = labels[0]
+    if labels.ndim != 2 or labels.size == 0:
+        raise ValueError(
+            f"A segmentation map has the shape {labels.shape}; it must have one channel. "
+            "Convert a colour-coded map to class ids first, and open a palette PNG with `PIL.Image.open`."
+        )
+    if labels.dtype.kind not in "iub":
+        raise ValueError(f"A segmentation map has dtype {labels.dtype}; it must hold integers.")
+    labels = labels.astype(np.int32)
+    if labels.min() < 0:
+        raise ValueError(
+            f"A segmentation map holds the label {labels.min()}; labels must be class ids from 0 up, or "
+            f"{IGNORE_INDEX} for ignored pixels."
+        )
+    if do_reduce_labels:
+        labels = np.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
+    return labels
+
+
+def _check_sizes(name: str, sizes: Sequence | torch.Tensor, batch_size: int) -> list[tuple[int, int]]:
+    """Converts `sizes` to a list of `batch_size` tuples (height, width)."""
+    sizes = [tuple(int(length) for length in size) for size in sizes]
+    if len(sizes) != batch_size:
+        raise ValueError(f"`{name}` holds {len(sizes)} for {batch_size} images; it must hold one size per image.")
+    for size in sizes:
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"`{name}` holds {size}; it must hold pairs (height, width) of at least 1 pixel.")
+    return sizes
+
+
+__all__ = ["MFuserImageProcessor"]
+
+MFuserImageProcessor.register_for_auto_class()

@@ -1,1 +1,629 @@
-../../modeling_mfuser.py
+"""
+MFuser: two frozen encoders fused by Mamba, and a mask decoder whose queries are class names.
+
+In the order of the paper: MVFuser, fusion layer, MTEnhancer, both encoders in lock-step, the segmentation model. The
+encoders are in towers_mfuser.py, the scan in selective_scan.py, the decoder in decoder_mfuser.py, the losses in
+loss_mfuser.py, sliding windows in windows_mfuser.py. The file is longer than others: it is the paper in one piece.
+
+Paper: Zhang and Tan, "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models for
+Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .class_names_mfuser import CITYSCAPES_CLASSES, class_token_ids, nearest_classes
+from .configuration_mfuser import MFuserConfig
+from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
+from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
+from .layers_mfuser import MFuserAttention, MFuserDepthwiseConv, MFuserMLP
+from .loss_mfuser import MFuserLoss
+from .outputs_mfuser import MFuserEncoderOutput, MFuserForSemanticSegmentationOutput, MFuserModelOutput
+from .pretrained_mfuser import load_pretrained_encoders, load_towers
+from .selective_scan import selective_scan
+from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
+from .weights_cache_mfuser import WeightsCache
+from .windows_mfuser import average_over_augmentations, average_over_windows, sliding_windows, windows_per_batch
+
+logger = logging.get_logger(__name__)
+
+
+# --- MVFuser and the fusion of two encoders --------------------------------------------------------------------------
+
+
+class MVFuser(nn.Module):
+    """
+    The fusion block (section 3.2): one Mamba-1 scan over the joint sequence of both encoders, gated by a convolution
+    branch. Its cost is linear in the number of tokens.
+    """
+
+    def __init__(self, config: MFuserConfig, hidden_size: int):
+        super().__init__()
+        half = hidden_size // 2
+        self.state_size = config.fusion_state_size
+        self.time_step_rank = math.ceil(hidden_size / 16)
+        bound = self.time_step_rank**-0.5
+        self.in_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.conv_x = MFuserDepthwiseConv(half, config.fusion_conv_kernel)
+        self.conv_z = MFuserDepthwiseConv(half, config.fusion_conv_kernel)
+        self.x_proj = nn.Linear(half, self.time_step_rank + 2 * self.state_size, bias=False)
+        self.dt_proj = initialised(
+            nn.Linear(self.time_step_rank, half, bias=False), weight=partial(init.uniform_, a=-bound, b=bound)
+        )
+        self.dt_bias = nn.Parameter(torch.empty(half))
+        self.A_log = nn.Parameter(torch.empty(half, self.state_size))
+        self.D = nn.Parameter(torch.empty(half))
+        self.norm = nn.RMSNorm(half, eps=1e-5)
+        self.out_proj = nn.Linear(half, hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.fusion_dropout)
+        self.scale = nn.Parameter(torch.empty(()))
+        initialised(
+            self,
+            dt_bias=fill_with_time_steps,
+            A_log=fill_with_decays,
+            D=init.ones_,
+            scale=partial(init.constant_, val=config.fusion_initial_scale),
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, D) -> (B, L, D)."""
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, D / 2) each
+        x, z = F.silu(self.conv_x(x)), F.silu(self.conv_z(z))
+        dt, B, C = self.x_proj(x).split([self.time_step_rank, self.state_size, self.state_size], dim=-1)
+        y: torch.Tensor = selective_scan(  # type: ignore[assignment]  # a tuple only with `return_last_state`
+            x.transpose(1, 2),
+            self.dt_proj(dt).transpose(1, 2),
+            -torch.exp(self.A_log.float()),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.D.float(),
+            delta_bias=2 * self.dt_bias.float(),  # the published code adds it twice: in dt_proj and in the scan
+            delta_softplus=True,
+        )
+        y = self.norm(y.transpose(1, 2)) * F.silu(z)  # z has passed SiLU before: the published gate applies it twice
+        return self.dropout(self.out_proj(y)) * self.scale
+
+
+class MFuserFusionLayer(GradientCheckpointingLayer):
+    """One step of both encoders, and an MVFuser whose result is added to both streams (equations 2 to 4)."""
+
+    def __init__(self, config: MFuserConfig):
+        super().__init__()
+        vfm_size, vlm_size = config.vfm_config.hidden_size, config.vlm_config.hidden_size
+        self.mvfuser = MVFuser(config, vlm_size)
+        self.vfm_in_proj = nn.Linear(vfm_size, vlm_size) if config.fusion_project_vfm else nn.Identity()
+        self.vfm_out_proj = nn.Linear(vlm_size, vfm_size) if config.fusion_project_vfm else nn.Identity()
+
+    def forward(
+        self,
+        vfm_states: torch.Tensor,
+        vlm_states: torch.Tensor,
+        run_vfm: Callable[[torch.Tensor], torch.Tensor],
+        run_vlm: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`): Tokens of the vision foundation model.
+            vlm_states (`torch.Tensor` of shape `(B, L, D)`): Tokens of the vision-language model.
+            run_vfm, run_vlm (`Callable`): The layers of each encoder before this MVFuser. They are arguments so that
+                gradient checkpointing recomputes them together with the MVFuser.
+        """
+        vfm_states, vlm_states = run_vfm(vfm_states), run_vlm(vlm_states)
+        fused = self.mvfuser(torch.cat([self.vfm_in_proj(vfm_states), vlm_states], dim=1))  # (B, Lv + L, D)
+        for_vfm, for_vlm = fused.split([vfm_states.shape[1], vlm_states.shape[1]], dim=1)
+        return vfm_states + self.vfm_out_proj(for_vfm), vlm_states + for_vlm
+
+
+# --- MTEnhancer ------------------------------------------------------------------------------------------------------
+
+
+class MTEnhancerLayer(nn.Module):
+    """Self-attention over class embeddings, an MVFuser over class embeddings and image, and an MLP; pre-norm."""
+
+    def __init__(self, config: MFuserConfig):
+        super().__init__()
+        size = config.enhancer_hidden_size
+        self.self_attention_norm = nn.LayerNorm(size)
+        self.self_attention = MFuserAttention(size, config.enhancer_num_heads, qkv_bias=False)
+        self.mvfuser_norm = nn.LayerNorm(size)
+        self.mvfuser = MVFuser(config, size)
+        self.mlp_norm = nn.LayerNorm(size)
+        activation = nn.Sequential(nn.GELU(), nn.Dropout(config.enhancer_dropout))
+        self.mlp = MFuserMLP([size, size * config.enhancer_mlp_ratio, size], activation)
+        self.dropout = nn.Dropout(config.enhancer_dropout)
+
+    def forward(self, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        normed = self.self_attention_norm(text)
+        text = text + self.dropout(self.self_attention(normed, normed, normed))
+        normed = self.mvfuser_norm(text)
+        # The scan is causal: with the text before and after the image, each of the two conditions the other.
+        mixed = self.mvfuser(torch.cat([normed, visual, normed], dim=1))  # (B, K + N + K, C)
+        num_classes = text.shape[1]
+        text = text + mixed[:, :num_classes] + mixed[:, -num_classes:]
+        return text + self.dropout(self.mlp(self.mlp_norm(text)))
+
+
+class MTEnhancer(nn.Module):
+    """Conditions the class embeddings on the image (section 3.3)."""
+
+    def __init__(self, config: MFuserConfig, embedding_size: int):
+        super().__init__()
+        size = config.enhancer_hidden_size
+        self.visual_in_norm = nn.LayerNorm(embedding_size)
+        self.visual_proj = nn.Linear(embedding_size, size)
+        self.visual_out_norm = nn.LayerNorm(size)
+        self.text_norm = nn.LayerNorm(embedding_size)
+        self.text_proj = nn.Linear(embedding_size, size)
+        self.layers = nn.ModuleList(MTEnhancerLayer(config) for _ in range(config.enhancer_num_layers))
+        self.out_norm = nn.LayerNorm(size)
+        self.out_proj = nn.Linear(size, embedding_size)
+        self.gamma = nn.Parameter(torch.empty(embedding_size))
+        initialised(self, gamma=init.trunc_normal_)
+        # The published code initialises every Linear here anew, those of the MVFuser included (an accident, it seems).
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                initialised(module, weight=partial(init.trunc_normal_, std=0.02), bias=init.zeros_)
+            elif isinstance(module, MVFuser):
+                initialised(module, dt_bias=init.zeros_)
+
+    def forward(self, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """Class embeddings (B, K, E), global and dense image embeddings (B, 1 + N, E) -> (B, K, E)."""
+        visual = self.visual_out_norm(self.visual_proj(self.visual_in_norm(visual)))
+        hidden_states = self.text_proj(self.text_norm(text))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, visual)
+        return text + self.gamma * self.out_proj(self.out_norm(hidden_states))
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class MFuserPreTrainedModel(PreTrainedModel):
+    config: MFuserConfig
+    base_model_prefix = "mfuser"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the Trainer would divide the loss by the number of pixels
+    _no_split_modules = [
+        "MFuserDinov2Embeddings",
+        "MFuserDinov2WithRegistersEmbeddings",
+        "MFuserCLIPVisionEmbeddings",
+        "MFuserSiglipVisionEmbeddings",
+        "MFuserSiglip2VisionEmbeddings",
+        "MFuserFusionLayer",
+        "MFuserPyramid",
+        "MTEnhancer",
+        "MFuserPixelDecoder",
+        "MFuserDecoder",
+    ]
+    _keep_in_fp32_modules_strict = ["A_log"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "vfm_hidden_states": [OutputRecorder(None, class_name="vfm"), OutputRecorder(MFuserFusionLayer, index=0)],
+        "vlm_hidden_states": [OutputRecorder(None, class_name="vlm"), OutputRecorder(MFuserFusionLayer, index=1)],
+    }
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.freeze_encoders:
+            model.freeze_encoders()
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """See [`PreTrainedModel.save_pretrained`]. The folder loads with `AutoModel` too, whichever class is saved."""
+        self.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_vfm_vlm_pretrained(
+        cls, vfm: str, vlm: str, class_names: Sequence[str] = CITYSCAPES_CLASSES, tokenizer=None, **kwargs
+    ) -> "MFuserPreTrainedModel":
+        """
+        Builds a model of two pretrained encoders; its fusion and decoder have initial values and need training.
+
+        Position embeddings and patch kernels are resampled once, as in the published code. A warning lists them.
+
+        Args:
+            vfm (`str`):
+                Folder or Hub id of a DINOv2 (with or without registers) or DINOv3 ViT of any size.
+            vlm (`str`):
+                Folder or Hub id of a CLIP, SigLIP, SigLIP 2 or EVA02-CLIP model.
+            class_names (`list[str]`, *optional*):
+                Class names in the order of the labels. Defaults to the 19 classes of Cityscapes.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*):
+                Tokenizer of the vision-language model, or its folder or Hub id. Defaults to that of `vlm`.
+            crop_size (`int`, *optional*, defaults to 512):
+                Side of the training crops and of the sliding windows, in pixels.
+            patch_size (`int`, *optional*):
+                Side of the patches, in pixels. Defaults to 16, with EVA02-CLIP to that of `vlm`.
+            class_token_length (`int`, *optional*, defaults to 5):
+                Token positions per class name, start and end included.
+            kwargs:
+                Other fields of [`MFuserConfig`].
+
+        Raises:
+            ValueError: If the encoders cannot be paired, weights are missing, or class names are too long.
+        """
+        encoders = load_pretrained_encoders(vfm, vlm)
+        config = encoders.model_config(list(class_names), tokenizer, **kwargs)
+        model = cls(config)
+        notes = load_towers(model.base_model, encoders)
+        summary = "".join(f"\n- {note}" for note in notes)
+        logger.warning(
+            f"MFuser was built from {vfm} and {vlm}; its fusion and decoder are newly initialised and need "
+            f"training.{summary}"
+        )
+        return model.eval()
+
+    def freeze_encoders(self):
+        """Disables the gradients of both encoders and of the text encoder, and keeps them in evaluation mode."""
+        model = self.base_model
+        model.config.freeze_encoders = True
+        for tower in (model.vfm, model.vlm):
+            tower.requires_grad_(False).eval()
+        if model.stored_class_embeddings is not None:
+            model.stored_class_embeddings.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.vlm.vision.embeddings.patch_embedding
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        initial_values = getattr(module, "initial_values", {})
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            module.reset_parameters()
+        elif not initial_values:
+            super()._init_weights(module)
+        for name, fill in initial_values.items():
+            if (parameter := getattr(module, name)) is not None:
+                fill(parameter)
+
+
+class MFuserModel(MFuserPreTrainedModel):
+    """Both encoders in lock-step with an MVFuser after each layer, class embeddings and MTEnhancer (figure 2)."""
+
+    def __init__(self, config: MFuserConfig):
+        super().__init__(config)
+        config.check()
+        vlm_tower = VLM_TOWERS[config.vlm_config.model_type]
+        embedding_size = vlm_tower.embedding_size(config)
+        self.vfm = VFM_TOWERS[config.vfm_config.model_type](config)
+        self.vlm = vlm_tower(config)
+        self.fusion_layers = nn.ModuleList(MFuserFusionLayer(config) for _ in config.layer_pairs)
+        vfm_size, vlm_size = config.vfm_config.hidden_size, config.vlm_config.hidden_size
+        self.merge_proj = nn.Linear(vfm_size, vlm_size) if config.fusion_project_vfm else nn.Identity()
+        self.pyramid = MFuserPyramid(vfm_size + vlm_size)
+        self.enhancer = MTEnhancer(config, embedding_size)
+        self.prompts: Any = None  # `None` if the class embeddings are stored
+        self.stored_class_embeddings: Any = None  # `None` if they are computed
+        if config.use_text_encoder:
+            self.prompts = nn.Parameter(torch.empty(1, config.text_prompt_length, config.text_config.hidden_size))
+            initialised(self, prompts=init.trunc_normal_)
+        else:
+            self.stored_class_embeddings = nn.Parameter(torch.empty(config.num_labels, embedding_size))
+            initialised(self, stored_class_embeddings=init.trunc_normal_)
+        self._class_embeddings_cache = WeightsCache()
+        self.post_init()
+        if config.freeze_encoders:
+            self.freeze_encoders()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._class_embeddings_cache.clear()
+        if self.config.freeze_encoders:
+            self.vfm.eval()
+            self.vlm.eval()
+        return self
+
+    def class_embeddings(self) -> torch.Tensor:
+        """
+        Embeddings of the class names in the vision-language space, before any image -> (K, E).
+
+        They are cached while no gradients are recorded, see [`WeightsCache`]; `train()` and `eval()` clear the cache.
+        """
+        if self.prompts is None:
+            return self.stored_class_embeddings
+        weights = [self.prompts, *self.vlm.parameters()]
+        return self._class_embeddings_cache.get(weights, self._encode_classes, self.config.class_token_ids)
+
+    @torch.no_grad()
+    def store_class_embeddings(self):
+        """Stores the class embeddings as a parameter and removes the text encoder, for inference."""
+        if self.prompts is None:
+            return
+        embeddings = self._encode_classes()
+        self.stored_class_embeddings = nn.Parameter(embeddings, requires_grad=not self.config.freeze_encoders)
+        self.prompts = None
+        self.vlm.drop_text_encoder()
+        self.config.use_text_encoder = False
+        initialised(self, stored_class_embeddings=init.trunc_normal_)
+
+    def _encode_classes(self) -> torch.Tensor:
+        token_ids = torch.tensor(self.config.class_token_ids, device=self.prompts.device)
+        return self.vlm.encode_text(token_ids, self.prompts)
+
+    @capture_outputs
+    def encode(self, pixel_values: torch.Tensor, **kwargs) -> MFuserEncoderOutput:
+        """
+        Runs both encoders in lock-step, with an MVFuser after each pair of layers (equations 2 to 4).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Normalised with CLIP's mean and standard deviation.
+            kwargs: `output_vfm_hidden_states` and `output_vlm_hidden_states` (`bool`).
+        """
+        grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
+        vfm_states, vfm_inputs = self.vfm(pixel_values)
+        vlm_states, vlm_inputs = self.vlm(pixel_values)
+        if self.training and self.fusion_layers[0].gradient_checkpointing:
+            # Reentrant checkpoints need an input with a gradient; embeddings of frozen encoders have none.
+            vlm_states.requires_grad_(True)
+        drop_path_rates = self.config.vlm_drop_path_rates(self.training)
+        fused_maps = []
+        vfm_start, vlm_start = 0, 0
+        for index, (vfm_end, vlm_end) in enumerate(self.config.layer_pairs):
+            vfm_states, vlm_states = self.fusion_layers[index](
+                vfm_states,
+                vlm_states,
+                partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs),
+                partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates),
+            )
+            vfm_start, vlm_start = vfm_end, vlm_end
+            if index + 1 in self.config.fusion_out_layers:
+                patches = [states[:, -grid[0] * grid[1] :] for states in (vfm_states, vlm_states)]
+                fused_maps.append(torch.cat(patches, dim=-1).transpose(1, 2).unflatten(-1, grid))  # (B, Dv + D, h, w)
+        return MFuserEncoderOutput(vfm_states, vlm_states, tuple(fused_maps))
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        class_embeddings: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_feature_maps: bool = True,
+    ) -> MFuserModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Normalised with CLIP's mean and standard deviation. Pixels beyond the last whole patch are ignored.
+            class_embeddings (`torch.Tensor` of shape `(K, E)`, *optional*):
+                Replaces [`~MFuserModel.class_embeddings`].
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the tokens of both encoders. Defaults to `config.output_hidden_states`.
+            output_feature_maps (`bool`, *optional*, defaults to `True`):
+                Whether to compute the feature pyramid.
+        """
+        self.check_pixels(pixel_values)
+        if class_embeddings is None:
+            class_embeddings = self.class_embeddings()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        encoded = self.encode(
+            pixel_values,
+            output_vfm_hidden_states=output_hidden_states,
+            output_vlm_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        global_embedding, dense_embedding = self._merge(encoded.vfm_last_hidden_state, encoded.vlm_last_hidden_state)
+        text = class_embeddings.expand(pixel_values.shape[0], -1, -1)
+        text = self.enhancer(text, torch.cat([global_embedding, dense_embedding], dim=1))
+        score_map = F.normalize(text, dim=-1) @ F.normalize(dense_embedding, dim=-1).transpose(1, 2)  # (B, K, h * w)
+        grid = encoded.fused_maps[0].shape[-2:]
+        return MFuserModelOutput(
+            fused_maps=encoded.fused_maps,
+            feature_maps=self.pyramid(encoded.fused_maps) if output_feature_maps else None,
+            global_embedding=global_embedding,
+            dense_embedding=dense_embedding.transpose(1, 2).unflatten(-1, grid),
+            text_embeddings=text,
+            score_map=score_map.unflatten(-1, grid),
+            hidden_states=encoded.vlm_hidden_states,
+            vfm_hidden_states=encoded.vfm_hidden_states,
+        )
+
+    def _merge(self, vfm_states: torch.Tensor, vlm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last tokens of both encoders -> global (B, 1, E) and dense (B, h * w, E) embeddings."""
+        if self.vlm.merges_normalised_vfm:
+            vfm_states = self.vfm.final_norm(vfm_states)
+        # Register tokens, and the class token with SigLIP, have no counterpart in the vision-language model.
+        num_patches = vlm_states.shape[1] - self.vlm.num_class_tokens
+        vfm_states = torch.cat([vfm_states[:, : self.vlm.num_class_tokens], vfm_states[:, -num_patches:]], dim=1)
+        return self.vlm.merge(vlm_states, self.merge_proj(vfm_states))
+
+    def check_pixels(self, pixel_values: torch.Tensor):
+        """Raises `ValueError` unless `pixel_values` is a batch of images of at least one patch."""
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values must have shape (batch, 3, height, width), not {tuple(pixel_values.shape)}"
+            )
+        if min(pixel_values.shape[-2:]) < self.config.patch_size:
+            raise ValueError(
+                f"pixel_values hold images of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels; both sides "
+                f"must be at least one patch, {self.config.patch_size} pixels"
+            )
+
+
+class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
+    """MFuser with its text-queried mask decoder: class scores of every pixel, and the training loss."""
+
+    def __init__(self, config: MFuserConfig):
+        super().__init__(config)
+        self.mfuser = MFuserModel(config)
+        channels = config.vfm_config.hidden_size + config.vlm_config.hidden_size
+        embedding_size = self.mfuser.enhancer.gamma.shape[0]
+        self.pixel_decoder = MFuserPixelDecoder(config, channels, embedding_size)
+        self.decoder = MFuserDecoder(config, embedding_size)
+        self.criterion = MFuserLoss(config)
+        self.post_init()
+        if config.freeze_encoders:
+            self.freeze_encoders()
+
+    @torch.no_grad()
+    def set_class_names(self, class_names: list[str], tokenizer):
+        """
+        Replaces the classes by others, without training.
+
+        The queries are computed from the embeddings of the new names. What was learned per class (two position
+        embeddings and a row of the class head) is taken from the trained class whose name is most similar. Each query
+        then votes for its own class alone, since the class head cannot tell new classes apart. Names close to trained
+        ones work best; things that training labelled as background are not found.
+
+        Args:
+            class_names (`list[str]`): The new classes, in the order of their labels.
+            tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the vision-language model.
+
+        Raises:
+            ValueError: If the model has no text encoder, or a name is too long.
+        """
+        config, model = self.config, self.mfuser
+        if model.prompts is None or config.class_token_ids is None:
+            raise ValueError(
+                "set_class_names needs a text encoder; this model stores its class embeddings instead "
+                "(use_text_encoder=False)"
+            )
+        token_ids = class_token_ids(class_names, tokenizer, len(config.class_token_ids[0]))
+        trained = model.class_embeddings()
+        config.class_token_ids = token_ids
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+        config.queries_vote_for_own_class = True
+        nearest = nearest_classes(model.class_embeddings(), trained)  # (new K,)
+        self.pixel_decoder.select_classes(nearest)
+        self.decoder.select_classes(nearest)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        labelled_classes: torch.Tensor | None = None,
+    ) -> MFuserForSemanticSegmentationOutput:
+        """
+        In evaluation mode, an image larger than `config.crop_size` is segmented by sliding windows.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Normalised with CLIP's mean and standard deviation.
+            labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+                Class ids; `config.semantic_loss_ignore_index` where unknown.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the tokens of both encoders. Defaults to `config.output_hidden_states`.
+            labelled_classes (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
+                The classes that the source of each image labels, as booleans; the loss teaches nothing about the
+                others. By default all.
+
+        Example:
+
+        ```python
+        >>> outputs = model(**processor(image, return_tensors="pt"))
+        >>> maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
+        ```
+        """
+        self.mfuser.check_pixels(pixel_values)
+        class_embeddings = self.mfuser.class_embeddings()
+        if not self.training and max(pixel_values.shape[-2:]) > self.config.crop_size:
+            if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+                raise ValueError(
+                    f"output_hidden_states is not available for an image of {pixel_values.shape[-2]} x "
+                    f"{pixel_values.shape[-1]}, which is segmented by windows of {self.config.crop_size} with hidden "
+                    "states of their own: pass it crop by crop"
+                )
+            return self._forward_by_windows(pixel_values, labels, class_embeddings, labelled_classes)
+        return self._forward_crop(pixel_values, labels, class_embeddings, output_hidden_states, labelled_classes)
+
+    def _forward_crop(self, pixel_values, labels, class_embeddings, output_hidden_states=None, labelled_classes=None):
+        features = self.mfuser(
+            pixel_values, class_embeddings, output_hidden_states, output_feature_maps=False, return_dict=True
+        )
+        levels = self.mfuser.pyramid.levels(features.fused_maps)
+        mask_features, memory = self.pixel_decoder(levels, features.text_embeddings)
+        predictions = self.decoder(features.text_embeddings, mask_features, memory)
+        loss = components = None
+        if labels is not None:
+            class_logits, mask_logits = (torch.stack(logits) for logits in zip(*predictions, strict=True))
+            components = self.criterion(class_logits, mask_logits, features.score_map, labels, labelled_classes)
+            loss = torch.stack(list(components.values())).sum()
+        class_logits, mask_logits = predictions[-1]
+        return MFuserForSemanticSegmentationOutput(
+            loss=loss,
+            logits=self.segmentation_scores(class_logits, mask_logits, pixel_values.shape[-2:]),
+            class_queries_logits=class_logits,
+            masks_queries_logits=mask_logits,
+            score_map=features.score_map,
+            hidden_states=features.hidden_states,
+            vfm_hidden_states=features.vfm_hidden_states,
+            loss_components=components,
+        )
+
+    def _forward_by_windows(self, pixel_values, labels, class_embeddings, labelled_classes=None):
+        height, width = pixel_values.shape[-2:]
+        if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
+            raise ValueError(
+                f"labels have {tuple(labels.shape[-2:])} pixels and pixel_values {(height, width)}; an image that is "
+                "segmented by windows needs labels of its own size"
+            )
+        config = self.config
+        together = config.windows_per_batch or windows_per_batch(
+            pixel_values, config.crop_size, config.patch_size, self.mfuser.pyramid.stride8.in_channels, self.dtype
+        )
+
+        def segment(crops, crop_labels):
+            outputs = self._forward_crop(crops, crop_labels, class_embeddings, False, labelled_classes)
+            return outputs.logits, outputs.loss_components
+
+        windows = sliding_windows(height, width, config.crop_size, config.crop_stride)
+        scores, components = average_over_windows(segment, pixel_values, labels, windows, config.num_labels, together)
+        loss = None if components is None else torch.stack(list(components.values())).sum()
+        return MFuserForSemanticSegmentationOutput(loss=loss, logits=scores, loss_components=components)
+
+    def segmentation_scores(self, class_logits: torch.Tensor, mask_logits: torch.Tensor, size) -> torch.Tensor:
+        """Sum over queries of class probability times mask probability, resized -> (B, K, *size) in float32."""
+        classes, masks = class_logits.float().softmax(dim=-1), mask_logits.float().sigmoid()
+        if self.config.queries_vote_for_own_class:
+            scores = (1 - classes[..., -1])[..., None, None] * masks
+        else:
+            scores = torch.einsum("bqk,bqhw->bkhw", classes[..., :-1], masks)
+        return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def augmented_scores(
+        self, pixel_values: torch.Tensor, scales: tuple[float, ...] = (1.0,), flip: bool = True
+    ) -> torch.Tensor:
+        """
+        Test-time augmentation: the mean over scales and flips of the softmax over classes of the scores.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Normalised with CLIP's mean and standard deviation.
+            scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
+                Factors on the size of the image; the paper's are 0.5, 0.75, 1, 1.25, 1.5 and 1.75.
+            flip (`bool`, *optional*, defaults to `True`):
+                Whether to add the horizontally flipped image.
+
+        Returns:
+            `torch.Tensor` of shape `(B, K, H, W)`
+        """
+        return average_over_augmentations(lambda pixels: self(pixels).logits, pixel_values, scales, flip)
+
+
+__all__ = ["MFuserForSemanticSegmentation", "MFuserModel", "MFuserPreTrainedModel"]
+
+MFuserModel.register_for_auto_class("AutoModel")
+MFuserForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
