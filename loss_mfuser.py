@@ -26,22 +26,22 @@ def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(maps[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, 0]
 
 
-def check_labelled_classes(labelled_classes: torch.Tensor, present: torch.Tensor) -> None:
+def check_class_mask(class_mask: torch.Tensor, present: torch.Tensor) -> None:
     """Raises `ValueError` unless the labelled classes (B, K) include those present (B, K), and at least one."""
-    if labelled_classes.shape != present.shape or labelled_classes.dtype != torch.bool:
+    if class_mask.shape != present.shape or class_mask.dtype != torch.bool:
         raise ValueError(
-            f"labelled_classes have shape {tuple(labelled_classes.shape)} and dtype {labelled_classes.dtype}; they "
+            f"class_mask has shape {tuple(class_mask.shape)} and dtype {class_mask.dtype}; it "
             f"must be booleans of shape {tuple(present.shape)}"
         )
     if torch.compiler.is_compiling():
         return
-    if not labelled_classes.any(dim=1).all():
-        raise ValueError("labelled_classes leave an image of the batch without classes; each needs at least one")
-    contradictions = (present & ~labelled_classes).nonzero()
+    if not class_mask.any(dim=1).all():
+        raise ValueError("class_mask leaves an image of the batch without classes; each needs at least one")
+    contradictions = (present & ~class_mask).nonzero()
     if len(contradictions):
         image, class_id = contradictions[0].tolist()
         raise ValueError(
-            f"the labels of image {image} hold class {class_id}, which its labelled_classes exclude; pixels of such "
+            f"the labels of image {image} hold class {class_id}, which its class_mask excludes; pixels of such "
             "classes must be ignored"
         )
 
@@ -92,7 +92,7 @@ class MFuserLoss(nn.Module):
         mask_logits: torch.Tensor,
         score_map: torch.Tensor,
         labels: torch.Tensor,
-        labelled_classes: torch.Tensor | None = None,
+        class_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Computes all losses.
@@ -106,7 +106,7 @@ class MFuserLoss(nn.Module):
                 Cosine similarities between class and patch embeddings.
             labels (`torch.Tensor` of shape `(B, H, W)`):
                 Class ids, and `semantic_loss_ignore_index` for ignored pixels.
-            labelled_classes (`torch.Tensor` of shape `(B, K)`, *optional*):
+            class_mask (`torch.Tensor` of shape `(B, K)`, *optional*):
                 The classes that the source of each image labels, as booleans. By default all.
 
         Returns:
@@ -114,7 +114,7 @@ class MFuserLoss(nn.Module):
             the prediction before the first decoder layer), and `score_map`. Their sum is the loss.
 
         Raises:
-            ValueError: If the labels have a wrong shape or dtype or hold an invalid class id, or `labelled_classes`
+            ValueError: If the labels have a wrong shape or dtype or hold an invalid class id, or `class_mask`
                 has a wrong shape or dtype, leaves an image without classes, or excludes a class of its labels.
         """
         batch_size, num_classes = class_logits.shape[1:3]
@@ -122,15 +122,15 @@ class MFuserLoss(nn.Module):
         classes = torch.arange(num_classes, device=labels.device)
         targets = (labels[:, None] == classes[:, None, None]).float()  # (B, K, H, W)
         present = targets.flatten(2).any(dim=-1)  # (B, K)
-        if labelled_classes is not None:
-            check_labelled_classes(labelled_classes, present)
+        if class_mask is not None:
+            check_class_mask(class_mask, present)
         mask_losses = self.mask_losses(mask_logits.float(), targets, present)
-        class_losses = self.class_losses(class_logits.float(), classes, present, labelled_classes)
+        class_losses = self.class_losses(class_logits.float(), classes, present, class_mask)
         components = {}
         for index, class_loss in enumerate(class_losses):
             components[f"class_{index}"] = class_loss
             components[f"mask_{index}"], components[f"dice_{index}"] = (loss[index] for loss in mask_losses)
-        components["score_map"] = self.score_map_loss(score_map.float(), labels, labelled_classes)
+        components["score_map"] = self.score_map_loss(score_map.float(), labels, class_mask)
         return components
 
     def validated(self, labels: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
@@ -156,7 +156,7 @@ class MFuserLoss(nn.Module):
         logits: torch.Tensor,
         classes: torch.Tensor,
         present: torch.Tensor,
-        labelled_classes: torch.Tensor | None = None,
+        class_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the weighted cross-entropy over the queries of labelled classes of each prediction, shape (I,)."""
         no_object = len(classes)
@@ -164,15 +164,15 @@ class MFuserLoss(nn.Module):
         weight = torch.ones(no_object + 1, device=logits.device)
         weight[no_object] = self.config.loss_no_object_weight
         query_weight = weight[matched]
-        if labelled_classes is not None:
-            unlabelled = F.pad(~labelled_classes, (0, 1))  # "no object" is known in every image
+        if class_mask is not None:
+            unlabelled = F.pad(~class_mask, (0, 1))  # "no object" is known in every image
             logits = logits.masked_fill(unlabelled[None, :, None], -math.inf)
-            query_weight = query_weight * labelled_classes
+            query_weight = query_weight * class_mask
         entropy = F.cross_entropy(
             logits.flatten(0, 2), matched.expand(logits.shape[:3]).flatten(), weight=weight, reduction="none"
         )
-        if labelled_classes is not None:
-            entropy = entropy * labelled_classes.flatten().repeat(len(logits))
+        if class_mask is not None:
+            entropy = entropy * class_mask.flatten().repeat(len(logits))
         entropy = entropy.view(len(logits), -1).sum(dim=1) / query_weight.sum()
         return self.config.loss_class_weight * entropy
 
@@ -209,7 +209,7 @@ class MFuserLoss(nn.Module):
         return count.clamp(min=1)
 
     def score_map_loss(
-        self, score_map: torch.Tensor, labels: torch.Tensor, labelled_classes: torch.Tensor | None = None
+        self, score_map: torch.Tensor, labels: torch.Tensor, class_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns the cross-entropy of the resized score map; ignored pixels count as 0 in its mean."""
         config = self.config
@@ -219,7 +219,7 @@ class MFuserLoss(nn.Module):
         else:
             logits = score_map * math.exp(scale) + bias
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        if labelled_classes is not None:  # after the interpolation, which turns infinities into NaN
-            logits = logits.masked_fill(~labelled_classes[:, :, None, None], -math.inf)
+        if class_mask is not None:  # after the interpolation, which turns infinities into NaN
+            logits = logits.masked_fill(~class_mask[:, :, None, None], -math.inf)
         entropy = F.cross_entropy(logits, labels, ignore_index=config.semantic_loss_ignore_index, reduction="none")
         return config.loss_score_map_weight * entropy.mean()

@@ -2,7 +2,7 @@
 Training on several sources together: one list of classes, one dataset, and samplers that weight the sources.
 
 Sources may have different classes. Their labels are mapped to the ids of all classes by name. A sample of a source
-that does not label all of them carries `labelled_classes`, so that the loss teaches nothing about the others
+that does not label all of them carries `class_mask`, so that the loss teaches nothing about the others
 ([`~mfuser.loss_mfuser.MFuserLoss`]).
 """
 
@@ -63,7 +63,7 @@ class TrainingSource:
         return cls(name, loaded.dataset, loaded.id2label, absent)
 
     @property
-    def labelled_classes(self) -> list[str]:
+    def class_mask(self) -> list[str]:
         return [label for label in self.id2label.values() if label not in self.unlabelled_classes]
 
 
@@ -98,7 +98,7 @@ class MultiSourceDataset(Dataset):
     """
     Applies [`~mfuser.data.augmentation.TrainingAugmentation`] to the rows of several sources, one after another.
 
-    A sample depends only on the draw and the seed. Unless `mask_unlabelled` is `False`, it carries `labelled_classes`,
+    A sample depends only on the draw and the seed. Unless `mask_unlabelled` is `False`, it carries `class_mask`,
     a boolean tensor of shape `(num_labels,)`, in addition to `pixel_values` and `labels`.
 
     Args:
@@ -109,7 +109,7 @@ class MultiSourceDataset(Dataset):
         seed (`int`, *optional*, defaults to 0):
             Non-negative seed of all random numbers.
         mask_unlabelled (`bool`, *optional*, defaults to `True`):
-            Whether samples carry `labelled_classes`. Without it, classes that a source does not label are taught as
+            Whether samples carry `class_mask`. Without it, classes that a source does not label are taught as
             absent.
 
     Raises:
@@ -139,9 +139,7 @@ class MultiSourceDataset(Dataset):
         self._ends = list(accumulate(map(len, self._datasets)))
         self._label_maps = [_label_map(source, self.id2label) for source in sources]
         self._labelled_classes = [
-            torch.tensor([label in source.labelled_classes for label in self.id2label.values()])
-            if mask_unlabelled
-            else None
+            torch.tensor([label in source.class_mask for label in self.id2label.values()]) if mask_unlabelled else None
             for source in sources
         ]
 
@@ -162,14 +160,14 @@ class MultiSourceDataset(Dataset):
             sample = self.augmentation(item["image"], label, rng, draw.class_id, draw.min_class_pixels)
         except ValueError as error:
             raise ValueError(f"{self.sources[index].name}, row {row}: {error}") from error
-        labelled_classes = self._labelled_classes[index]
-        return sample if labelled_classes is None else sample | {"labelled_classes": labelled_classes}
+        class_mask = self._labelled_classes[index]
+        return sample if class_mask is None else sample | {"class_mask": class_mask}
 
 
 def _joint_ids(source: TrainingSource, id2label: dict[int, str]) -> dict[int, int]:
     """The id among all classes of each id that the source labels."""
     ids = {label: index for index, label in id2label.items()}
-    return {index: ids[label] for index, label in source.id2label.items() if label in source.labelled_classes}
+    return {index: ids[label] for index, label in source.id2label.items() if label in source.class_mask}
 
 
 def _label_map(source: TrainingSource, id2label: dict[int, str]) -> LabelMap:

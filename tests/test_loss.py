@@ -122,7 +122,7 @@ def two_sources() -> dict[str, torch.Tensor]:
     """Labels of two images of different sources: the second labels neither class 2 nor class 3."""
     labels = torch.randint(0, 4, (2, 64, 64), generator=torch.Generator().manual_seed(1))
     labels[1] = torch.where(labels[1] < 2, labels[1], 255)
-    return {"labels": labels, "labelled_classes": torch.tensor([[True] * 4, [True, True, False, False]])}
+    return {"labels": labels, "class_mask": torch.tensor([[True] * 4, [True, True, False, False]])}
 
 
 @pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2+siglip"])
@@ -151,7 +151,7 @@ def test_classes_that_a_source_does_not_label_have_no_loss_and_exactly_no_gradie
 def test_a_query_without_label_leaves_the_denominator_of_the_class_loss():
     inputs = predictions(1, 2)
     labels, labelled = two_sources().values()
-    loss = objective(loss_class_weight=1.0)(**inputs, labels=labels, labelled_classes=labelled)["class_0"]
+    loss = objective(loss_class_weight=1.0)(**inputs, labels=labels, class_mask=labelled)["class_0"]
     total, weights = 0.0, 0.0
     for image, answers in ((0, [0, 1, 2, 3, 4]), (1, [0, 1, 4])):  # the fifth is "no object"
         for query in answers[:-1]:  # every labelled class is present
@@ -166,7 +166,7 @@ def test_with_all_classes_labelled_the_losses_are_those_without_the_argument_bit
     for labelled in (None, torch.ones(2, 4, dtype=torch.bool)):
         inputs = {name: x.requires_grad_() for name, x in predictions().items()}
         torch.manual_seed(0)
-        losses = objective()(**inputs, labels=batch["labels"], labelled_classes=labelled)
+        losses = objective()(**inputs, labels=batch["labels"], class_mask=labelled)
         gradients = torch.autograd.grad(sum(losses.values()), list(inputs.values()))
         results.append([*losses.values(), *gradients])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
@@ -179,7 +179,7 @@ def test_the_model_passes_labelled_classes_to_the_loss_of_crops_and_of_windows(s
     torch.manual_seed(0)
     everything = model(**batch).loss_components
     torch.manual_seed(0)
-    masked = model(**batch, labelled_classes=two_sources()["labelled_classes"]).loss_components
+    masked = model(**batch, class_mask=two_sources()["class_mask"]).loss_components
     assert everything["class_0"] != masked["class_0"] and everything["score_map"] != masked["score_map"]
     assert everything["mask_0"] == masked["mask_0"]  # an absent class has no mask loss either
 
@@ -195,4 +195,4 @@ def test_the_model_passes_labelled_classes_to_the_loss_of_crops_and_of_windows(s
 )
 def test_labelled_classes_that_do_not_fit_the_labels_are_refused(labelled, message):
     with pytest.raises(ValueError, match=message):
-        objective()(**predictions(), labels=two_sources()["labels"], labelled_classes=labelled)
+        objective()(**predictions(), labels=two_sources()["labels"], class_mask=labelled)

@@ -8,6 +8,7 @@ from tiny_models import CLASSES, PAIRS, enable_checkpointing, tiny_batch, tiny_c
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.utils import find_labels
 
 from mfuser import MFuserForSemanticSegmentation, MFuserModel
 from mfuser.decoder_mfuser import MFuserUpsampling, PyramidLevel
@@ -373,3 +374,8 @@ def test_the_eval_forward_is_one_graph_without_breaks(pair, size):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trainer_takes_only_labels_for_labels():
+    # Every argument whose name contains "label" would have to be in each evaluation batch.
+    assert find_labels(MFuserForSemanticSegmentation) == ["labels"]

@@ -116,8 +116,8 @@ def test_labels_get_the_ids_of_all_classes_by_name(sources):
     assert len(dataset) == 9 and [dataset.locate(row) for row in (0, 5, 6, 8)] == [(0, 0), (0, 5), (1, 0), (1, 2)]
     sample = dataset[Draw(7, 0, 0)]
     assert set(sample["labels"].unique().tolist()) <= {0, 3, 255} and (sample["labels"] != 255).any()
-    assert sample["labelled_classes"].tolist() == [True, False, False, True]
-    assert dataset[Draw(0, 0, 0)]["labelled_classes"].tolist() == [True] * 4
+    assert sample["class_mask"].tolist() == [True, False, False, True]
+    assert dataset[Draw(0, 0, 0)]["class_mask"].tolist() == [True] * 4
     np.testing.assert_array_equal(joint_pixel_counts(sources[1], joint_classes(sources))[0], [1728, 0, 0, 1728])
 
 
@@ -137,16 +137,16 @@ def test_pixels_of_classes_that_a_source_declares_unlabelled_are_ignored(sources
     dataset = MultiSourceDataset([source, sources[1]], TrainingAugmentation(crop_size=64))
     sample = dataset[Draw(0, 0, 0)]
     assert 2 not in sample["labels"] and 255 in sample["labels"]
-    assert sample["labelled_classes"].tolist() == [True, True, False, True]
+    assert sample["class_mask"].tolist() == [True, True, False, True]
     assert joint_pixel_counts(source, dataset.id2label)[:, 2].sum() == 0
     unmasked = MultiSourceDataset([source, sources[1]], TrainingAugmentation(crop_size=64), mask_unlabelled=False)
-    assert "labelled_classes" not in unmasked[Draw(0, 0, 0)]
+    assert "class_mask" not in unmasked[Draw(0, 0, 0)]
 
 
 def test_classes_that_never_occur_in_a_prepared_domain_are_unlabelled():
     loaded = LoadedDomain(None, {0: "road", 1: "truck"}, {"evaluation_classes": ["road"]})
-    assert TrainingSource.from_domain("synthia", loaded).labelled_classes == ["road"]
-    assert TrainingSource.from_domain("other", loaded._replace(preparation={})).labelled_classes == ["road", "truck"]
+    assert TrainingSource.from_domain("synthia", loaded).class_mask == ["road"]
+    assert TrainingSource.from_domain("other", loaded._replace(preparation={})).class_mask == ["road", "truck"]
 
 
 def test_the_loss_of_a_batch_of_two_sources_has_no_gradient_for_unlabelled_classes(sources):
@@ -154,7 +154,7 @@ def test_the_loss_of_a_batch_of_two_sources_has_no_gradient_for_unlabelled_class
     draws = [Draw(0, 0, 0), Draw(6, 0, 1), Draw(7, 0, 2), Draw(1, 0, 3)]
     loader = DataLoader(dataset, batch_size=4, sampler=draws, collate_fn=default_data_collator)
     batch = next(iter(loader))
-    assert batch["labelled_classes"].shape == (4, 4) and batch["labelled_classes"].dtype == torch.bool
+    assert batch["class_mask"].shape == (4, 4) and batch["class_mask"].dtype == torch.bool
     model = tiny_model().train()
     kept = {}
     criterion = model.criterion.forward

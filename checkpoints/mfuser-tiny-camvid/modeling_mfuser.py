@@ -513,7 +513,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
-        labelled_classes: torch.Tensor | None = None,
+        class_mask: torch.Tensor | None = None,
     ) -> MFuserForSemanticSegmentationOutput:
         """
         In evaluation mode, an image larger than `config.crop_size` is segmented by sliding windows.
@@ -525,7 +525,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                 Class ids; `config.semantic_loss_ignore_index` where unknown.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the tokens of both encoders. Defaults to `config.output_hidden_states`.
-            labelled_classes (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
+            class_mask (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
                 The classes that the source of each image labels, as booleans; the loss teaches nothing about the
                 others. By default all.
 
@@ -545,10 +545,10 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                     f"{pixel_values.shape[-1]}, which is segmented by windows of {self.config.crop_size} with hidden "
                     "states of their own: pass it crop by crop"
                 )
-            return self._forward_by_windows(pixel_values, labels, class_embeddings, labelled_classes)
-        return self._forward_crop(pixel_values, labels, class_embeddings, output_hidden_states, labelled_classes)
+            return self._forward_by_windows(pixel_values, labels, class_embeddings, class_mask)
+        return self._forward_crop(pixel_values, labels, class_embeddings, output_hidden_states, class_mask)
 
-    def _forward_crop(self, pixel_values, labels, class_embeddings, output_hidden_states=None, labelled_classes=None):
+    def _forward_crop(self, pixel_values, labels, class_embeddings, output_hidden_states=None, class_mask=None):
         features = self.mfuser(
             pixel_values, class_embeddings, output_hidden_states, output_feature_maps=False, return_dict=True
         )
@@ -558,7 +558,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         loss = components = None
         if labels is not None:
             class_logits, mask_logits = (torch.stack(logits) for logits in zip(*predictions, strict=True))
-            components = self.criterion(class_logits, mask_logits, features.score_map, labels, labelled_classes)
+            components = self.criterion(class_logits, mask_logits, features.score_map, labels, class_mask)
             loss = torch.stack(list(components.values())).sum()
         class_logits, mask_logits = predictions[-1]
         return MFuserForSemanticSegmentationOutput(
@@ -572,7 +572,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             loss_components=components,
         )
 
-    def _forward_by_windows(self, pixel_values, labels, class_embeddings, labelled_classes=None):
+    def _forward_by_windows(self, pixel_values, labels, class_embeddings, class_mask=None):
         height, width = pixel_values.shape[-2:]
         if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
             raise ValueError(
@@ -585,7 +585,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         )
 
         def segment(crops, crop_labels):
-            outputs = self._forward_crop(crops, crop_labels, class_embeddings, False, labelled_classes)
+            outputs = self._forward_crop(crops, crop_labels, class_embeddings, False, class_mask)
             return outputs.logits, outputs.loss_components
 
         windows = sliding_windows(height, width, config.crop_size, config.crop_stride)
