@@ -187,9 +187,9 @@ def test_the_model_passes_labelled_classes_to_the_loss_of_crops_and_of_windows(s
 @pytest.mark.parametrize(
     ("labelled", "message"),
     [
-        (torch.ones(2, 3, dtype=torch.bool), r"shape \(2, 3\) .*; they must be booleans of shape \(2, 4\)"),
-        (torch.ones(2, 4), r"dtype torch.float32; they must be booleans"),
-        (torch.tensor([[True] * 4, [False] * 4]), "leave an image of the batch without classes"),
+        (torch.ones(2, 3, dtype=torch.bool), r"shape \(2, 3\) .*; it must be booleans of shape \(2, 4\)"),
+        (torch.ones(2, 4), r"dtype torch.float32; it must be booleans"),
+        (torch.tensor([[True] * 4, [False] * 4]), "leaves an image of the batch without classes"),
         (torch.tensor([[True, True, True, False], [True] * 4]), "labels of image 0 hold class 3, which .* exclude"),
     ],
 )

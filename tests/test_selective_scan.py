@@ -526,3 +526,12 @@ def test_the_hub_kernel_is_asked_for_by_name_and_then_used(monkeypatch):
     scan_module.use_hub_kernel()
     assert asked == [(("kernels-community/mamba-ssm",), {"version": 4})]  # as in Transformers' own table
     assert scan_module.mamba_ssm_scan is kernel.selective_scan_fn
+
+
+@pytest.mark.parametrize("path", ["numba"], indirect=True)
+def test_numba_leaves_the_storage_of_parameters_resizable(path):
+    D, bias = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.zeros(4))
+    u, B = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
+    scan_module.selective_scan(u, u, -torch.ones(4, 2), B, B, D, delta_bias=bias).sum().backward()
+    for parameter in (D, bias):
+        assert parameter.untyped_storage().resizable()

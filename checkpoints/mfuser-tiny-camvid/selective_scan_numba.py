@@ -200,7 +200,8 @@ def _inputs(u, delta, A, B, C, D, delta_bias, delta_softplus):
     if delta_softplus:
         torch.ops.aten.softplus.out(step, out=step)  # in place: new memory costs more than the arithmetic
     rates = (A.detach().t().float() * float(_LOG2_E)).contiguous()
-    skip = rates.new_zeros(len(A)) if D is None else D.detach().float().contiguous()
+    # A copy: an array of a parameter would pin its storage, which FSDP frees.
+    skip = rates.new_zeros(len(A)) if D is None else D.detach().to(torch.float32, copy=True)
     return u.detach().transpose(1, 2).float(), step, rates, _channels_last(B), _channels_last(C), skip
 
 
