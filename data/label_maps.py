@@ -138,5 +138,6 @@ def read_label(data: bytes, class_in_red_channel: bool = False) -> np.ndarray:
     if red.any():
         raise ValueError(f"label values reach at least {int(red.max()) << 8}; ids must be in 0-255")
     with Image.open(BytesIO(data)) as label:
-        label.tile = [(codec, extents, offset, "RGB;16L")]
+        # Some releases of Pillow declare a class of their own for plain tuples.
+        label.tile = [(codec, extents, offset, "RGB;16L")]  # type: ignore[list-item, unused-ignore]
         return np.asarray(label.getchannel("R"))

@@ -139,7 +139,7 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         (dict(decoder_num_heads=3), "decoder_hidden_size (64) must be divisible by decoder_num_heads (3)"),
         (dict(enhancer_num_heads=3), "enhancer_hidden_size (32) must be divisible by enhancer_num_heads (3)"),
         *(
-            (dict([(name, value)]), f"{name} is {value}; it must be at least 1")
+            ({name: value}, f"{name} is {value}; it must be at least 1")
             for name, value in [
                 ("decoder_num_heads", 0),
                 ("enhancer_num_heads", -2),

@@ -69,7 +69,7 @@ def test_images_are_segmented_at_the_protocols_size_and_scored_at_the_labels_siz
     sizes = {"P1": EvaluationSize((16, 24), halve_first=True), "P2": EvaluationSize((40, 48))}
     domain = dataclasses.replace(DOMAINS["cityscapes"], name="small", evaluation_sizes=sizes)
     monkeypatch.setitem(DOMAINS, "small", domain)
-    names = {index: name for index, name in enumerate(CITYSCAPES_CLASSES)}
+    names = dict(enumerate(CITYSCAPES_CLASSES))
     rows = list(pixels_and_labels(2, classes=19, sizes=((30, 60), (60, 30)), ignored=0))
     source = write_dataset(tmp_path / "validation.parquet", rows)
     for protocol, shown, scored in (("P1", [(12, 24), (24, 12)], 15 * 30), ("P2", [(24, 48), (48, 24)], 30 * 60)):
@@ -143,8 +143,14 @@ def test_conditions_are_scored_separately_averaged_and_pooled(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "build", "images"),
-    [("cityscapes", fake.cityscapes, 2), ("bdd100k", fake.bdd100k, 1), ("mapillary", fake.mapillary, 1)]
-    + [("acdc", fake.acdc, 4), ("synthia", fake.synthia, 2), ("gta5", fake.gta5, 3)],
+    [
+        ("cityscapes", fake.cityscapes, 2),
+        ("bdd100k", fake.bdd100k, 1),
+        ("mapillary", fake.mapillary, 1),
+        ("acdc", fake.acdc, 4),
+        ("synthia", fake.synthia, 2),
+        ("gta5", fake.gta5, 3),
+    ],
 )
 def test_a_download_and_its_preparation_have_the_same_score(tmp_path, monkeypatch, name, build, images):
     monkeypatch.setitem(DOMAINS, name, dataclasses.replace(DOMAINS[name], evaluation_sizes=OWN_SIZE))

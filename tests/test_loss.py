@@ -80,7 +80,7 @@ def test_points_are_drawn_where_the_prediction_is_unsure():
     torch.manual_seed(0)
     logits = torch.linspace(-9, 9, 64).expand(1, 64, 64)  # unsure in the middle, ever surer to both sides
     points = objective(loss_num_points=400).draw_points(logits)
-    assert points.shape == (1, 400, 2) and 0 <= points.min() and points.max() <= 1
+    assert points.shape == (1, 400, 2) and points.min() >= 0 and points.max() <= 1
     unsure, fresh = sample_points(logits, points)[0].abs().split([300, 100])
     assert unsure.max() < 3  # of 1,200 candidates the least sure 300: the quarter around the middle
     assert fresh.max() > 7 and abs(points[0, 300:, 0].mean().item() - 0.5) < 0.1

@@ -274,8 +274,7 @@ def test_precision_can_be_chosen(saved_model):
     assert model.dtype == torch.bfloat16 and not model.training
 
 
-def test_models_that_would_give_nonsense_are_refused(saved_model, tmp_path, capsys):
-    _, folder = saved_model
+def test_models_that_would_give_nonsense_are_refused(tmp_path, capsys):
     write_image(tmp_path / "a.png")
 
     def error_with(model):

@@ -1,5 +1,7 @@
 """Each encoder computes what Transformers computes with its weights, and both are merged token by token."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny_models import DINOV2, PAIRS, tiny_batch, tiny_model
@@ -205,10 +207,10 @@ def test_stochastic_depth_rises_linearly_over_the_layers_of_the_vision_language_
     torch.manual_seed(0)
     pixel_values = tiny_batch(batch=16)["pixel_values"]
     states = model.mfuser.train()(pixel_values, output_hidden_states=True).hidden_states
-    rates = [1 - 1 / (after - before).max().item() for before, after in zip(states, states[1:], strict=False)]
+    rates = [1 - 1 / (after - before).max().item() for before, after in pairwise(states)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3], abs=1e-4)
     states = model.mfuser.eval()(pixel_values, output_hidden_states=True).hidden_states
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         torch.testing.assert_close(after - before, torch.ones_like(before))
 
 
