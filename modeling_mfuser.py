@@ -219,15 +219,14 @@ class MFuserPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path, *args, class_names: list[str] | None = None, tokenizer=None, class_token_length=None, **kwargs
+        cls, pretrained_model_name_or_path, *args, class_names=None, tokenizer=None, class_token_length=None, **kwargs
     ):
         """
         See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them.
 
-        Other classes than the saved ones are given by `class_names`, or as usual in Transformers by `id2label` (and
-        `num_labels`) or `config`, with `ignore_mismatched_sizes=True`. A warning names the origin of each class, see
-        [`~class_names_mfuser.replace_classes`]. The model is meant to be fine-tuned: the rows of the class head are
-        classes. `queries_vote_for_own_class=True` gives the scores of [`set_class_names`], without training.
+        Other classes are given by `class_names`, or by `id2label` or `config` with `ignore_mismatched_sizes=True`. A
+        warning names the origin of each, see `replace_classes`. The model is then meant to be fine-tuned; with
+        `queries_vote_for_own_class=True` it scores as after `set_class_names`, without training.
 
         Args:
             class_names (`list[str]`, *optional*):
@@ -237,7 +236,8 @@ class MFuserPreTrainedModel(PreTrainedModel):
             class_token_length (`int`, *optional*):
                 Token positions per class name. Defaults to the saved number.
         """
-        requested = requested_classes(cls.config_class, path, kwargs, class_names, tokenizer, class_token_length)
+        path, new = pretrained_model_name_or_path, (class_names, tokenizer, class_token_length)
+        requested = requested_classes(cls.config_class, path, kwargs, *new)
         loaded = super().from_pretrained(path, *args, **kwargs)
         model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         if model.config.freeze_encoders:
@@ -494,8 +494,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
 
     def set_class_names(self, class_names: list[str], tokenizer=None, class_token_length: int | None = None):
         """
-        Replaces the classes by others, without training. To train the new classes, use [`from_pretrained`] with
-        `class_names`. After an error, the model is unchanged.
+        Replaces the classes by others, without training; to train them, give `class_names` to `from_pretrained`.
 
         The queries are computed from the embeddings of the new names. What was learned per class (two position
         embeddings and a row of the class head) is taken from the trained class whose name is equal or most similar.
