@@ -25,7 +25,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
+from mfuser.class_names_mfuser import give_classes, label_names
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
 from mfuser.data.loading import load_domain
@@ -39,17 +41,25 @@ from mfuser.scripts.model_card import write_model_card
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
+logger = logging.get_logger("transformers.mfuser.train")
+
 
 @dataclass
 class ModelArguments:
     """The model to train: `model`, or `vfm` and `vlm`, or only `model_config`."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of an MFuser model to train further."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of an MFuser model to train further, on the same classes or others."},
+    )
     vfm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision foundation model."})
     vlm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision-language model."})
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of the vision-language model's tokenizer (default: that of `vlm`)."},
+        metadata={
+            "help": "Folder or Hub id of the vision-language model's tokenizer (default: that of `vlm`). A `model` "
+            "whose folder contains none needs it for data with other classes."
+        },
     )
     model_config: dict[str, Any] = field(
         default_factory=dict,
@@ -264,7 +274,8 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
         [`MFuserForSemanticSegmentation`]: The model, in float32.
 
     Raises:
-        ValueError: If the options describe no model or several, or a saved model has other classes than the data.
+        ValueError: If the options describe no model or several, or the classes of the data cannot be given to a saved
+            model.
     """
     if (options.model and (options.vfm or options.vlm)) or bool(options.vfm) != bool(options.vlm):
         given = ", ".join(f"{name}={getattr(options, name)}" for name in ("model", "vfm", "vlm"))
@@ -272,10 +283,10 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
     class_names = list(id2label.values())
     if options.model:
         model = load_model(options.model, dtype=torch.float32, **options.model_config)
-        known = list(model.config.id2label.values())
-        if known != class_names:
-            raise ValueError(
-                f"{options.model} has the classes {', '.join(known)}; the data has {', '.join(class_names)}"
+        if class_names != label_names(model.config.id2label):
+            tokenizer = options.tokenizer or (encoders_of(options) or {}).get("vlm")
+            logger.warning(
+                f"{options.model} is trained on other classes; {give_classes(model, class_names, tokenizer)}"
             )
         return model
     if options.vfm and options.vlm:
