@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -203,12 +204,12 @@ def nearest_classes(embeddings: torch.Tensor, known: torch.Tensor) -> torch.Tens
     return (F.normalize(embeddings, dim=-1) @ F.normalize(known, dim=-1).T).argmax(dim=-1)
 
 
-def selected_rows(table: nn.Parameter, rows: torch.Tensor, initialise: Callable) -> nn.Parameter:
+def selected_rows(table: torch.Tensor, rows: torch.Tensor, initialise: Callable) -> nn.Parameter:
     """
     Rows of a table with one row per class.
 
     Args:
-        table (`nn.Parameter` of shape `(K, ...)`): The table.
+        table (`torch.Tensor` of shape `(K, ...)`): The table.
         rows (`torch.Tensor` of shape `(N,)`): Row to copy for each new class, or -1 for an initial value.
         initialise (`Callable`): Fills a tensor with initial values, in place.
 
@@ -224,7 +225,7 @@ def selected_rows(table: nn.Parameter, rows: torch.Tensor, initialise: Callable)
 
 
 @torch.no_grad()
-def replace_classes(model: nn.Module, class_names: list[str], token_ids: list | None = None, **config_fields) -> str:
+def replace_classes(model: Any, class_names: list[str], token_ids: list | None = None, **config_fields) -> str:
     """
     Replaces the classes of a model, and selects what is kept of each table with one row per class.
 
@@ -280,7 +281,7 @@ def replace_classes(model: nn.Module, class_names: list[str], token_ids: list | 
 
 
 def give_classes(
-    model: nn.Module, class_names: list[str], tokenizer=None, class_token_length: int | None = None, **config_fields
+    model: Any, class_names: list[str], tokenizer=None, class_token_length: int | None = None, **config_fields
 ) -> str:
     """[`replace_classes`] with the token ids that a tokenizer, by default that in the model's folder, computes."""
     class_names, token_ids = checked_class_names(class_names), None

@@ -6,6 +6,7 @@ class name as in tqdm (Pak et al., ECCV 2024, arXiv 2407.09033). The pyramid is 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -313,6 +314,8 @@ class MFuserConvNorm(nn.Module):
 class MFuserPixelDecoder(nn.Module):
     """Refines the pyramid, conditioned on the class embeddings, to mask features and the decoder's memory."""
 
+    initial_values: dict[str, Callable]  # set by `initialised`
+
     def __init__(self, config: MFuserConfig, in_channels: int, embedding_size: int):
         super().__init__()
         size = config.decoder_hidden_size
@@ -414,6 +417,8 @@ class MFuserDecoder(nn.Module):
     levels in turn, coarse to fine.
     """
 
+    initial_values: dict[str, Callable]  # set by `initialised`
+
     def __init__(self, config: MFuserConfig, embedding_size: int):
         super().__init__()
         size = config.decoder_hidden_size
@@ -483,5 +488,5 @@ class MFuserDecoder(nn.Module):
         head.bias = selected_rows(head.bias, rows, initialise)
         if share_probability:
             # -1 indexes the last count, the 1 of "no object": new rows are not shared.
-            head.bias -= torch.bincount(rows[rows >= 0])[rows].log()
+            head.bias.sub_(torch.bincount(rows[rows >= 0])[rows].log())
         head.out_features = len(rows)

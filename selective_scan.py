@@ -32,11 +32,6 @@ try:
 except ImportError:
     triton_scan = None  # type: ignore[assignment]
 
-try:
-    from .selective_scan_numba import NUMBA_CHUNK_TOKENS, numba_scan, numba_scan_backward
-except ImportError:
-    numba_scan = None  # type: ignore[assignment]
-
 __all__ = ["selective_scan", "use_hub_kernel"]
 
 # What the states of a chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide. The odd
@@ -63,8 +58,8 @@ def selective_scan(
     """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
     On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
-    else a Triton kernel; on a CPU machine code runs where numba is installed. Plain torch runs everywhere else. While
-    compiling or exporting, the scan is one operator, with any of these kernels but mamba_ssm's.
+    else a Triton kernel; plain torch runs everywhere else. When compiled or exported, the scan is one operator, with
+    any of these kernels but mamba_ssm's.
 
     Args:
         u: (batch, dim, length), the input.
@@ -181,8 +176,6 @@ def _implementation(u, dtype):
     """Forward, backward, and the tokens of a chunk, or None where those depend on the sizes."""
     if triton_scan is not None and u.is_cuda and dtype == torch.float32:
         return triton_scan, triton_scan_backward, TRITON_CHUNK_TOKENS
-    if numba_scan is not None and u.device.type == "cpu" and dtype == torch.float32:
-        return numba_scan, numba_scan_backward, NUMBA_CHUNK_TOKENS
     return _torch_scan, _torch_scan_backward, None
 
 

@@ -12,11 +12,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import datasets
 import evaluate
@@ -28,7 +26,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.initialization import no_init_weights
 
-from mfuser import selective_scan as scan_module
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.evaluation.metrics import MeanIoU
@@ -117,8 +114,6 @@ def mamba_ssm(u, delta, A, B, C, D, delta_bias):
 
 
 SCANS = {"step loop": step_loop, "ours": ours}
-if scan_module.numba_scan is not None:
-    SCANS["ours, without numba"] = ours
 if mamba_ssm_scan is not None:
     SCANS["mamba_ssm"] = mamba_ssm
 
@@ -140,8 +135,7 @@ def scan_inputs(device: str, batch: int, dim: int, length: int, state: int) -> l
 
 
 def run_scan(name: str, inputs: list[torch.Tensor], backward: bool):
-    without_numba = patch.object(scan_module, "numba_scan", None) if name == "ours, without numba" else nullcontext()
-    with without_numba, torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward):
         y = SCANS[name](*(tensor.detach().requires_grad_(backward) for tensor in inputs))
         if backward:
             y.sum().backward()

@@ -18,18 +18,6 @@ def test_every_scan_that_is_compared_gives_the_same_sequence():
         torch.testing.assert_close(scan(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_scan_without_numba_does_without_it(monkeypatch):
-    pytest.importorskip("numba")
-    called = []
-    real = benchmark.scan_module.numba_scan
-    monkeypatch.setattr(benchmark.scan_module, "numba_scan", lambda *inputs: called.append(1) or real(*inputs))
-    inputs = benchmark.scan_inputs("cpu", batch=1, dim=2, length=3, state=2)
-    benchmark.run_scan("ours, without numba", inputs, True)
-    assert called == []
-    benchmark.run_scan("ours", inputs, True)
-    assert called == [1]
-
-
 def test_candidates_run_in_turns_and_the_first_round_does_not_count():
     order = []
     candidates = {name: partial(order.append, name) for name in "ab"}

@@ -4,9 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-import threading
 import types
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 GPU = torch.cuda.is_available()
 # Triton's interpreter has to be chosen before anything imports triton.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PATHS = ["one by one", "in pairs", "numba"] + (["triton"] if GPU or INTERPRETED else [])
+PATHS = ["one by one", "in pairs"] + (["triton"] if GPU or INTERPRETED else [])
 
 
 def recurrence(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -84,18 +82,9 @@ def assert_equals_recurrence(inputs, delta_softplus=True, tolerance=2e-6):
         assert relative_error(grad, expected_grad) < tolerance, name
 
 
-@pytest.fixture
-def plain_torch(monkeypatch):
-    monkeypatch.setattr(scan_module, "numba_scan", None)
-
-
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Each implementation in turn; where it can be set, chunks of few tokens: short sequences then have several."""
-    if request.param == "numba":
-        pytest.importorskip("numba")
-        return request.param
-    monkeypatch.setattr(scan_module, "numba_scan", None)
     monkeypatch.setattr(scan_module, "_CPU_CHUNK_BYTES", 0)  # a chunk then has `state` tokens
     if request.param == "in pairs":
 
@@ -136,7 +125,7 @@ def load_copy(name, package):
 @pytest.mark.parametrize(
     "shape",
     [(1, 3, 1, 1), (2, 18, 5, 11), (1, 2, 8, 8), (1, 4, 3, 14), (2, 70, 3, 75)],
-    ids=["one token", "two blocks of channels", "one full chunk", "ragged chunks", "blocks and chunks of numba"],
+    ids=["one token", "two blocks of channels", "one full chunk", "ragged chunks", "many channels and chunks"],
 )
 def test_output_state_and_gradients_equal_the_recurrence(path, shape):
     assert_equals_recurrence(make_inputs(*shape))
@@ -153,7 +142,7 @@ def test_large_steps_and_fast_decays_stay_finite(path):
     assert_equals_recurrence(make_inputs(1, 4, 4, 12, scale=30.0), tolerance=1e-5)
 
 
-def test_long_sequence_over_many_chunks_equals_the_recurrence(plain_torch, monkeypatch):
+def test_long_sequence_over_many_chunks_equals_the_recurrence(monkeypatch):
     monkeypatch.setattr(scan_module, "_CPU_CHUNK_BYTES", 4 * 2 * 6 * 4 * 20)  # 20 tokens a chunk
     assert_equals_recurrence(make_inputs(2, 6, 4, 307, scale=0.3))
 
@@ -268,25 +257,21 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("path", ["one by one", "numba"], indirect=True)
+@pytest.mark.parametrize("path", ["one by one"], indirect=True)
 def test_memory_is_that_of_the_inputs_not_of_the_states(path):
     batch, dim, state, length = 2, 32, 16, 600
-    if path == "numba":
-        forward_scan, backward_scan = scan_module.numba_scan, scan_module.numba_scan_backward
-    else:
-        forward_scan, backward_scan = scan_module._torch_scan, scan_module._torch_scan_backward
     arguments = [make_inputs(batch, dim, state, length, requires_grad=False)[name] for name in NAMES if name != "z"]
     size_of_u = 4 * batch * dim * length
     with Allocations() as forward:
-        *_, states = forward_scan(*arguments, True, True)
+        *_, states = scan_module._torch_scan(*arguments, True, True)
     with Allocations() as backward:
-        backward_scan(torch.ones(batch, dim, length), *arguments, True, states)
+        scan_module._torch_scan_backward(torch.ones(batch, dim, length), *arguments, True, states)
     assert forward.largest <= 1.1 * size_of_u and forward.total <= 5 * size_of_u
     assert backward.largest <= 1.1 * size_of_u and backward.total <= 8 * size_of_u
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_states_are_kept_only_where_a_gradient_may_follow(mode, plain_torch, monkeypatch):
+def test_states_are_kept_only_where_a_gradient_may_follow(mode, monkeypatch):
     kept = []
     real = scan_module._torch_scan
     monkeypatch.setattr(scan_module, "_torch_scan", lambda *args: kept.append(args[-1]) or real(*args))
@@ -308,7 +293,7 @@ def scans_in(graph):
     return [node for node in graph.nodes if "selective_scan" in str(node.target)]
 
 
-@pytest.mark.parametrize("path", ["one by one", "numba"], indirect=True)
+@pytest.mark.parametrize("path", ["one by one"], indirect=True)
 @pytest.mark.parametrize("keep_states", [True, False])
 def test_operator_meets_the_contract_of_custom_operators(keep_states, path):
     inputs = make_inputs(2, 3, 4, 10)
@@ -371,7 +356,7 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_two_copies_of_the_code_live_in_one_process(plain_torch):
+def test_two_copies_of_the_code_live_in_one_process():
     copy = load_copy("selective_scan", "transformers_modules.a_model.0f3")
     inputs = make_inputs(1, 3, 4, 10)
     y = copy.selective_scan(**inputs)
@@ -380,54 +365,10 @@ def test_two_copies_of_the_code_live_in_one_process(plain_torch):
     selective_scan(**inputs).sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------ numba
-@pytest.fixture
-def kernels():
-    pytest.importorskip("numba")
-    return importlib.import_module("mfuser.selective_scan_numba")
-
-
-def output_and_gradients(inputs):
-    y = selective_scan(**inputs, delta_softplus=True)
-    return [y, *torch.autograd.grad(y.sum(), inputs.values())]
-
-
-def test_decays_near_one_stay_exact_over_many_tokens(kernels):
+def test_decays_near_one_stay_exact_over_many_tokens():
     """A relative error of 1e-7 in each decay would be one of 1e-4 in a state that remembers a thousand tokens."""
     inputs = make_inputs(1, 3, 2, 1500, scale=1e-3)
     assert_equals_recurrence({**inputs, "u": inputs["u"].detach().abs().requires_grad_()}, tolerance=5e-6)
-
-
-def test_threads_share_the_work_and_change_no_result(kernels, monkeypatch):
-    inputs = make_inputs(2, 150, 4, 40, scale=0.3)
-    pools = []
-
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, *args):
-            super().__init__(*args)
-            pools.append(self)
-
-    monkeypatch.setattr(kernels, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    alone = output_and_gradients(inputs)
-    assert not any(pool._threads for pool in pools)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    together = output_and_gradients(inputs)
-    assert all(map(torch.equal, alone, together))
-
-
-@pytest.mark.parametrize("failing", ["caller", "other"])
-def test_a_failure_on_any_thread_is_raised(failing, kernels, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    caller, both_run = threading.get_ident(), threading.Barrier(2, timeout=30)
-
-    def kernel(b, first, u):
-        both_run.wait()
-        if (threading.get_ident() == caller) == (failing == "caller"):
-            raise MemoryError("no room")
-
-    with pytest.raises(MemoryError, match="no room"):
-        kernels._in_parallel(kernel, torch.zeros(2, 1, 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -435,21 +376,6 @@ def test_not_a_number_is_passed_on(name, path):
     inputs = make_inputs(1, 3, 4, 9, requires_grad=False)
     inputs[name].flatten()[0] = float("nan")
     assert selective_scan(**inputs, delta_softplus=True)[0, 0].isnan().any()
-
-
-def test_a_folder_that_cannot_be_written_costs_only_the_cache(kernels, monkeypatch):
-    real, tried = kernels.njit, []
-
-    def njit(*args, cache=False, **options):
-        tried.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(*args, **options)
-
-    monkeypatch.setattr(kernels, "njit", njit)
-    kernel = kernels._compiled()(lambda x: x + 1)
-    assert kernel(1) == 2
-    assert tried == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------ mamba_ssm
@@ -526,12 +452,3 @@ def test_the_hub_kernel_is_asked_for_by_name_and_then_used(monkeypatch):
     scan_module.use_hub_kernel()
     assert asked == [(("kernels-community/mamba-ssm",), {"version": 4})]  # as in Transformers' own table
     assert scan_module.mamba_ssm_scan is kernel.selective_scan_fn
-
-
-@pytest.mark.parametrize("path", ["numba"], indirect=True)
-def test_numba_leaves_the_storage_of_parameters_resizable(path):
-    D, bias = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.zeros(4))
-    u, B = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
-    scan_module.selective_scan(u, u, -torch.ones(4, 2), B, B, D, delta_bias=bias).sum().backward()
-    for parameter in (D, bias):
-        assert parameter.untyped_storage().resizable()

@@ -263,6 +263,16 @@ class MFuserConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """See [`PreTrainedConfig.from_dict`]. `num_labels` beside `id2label` adds nothing and is checked only."""
+        id2label, num_labels = kwargs.get("id2label"), kwargs.get("num_labels")
+        if id2label is not None and num_labels is not None:
+            if len(id2label) != num_labels:
+                raise ValueError(f"num_labels is {num_labels}, but id2label has {len(id2label)} labels")
+            del kwargs["num_labels"]  # alone, it would be compared with the saved token ids
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def num_levels(self) -> int:
         """Levels of the feature pyramid that the transformer decoder attends to (strides 32, 16 and 8)."""

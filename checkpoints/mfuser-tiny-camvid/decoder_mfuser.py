@@ -6,6 +6,7 @@ class name as in tqdm (Pak et al., ECCV 2024, arXiv 2407.09033). The pyramid is 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .class_names_mfuser import selected_rows
 from .configuration_mfuser import GROUP_NORM_GROUPS, MFuserConfig
 from .initialization_mfuser import fill_with_directions, initialised
 from .layers_mfuser import MFuserAttention, MFuserMLP
@@ -312,6 +314,8 @@ class MFuserConvNorm(nn.Module):
 class MFuserPixelDecoder(nn.Module):
     """Refines the pyramid, conditioned on the class embeddings, to mask features and the decoder's memory."""
 
+    initial_values: dict[str, Callable]  # set by `initialised`
+
     def __init__(self, config: MFuserConfig, in_channels: int, embedding_size: int):
         super().__init__()
         size = config.decoder_hidden_size
@@ -362,9 +366,9 @@ class MFuserPixelDecoder(nn.Module):
         return self.mask_proj(F.relu(self.output_conv(fine))), refined
 
     def select_classes(self, rows: torch.Tensor):
-        """Gives class i what was learned for class `rows[i]`."""
-        table = self.text_position_embedding
-        self.text_position_embedding = nn.Parameter(table[rows], requires_grad=table.requires_grad)
+        """Gives class i what was learned for class `rows[i]`, or initial values if that is -1."""
+        initialise = self.initial_values["text_position_embedding"]
+        self.text_position_embedding = selected_rows(self.text_position_embedding, rows, initialise)
 
 
 # --- transformer decoder ---------------------------------------------------------------------------------------------
@@ -412,6 +416,8 @@ class MFuserDecoder(nn.Module):
     Transformer decoder with one query per class, computed from the class embedding. Its layers attend to the refined
     levels in turn, coarse to fine.
     """
+
+    initial_values: dict[str, Callable]  # set by `initialised`
 
     def __init__(self, config: MFuserConfig, embedding_size: int):
         super().__init__()
@@ -461,17 +467,26 @@ class MFuserDecoder(nn.Module):
         inside = mask.sigmoid() >= 0.5
         return (inside | ~inside.any(dim=-1, keepdim=True))[:, None]
 
-    def select_classes(self, rows: torch.Tensor):
+    def select_classes(self, rows: torch.Tensor, share_probability: bool):
         """
-        Gives class i what was learned for class `rows[i]`. Classes that share a row of the class head share its
-        probability.
+        Gives class i what was learned for class `rows[i]`, or initial values if that is -1.
+
+        Args:
+            rows (`torch.Tensor` of shape `(N,)`):
+                Index of a present class, or -1, for each of N new classes.
+            share_probability (`bool`):
+                Whether classes that take the same row of the class head share its probability.
         """
-        table = self.query_position_embedding
-        self.query_position_embedding = nn.Parameter(table[rows], requires_grad=table.requires_grad)
+        initialise = self.initial_values["query_position_embedding"]
+        self.query_position_embedding = selected_rows(self.query_position_embedding, rows, initialise)
         head = self.predictor.class_head
         no_object = rows.new_tensor([head.out_features - 1])
-        shared = torch.cat([torch.bincount(rows)[rows].log(), head.bias.new_zeros(1)])
         rows = torch.cat([rows, no_object])
-        head.weight = nn.Parameter(head.weight[rows], requires_grad=head.weight.requires_grad)
-        head.bias = nn.Parameter(head.bias[rows] - shared, requires_grad=head.bias.requires_grad)
+        bound = head.in_features**-0.5  # initial values of nn.Linear
+        initialise = partial(init.uniform_, a=-bound, b=bound)
+        head.weight = selected_rows(head.weight, rows, initialise)
+        head.bias = selected_rows(head.bias, rows, initialise)
+        if share_probability:
+            # -1 indexes the last count, the 1 of "no object": new rows are not shared.
+            head.bias.sub_(torch.bincount(rows[rows >= 0])[rows].log())
         head.out_features = len(rows)

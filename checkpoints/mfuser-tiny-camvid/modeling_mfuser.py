@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .class_names_mfuser import CITYSCAPES_CLASSES, class_token_ids, nearest_classes
+from .class_names_mfuser import CITYSCAPES_CLASSES, give_classes, requested_classes
 from .configuration_mfuser import MFuserConfig
 from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
 from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
@@ -219,12 +219,32 @@ class MFuserPreTrainedModel(PreTrainedModel):
     }
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, class_names=None, tokenizer=None, class_token_length=None, **kwargs
+    ):
+        """
+        See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them.
+
+        Other classes are given by `class_names`, or by `id2label` or `config` with `ignore_mismatched_sizes=True`. A
+        warning names the origin of each, see `replace_classes`. The model is then meant to be fine-tuned; with
+        `queries_vote_for_own_class=True` it scores as after `set_class_names`, without training.
+
+        Args:
+            class_names (`list[str]`, *optional*):
+                The classes, in the order of the labels. Defaults to the saved ones.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*):
+                Tokenizer of the text encoder, or its folder or Hub id. Defaults to that in the folder of the model.
+            class_token_length (`int`, *optional*):
+                Token positions per class name. Defaults to the saved number.
+        """
+        path, new = pretrained_model_name_or_path, (class_names, tokenizer, class_token_length)
+        requested = requested_classes(cls.config_class, path, kwargs, *new)
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         if model.config.freeze_encoders:
             model.freeze_encoders()
+        if requested is not None:
+            requested.give_to(model, report)
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
@@ -474,38 +494,28 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         if config.freeze_encoders:
             self.freeze_encoders()
 
-    @torch.no_grad()
-    def set_class_names(self, class_names: list[str], tokenizer):
+    def set_class_names(self, class_names: list[str], tokenizer=None, class_token_length: int | None = None):
         """
-        Replaces the classes by others, without training.
+        Replaces the classes by others, without training; to train them, give `class_names` to `from_pretrained`.
 
         The queries are computed from the embeddings of the new names. What was learned per class (two position
-        embeddings and a row of the class head) is taken from the trained class whose name is most similar. Each query
-        then votes for its own class alone, since the class head cannot tell new classes apart. Names close to trained
-        ones work best; things that training labelled as background are not found.
+        embeddings and a row of the class head) is taken from the trained class whose name is equal or most similar.
+        Each query then votes for its own class alone, since the class head cannot distinguish new classes. Names close
+        to trained ones work best; things that training labelled as background are not found.
 
         Args:
             class_names (`list[str]`): The new classes, in the order of their labels.
-            tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the vision-language model.
+            tokenizer, class_token_length: See [`~MFuserPreTrainedModel.from_pretrained`].
 
         Raises:
-            ValueError: If the model has no text encoder, or a name is too long.
+            ValueError: If the model has no text encoder, or names or tokenizer cannot be used.
         """
-        config, model = self.config, self.mfuser
-        if model.prompts is None or config.class_token_ids is None:
+        if self.mfuser.prompts is None:
             raise ValueError(
                 "set_class_names needs a text encoder; this model stores its class embeddings instead "
                 "(use_text_encoder=False)"
             )
-        token_ids = class_token_ids(class_names, tokenizer, len(config.class_token_ids[0]))
-        trained = model.class_embeddings()
-        config.class_token_ids = token_ids
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: index for index, name in enumerate(class_names)}
-        config.queries_vote_for_own_class = True
-        nearest = nearest_classes(model.class_embeddings(), trained)  # (new K,)
-        self.pixel_decoder.select_classes(nearest)
-        self.decoder.select_classes(nearest)
+        give_classes(self, class_names, tokenizer, class_token_length, queries_vote_for_own_class=True)
 
     @can_return_tuple
     def forward(
