@@ -30,7 +30,7 @@ except ImportError:
 try:
     from .selective_scan_triton import TRITON_CHUNK_TOKENS, triton_scan, triton_scan_backward
 except ImportError:
-    triton_scan = None  # type: ignore[assignment]
+    triton_scan = None  # type: ignore[assignment]  # mypy expects the function
 
 __all__ = ["selective_scan", "use_hub_kernel"]
 
