@@ -366,6 +366,9 @@ class MFuserModel(MFuserPreTrainedModel):
             initialised(self, stored_class_embeddings=init.trunc_normal_)
         self._class_embeddings_cache = WeightsCache()
         self.post_init()
+        for tower in (self.vfm, self.vlm):  # Transformers collects those of direct children alone
+            for encoder in tower.children():
+                self._no_split_modules.update(getattr(encoder, "_no_split_modules", ()))
         self.freeze_unused_parameters()
         if config.freeze_encoders:
             self.freeze_encoders()

@@ -28,8 +28,7 @@ def assert_same_scores(offloaded, expected, size=(64, 64)):
         torch.testing.assert_close(scores(offloaded, size), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("size", [(64, 64), (80, 100)])
+@pytest.mark.parametrize(("name", "size"), [*((name, (64, 64)) for name in VARIANTS), ("dinov2+siglip", (80, 100))])
 def test_no_weight_is_read_outside_the_forward_of_its_module(name, size):
     model = variant(name)
     expected = scores(model, size)
@@ -58,33 +57,56 @@ def test_the_whole_model_from_disk(tmp_path):
     assert_same_scores(model, expected)
 
 
-def splits(model) -> list[dict[str, str]]:
-    """Device maps that put each part of a model on disk, alone and together with all parts after it."""
-    blocks = set(model._no_split_modules)
+def device_maps(model, number: int) -> list[dict[str, str]]:
+    """Maps that keep a part of the model in memory and leave the rest on disk, by cuts between its blocks."""
 
     def parts(prefix, module):
         for name, _ in module.named_parameters(recurse=False):
-            yield f"{prefix}{name}"
+            yield prefix + name
         for name, child in module.named_children():
-            whole = type(child).__name__ in blocks or not any(True for _ in child.children())
-            if whole and child.state_dict():
-                yield f"{prefix}{name}"
-            elif not whole:
+            if type(child).__name__ in model._no_split_modules or not any(True for _ in child.children()):
+                yield from [prefix + name] * bool(child.state_dict())
+            else:
                 yield from parts(f"{prefix}{name}.", child)
 
     names = list(parts("", model))
+    cuts = [round(len(names) * index / number) for index in range(1, number)]
+    in_memory = [names[:cut] for cut in cuts] + [names[1:cut:2] for cut in cuts] if number else []
     modules = dict(model.named_modules())
-    chosen = [index for index, name in enumerate(names) if name in modules]
-    alone = [{name: "disk" if name == names[index] else "cpu" for name in names} for index in chosen]
-    after = [{name: "disk" if name in names[index:] else "cpu" for name in names} for index in chosen]
-    return alone + after
+    return [{name: "cpu" if name in kept or name not in modules else "disk" for name in names} for kept in in_memory]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_any_block_on_disk(name, tmp_path):
+def assert_any_split_works(name: str, number: int, folder):
     model = variant(name)
     expected = scores(model)
-    maps = splits(model)
-    for index, device_map in enumerate(maps):
-        split = dispatch_model(variant(name), device_map, main_device="cpu", offload_dir=tmp_path / str(index))
+    for index, device_map in enumerate(device_maps(model, number)):
+        split = dispatch_model(variant(name), device_map, main_device="cpu", offload_dir=folder / str(index))
         torch.testing.assert_close(scores(split), expected, rtol=1e-4, atol=1e-6, msg=str(device_map))
+
+
+@pytest.mark.parametrize("name", ["dinov2+clip", "dinov3+siglip2", "stored class embeddings"])
+def test_a_part_in_memory_and_the_rest_on_disk(name, tmp_path):
+    assert_any_split_works(name, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_part_in_memory_and_the_rest_on_disk(name, tmp_path):
+    assert_any_split_works(name, 12, tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize("name", ["dinov2+clip", "dinov3+siglip2", "dinov2_with_registers+eva02_clip"])
+def test_an_automatic_split_of_a_small_memory(name, share, tmp_path):
+    model = variant(name)
+    expected = scores(model)
+    model.save_pretrained(tmp_path / "model")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    loaded = MFuserForSemanticSegmentation.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": int(share * size)},
+        offload_folder=tmp_path / "offload",
+    )
+    assert {"cpu", "disk"} >= set(loaded.hf_device_map.values()) >= {"disk"}
+    assert_same_scores(loaded, expected)
