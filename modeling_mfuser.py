@@ -69,7 +69,7 @@ class MVFuser(nn.Module):
             nn.Linear(self.time_step_rank, half, bias=False), weight=partial(init.uniform_, a=-bound, b=bound)
         )
         self.dt_bias = nn.Parameter(torch.empty(half))
-        self.A_log = nn.Parameter(torch.empty(half, self.state_size))
+        self.A_log = nn.Parameter(torch.empty(half, self.state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(half))
         self.norm = nn.RMSNorm(half, eps=1e-5)
         self.out_proj = nn.Linear(half, hidden_size, bias=False)
@@ -123,8 +123,8 @@ class MFuserFusionLayer(GradientCheckpointingLayer):
         Args:
             vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`): Tokens of the vision foundation model.
             vlm_states (`torch.Tensor` of shape `(B, L, D)`): Tokens of the vision-language model.
-            run_vfm, run_vlm (`Callable`): The layers of each encoder before this MVFuser. They are arguments so that
-                gradient checkpointing recomputes them together with the MVFuser.
+            run_vfm, run_vlm (`Callable`): The layers of each frozen encoder before this MVFuser. They are arguments so
+                that gradient checkpointing recomputes them together with the MVFuser.
         """
         device = vfm_states.device  # the layers of the encoders may be on others
         vfm_states, vlm_states = run_vfm(vfm_states).to(device), run_vlm(vlm_states).to(device)
@@ -323,12 +323,6 @@ class MFuserPreTrainedModel(PreTrainedModel):
         # attention does. It need not: `_init_weights` leaves loaded weights as they are.
         return False
 
-    def _set_gradient_checkpointing(self, *args, **kwargs):
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        for tower in (self.base_model.vfm, self.base_model.vlm):
-            for layer in tower.layers:  # recomputed with the fusion layer after it, not once more within
-                layer._gradient_checkpointing_func = lambda function, *args: function(*args)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         initial_values = getattr(module, "initial_values", {})
@@ -444,12 +438,12 @@ class MFuserModel(MFuserPreTrainedModel):
         fused_maps = []
         vfm_start, vlm_start = 0, 0
         for index, (vfm_end, vlm_end) in enumerate(self.config.layer_pairs):
-            vfm_states, vlm_states = self.fusion_layers[index](
-                vfm_states,
-                vlm_states,
-                partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs),
-                partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates),
-            )
+            run_vfm = partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs)
+            run_vlm = partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates)
+            if not self.config.freeze_encoders:  # gradient checkpointing recomputes each trained layer alone
+                vfm_states, vlm_states = run_vfm(vfm_states), run_vlm(vlm_states)
+                run_vfm = run_vlm = nn.Identity()
+            vfm_states, vlm_states = self.fusion_layers[index](vfm_states, vlm_states, run_vfm, run_vlm)
             vfm_start, vlm_start = vfm_end, vlm_end
             if index + 1 in self.config.fusion_out_layers:
                 patches = [states[:, -grid[0] * grid[1] :] for states in (vfm_states, vlm_states)]

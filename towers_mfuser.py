@@ -9,6 +9,7 @@ Only their embeddings are replaced, where the published code resamples positions
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -252,12 +253,18 @@ class VisionLanguageTower(nn.Module):
             layer, rate = self.layers[index], drop_path_rates[index]
             if rate == 0.0:
                 hidden_states = layer(hidden_states, *layer_inputs)
-                continue
-            attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
-            hidden_states = hidden_states + drop_path(attended, rate, self.drop_path_axis)
-            residual = layer.mlp(layer.layer_norm2(hidden_states))
-            hidden_states = hidden_states + drop_path(residual, rate, self.drop_path_axis)
+            elif layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+                run_layer = partial(self._run_layer_with_drop_path, layer, layer_inputs, rate)
+                hidden_states = layer._gradient_checkpointing_func(run_layer, hidden_states)
+            else:
+                hidden_states = self._run_layer_with_drop_path(layer, layer_inputs, rate, hidden_states)
         return hidden_states
+
+    def _run_layer_with_drop_path(self, layer, layer_inputs, rate, hidden_states):
+        attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
+        hidden_states = hidden_states + drop_path(attended, rate, self.drop_path_axis)
+        residual = layer.mlp(layer.layer_norm2(hidden_states))
+        return hidden_states + drop_path(residual, rate, self.drop_path_axis)
 
     def text_modules(self) -> dict[str, nn.Module]:
         """The modules that only `encode_text` needs, by name."""
