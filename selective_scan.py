@@ -58,8 +58,8 @@ def selective_scan(
     """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
     On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
-    else a Triton kernel; plain torch runs everywhere else. When compiled or exported, the scan is one operator, with
-    any of these kernels but mamba_ssm's.
+    else a Triton kernel; plain torch runs everywhere else. When compiled, the scan is one operator, with any of these
+    kernels but mamba_ssm's. When exported or traced, it is plain operators, which every runtime knows.
 
     Args:
         u: (batch, dim, length), the input.
@@ -90,10 +90,13 @@ def selective_scan(
     if _uses_mamba_ssm(u, A, _compute_dtype(*tensors, z)):
         y, last_state = _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:
-        keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         # The gate acts on the output before that is rounded to the dtype of u.
         u_in = u if z is None else u.to(_compute_dtype(*tensors, z))
-        y, last_state, _ = _scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            y, last_state = _exported_scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus)
+        else:
+            keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            y, last_state, _ = _scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
         if z is not None:
             y = (y * F.silu(z.to(y.dtype))).to(u.dtype)
     return (y, last_state.detach()) if return_last_state else y
@@ -169,6 +172,55 @@ def _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         u.to(dtype), delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=True
     )
     return y.to(u.dtype), last_state
+
+
+# ------------------------------------------------------------------------------------------------ exported graphs
+_PAIRINGS, _DOUBLINGS = 5, 11  # an exported scan takes fewer than 2 ** 16 tokens
+
+
+def _exported_scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
+    """y and the last state from plain operators, as many for any length. All states are in memory at once."""
+    dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
+    length, block = u.shape[2], 2**_PAIRINGS
+    limit = 2 ** (_PAIRINGS + _DOUBLINGS)
+    torch._check(length < limit, lambda: f"an exported selective_scan takes fewer than {limit} tokens")
+    step = delta.transpose(1, 2).to(dtype)  # (batch, length, dim)
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)
+    if delta_softplus:
+        step = F.softplus(step)
+    drive, B, C = (x.transpose(1, 2).to(dtype) for x in (u, B, C))
+    # A step of 0 keeps the state. Three blocks or more, as a graph would be bound to the lengths 1 and 2 of a dimension.
+    padding = (0, 0, 0, (length // block + 3) * block - length)
+    step, drive, B, C = (F.pad(x, padding) for x in (step, drive * step, B, C))
+    decay = torch.exp(step.unsqueeze(2) * A.t().to(dtype))  # (batch, length, state, dim)
+    h = _recurrence_in_pairs(decay, drive.unsqueeze(2) * B.unsqueeze(3), _PAIRINGS)
+    y = (C.unsqueeze(2) @ h).squeeze(2)[:, :length].transpose(1, 2)
+    if D is not None:
+        y = y + u * D[:, None].to(dtype)
+    return y.to(u.dtype), h[:, -1].transpose(1, 2)
+
+
+def _recurrence_in_pairs(decay, x, pairings):
+    """h_t = decay_t h_(t-1) + x_t along dimension 1: a pair of tokens is one token of half as long a sequence."""
+    if pairings == 0:
+        return _recurrence_by_doubling(decay, x)
+    (first_decay, second_decay), (first, second) = (each.unflatten(1, (-1, 2)).unbind(2) for each in (decay, x))
+    second = _recurrence_in_pairs(first_decay * second_decay, second_decay * first + second, pairings - 1)
+    entering = torch.cat([torch.zeros_like(second[:, :1]), second[:, :-1]], dim=1)
+    return torch.stack([first_decay * entering + first, second], dim=2).flatten(1, 2)
+
+
+def _recurrence_by_doubling(decay, x):
+    """The same: every token absorbs the one before it, then two before it, and so on. Lengths stay as they are."""
+    tokens = torch.arange(x.shape[1], device=x.device)
+    for doubling in range(_DOUBLINGS):
+        earlier = tokens - 2**doubling
+        present = (earlier >= 0).to(x.dtype)[:, None, None]
+        earlier = earlier.clamp(min=0)
+        x = x + decay * present * x.index_select(1, earlier)
+        decay = decay * decay.index_select(1, earlier)
+    return x
 
 
 # ------------------------------------------------------------------------------------------------ the operator
