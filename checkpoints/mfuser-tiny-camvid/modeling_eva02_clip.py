@@ -139,7 +139,8 @@ class Eva02ClipVisionEmbeddings(nn.Module):
     def interpolate_position_embedding(self, grid_height: int, grid_width: int) -> torch.Tensor:
         """Returns position embeddings (1 + grid_height * grid_width, hidden_size), resampled to the grid if needed."""
         table = self.position_embedding.weight
-        if (grid_height, grid_width) == (self.grid_size, self.grid_size):
+        # An exported graph would be bound to either case; resampling to the same grid changes nothing.
+        if not torch.compiler.is_exporting() and (grid_height, grid_width) == (self.grid_size, self.grid_size):
             return table
         grid = table[1:].unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]
         # Bicubic interpolation is too inaccurate in half precision.
