@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -28,6 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .class_names_mfuser import CITYSCAPES_CLASSES, give_classes, requested_classes
 from .configuration_mfuser import MFuserConfig
 from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
+from .frozen_encoders_mfuser import ModelWithFrozenEncoders
 from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
 from .layers_mfuser import MFuserAttention, MFuserDepthwiseConv, MFuserMLP
 from .loss_mfuser import MFuserLoss
@@ -197,7 +197,7 @@ class MTEnhancer(nn.Module):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-class MFuserPreTrainedModel(PreTrainedModel):
+class MFuserPreTrainedModel(ModelWithFrozenEncoders):
     config: MFuserConfig
     base_model_prefix = "mfuser"
     main_input_name = "pixel_values"
@@ -231,7 +231,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         cls, pretrained_model_name_or_path, *args, class_names=None, tokenizer=None, class_token_length=None, **kwargs
     ):
         """
-        See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them.
+        See [`ModelWithFrozenEncoders.from_pretrained`]. Frozen encoders are frozen again; loading unfreezes them.
 
         Other classes are given by `class_names`, or by `id2label` or `config` with `ignore_mismatched_sizes=True`. A
         warning names the origin of each, see `replace_classes`. The model is then meant to be fine-tuned; with
@@ -257,7 +257,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
-        """See [`PreTrainedModel.save_pretrained`]. The folder loads with `AutoModel` too, whichever class is saved."""
+        """See [`ModelWithFrozenEncoders.save_pretrained`]. The folder of either class loads with `AutoModel`."""
         self.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
         super().save_pretrained(*args, **kwargs)
 
@@ -295,6 +295,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         config = encoders.model_config(list(class_names), tokenizer, **kwargs)
         model = cls(config)
         notes = load_towers(model.base_model, encoders)
+        model.encoders = {"vfm": str(vfm), "vlm": str(vlm)}
         summary = "".join(f"\n- {note}" for note in notes)
         logger.warning(
             f"MFuser was built from {vfm} and {vlm}; its fusion and decoder are newly initialised and need "
