@@ -5,11 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from fake_hub import use_fake_hub
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import CLASSES, FUSION, save_tiny_encoders, tiny_batch
@@ -317,32 +316,14 @@ def test_the_segment_command_works_on_it(saved, tmp_path):
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
 def test_it_is_uploaded_without_its_encoders(saved, how, monkeypatch, tmp_path):
     _, folder = saved
-    model, uploaded = MFuserForSemanticSegmentation.from_pretrained(folder / "part"), {}
-
-    class FakeHub(HfApi):
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repository", (), {"repo_id": f"me/{repo_id}"})()
-
-        def create_commit(self, repo_id, operations, **kwargs):
-            uploaded.update({operation.path_in_repo: operation.path_or_fileobj for operation in operations})
-            uploaded["encoders"] = json.loads(Path(uploaded[ENCODERS_FILE]).read_text())
-            uploaded["weights"] = set(load_file(uploaded["model.safetensors"]))
-            uploaded["repository"] = repo_id
-
-    api = FakeHub()
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda *unused: api)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *unused, **kwargs: Card())
+    model, hub = MFuserForSemanticSegmentation.from_pretrained(folder / "part"), use_fake_hub(monkeypatch)
     if how == "push_to_hub":
         model.push_to_hub("mine", trainable_only=True)
     else:
         model.save_pretrained(tmp_path / "mine", trainable_only=True, push_to_hub=True)
         assert recorded_encoders(tmp_path / "mine") == recorded_encoders(folder / "part")
-    assert uploaded["repository"] == "me/mine"
-    assert uploaded["encoders"] == recorded_encoders(folder / "part")
-    assert uploaded["weights"] == set(load_file(folder / "part" / "model.safetensors"))
+    (uploaded,) = hub.repositories.values()
+    assert hub.repositories.keys() == {"me/mine"}
+    assert json.loads(uploaded[ENCODERS_FILE]) == recorded_encoders(folder / "part")
+    assert uploaded["model.safetensors"] == (folder / "part" / "model.safetensors").read_bytes()
     assert {"config.json", "modeling_mfuser.py", "frozen_encoders_mfuser.py"} <= uploaded.keys()
-
-
-class Card:
-    def save(self, path):
-        Path(path).touch()
