@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -51,9 +52,6 @@ class Int8DynamicLinear(nn.Module):
         # All 8 bits of the input are used; `True` would leave out one.
         return torch.ops.quantized.linear_dynamic(hidden_states.float(), self.packed, False).to(hidden_states.dtype)
 
-    def _save_to_state_dict(self, *args):
-        raise RuntimeError("a model quantised to int8-dynamic cannot be saved; quantise it again after loading")
-
 
 def int8_weight(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as int8 (out, in), and the scale of each output channel (out,) in float32."""
@@ -100,7 +98,13 @@ def quantize(model: MFuserForSemanticSegmentation, kind: str | None) -> MFuserFo
         parent, _, attribute = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, attribute, layer(getattr(owner, attribute)))
+    model.save_pretrained = partial(refuse_to_save, kind)  # type: ignore[method-assign]
     return model.eval()
+
+
+def refuse_to_save(kind: str, *args, **kwargs):
+    """Takes the place of `save_pretrained`, whose files would be loaded as a model that is not quantised."""
+    raise RuntimeError(f"a model quantised to {kind} cannot be saved; save it before, and quantise it after loading")
 
 
 def add_quantize_argument(parser: argparse.ArgumentParser):
