@@ -191,7 +191,7 @@ class MFuserDeformableAttention(nn.Module):
         weights = self.attention_weights(query).unflatten(-1, (heads, levels * points)).softmax(dim=-1)
         weights = weights.unflatten(-1, (levels, points))
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
-        by_rows = value.device.type == "cpu" and not torch.is_grad_enabled()
+        by_rows = value.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
         sample = self._sample_rows if by_rows else self._sample_maps
         return self.output_proj(sample(value, weights, offsets, centres, shapes))
 

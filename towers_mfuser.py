@@ -80,7 +80,15 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
     side = round(positions.shape[0] ** 0.5)
     if side * side != positions.shape[0]:
         raise ValueError(f"there are {positions.shape[0]} position embeddings; they must form a square grid")
-    if tuple(grid) == (side, side):
+    if torch.compiler.is_exporting():
+        if mode == "bicubic":
+            # As tensors, because an exported graph would be bound to either case.
+            rows, columns = (torch.full((), length, device=positions.device) for length in grid)
+            offset = torch.where((rows == side) & (columns == side), 0.0, offset)
+            rows, columns = (_bicubic_matrix(length, side, offset) for length in grid)
+            maps = positions.float().view(side, side, -1)
+            return torch.einsum("hg,gkc,wk->hwc", rows, maps, columns).flatten(0, 1).to(positions.dtype)
+    elif tuple(grid) == (side, side):
         return positions
     maps = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
     if offset:
@@ -89,6 +97,21 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
     else:
         maps = F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=False)
     return maps.flatten(2)[0].T.to(positions.dtype)
+
+
+def _bicubic_matrix(length: int, side: int, offset: torch.Tensor) -> torch.Tensor:
+    """Bicubic resampling of one axis as a matrix (length, side), as an exported graph takes no scale factor."""
+    position = (torch.arange(length, device=offset.device) + 0.5) * (side / (length + offset)) - 0.5
+    cell = position.floor()
+    columns = torch.arange(side, device=offset.device)
+    matrix = position.new_zeros(())
+    for tap in range(-1, 3):
+        distance = (position - cell - tap).abs()
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+        weight = torch.where(distance <= 1, near, far)[:, None]
+        matrix = matrix + weight * ((cell + tap).clamp(0, side - 1)[:, None] == columns)
+    return matrix
 
 
 @dataclass(frozen=True)
