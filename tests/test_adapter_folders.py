@@ -185,6 +185,16 @@ def test_arguments_of_from_pretrained_have_their_effect(saved):
     assert part.config._attn_implementation == "eager"
 
 
+def test_a_part_of_it_can_stay_on_disk(saved, tmp_path):
+    model, folder = saved
+    limits = dict(device_map="auto", max_memory={"cpu": "500KB"}, offload_folder=tmp_path)
+    loaded = MFuserForSemanticSegmentation.from_pretrained(folder / "part", **limits)
+    assert "disk" in loaded.hf_device_map.values()
+    with torch.no_grad():
+        expected, found = (each(tiny_batch()["pixel_values"]).logits for each in (model, loaded))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_other_classes_can_be_given(saved):
     _, folder = saved
     names = ["sky", "tree"]

@@ -1,13 +1,18 @@
 """Every example of docs/works_with.md runs as it stands there."""
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_hub import use_fake_hub
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import save_tiny_encoders
 
@@ -15,9 +20,8 @@ from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.frozen_encoders_mfuser import recorded_encoders
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = dict(
-    re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", (ROOT / "docs/works_with.md").read_text(), re.DOTALL)
-)
+GUIDE = (ROOT / "docs" / "works_with.md").read_text()
+EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", GUIDE, re.DOTALL))
 torch.set_num_threads(1)
 
 
@@ -91,6 +95,44 @@ def test_bitsandbytes(run):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert share_of_equal_labels(run("bitsandbytes")) > 0.99
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+def test_peft(run):
+    names = run("peft")
+    assert len(load_file("runs/lora/adapter_model.safetensors")) > 0
+    with torch.no_grad():
+        expected = names["adapted"].eval()(**names["inputs"]).logits
+        plain = MFuserForSemanticSegmentation.from_pretrained(names["folder"])(**names["inputs"]).logits
+    torch.testing.assert_close(names["logits"], expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_offload(run):
+    names = run("offload")
+    assert "disk" in names["offloaded"].hf_device_map.values()
+    with torch.no_grad():
+        expected = names["model"](**names["inputs"]).logits
+    torch.testing.assert_close(names["logits"], expected, rtol=0, atol=1e-5)
+
+
+def test_quantize(run):
+    assert share_of_equal_labels(run("quantize")) > 0.99
+
+
+@pytest.mark.slow
+def test_export(run, tmp_path):
+    commands = re.search(r"<!-- commands: export -->\n```bash\n(.*?)```", GUIDE, re.DOTALL)[1]
+    names = run()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-e", "-c", commands], check=True, env=os.environ | {"PATH": path})
+    labels = torch.from_numpy(np.asarray(Image.open("labels.png")).astype(np.int64))
+    assert labels.shape == (720, 960)
+    with torch.no_grad():
+        outputs = names["model"](
+            **names["processor"](Image.open("examples/street.jpg"), do_resize=False, return_tensors="pt")
+        )
+    assert (outputs.logits.argmax(dim=1)[0] == labels).float().mean() > 0.99
 
 
 @pytest.mark.slow
