@@ -65,7 +65,9 @@ def segment(pixels, run, artefact):
     height, width = pixels.shape[-2:]
     crop, stride = artefact["crop_size"], artefact["crop_stride"]
     if min(height, width) < artefact["minimum_side"]:
-        raise ValueError(f"the image has {width} x {height} pixels; both sides must have {artefact['minimum_side']}")
+        raise ValueError(
+            f"the image has {width} x {height} pixels; both sides must have at least {artefact['minimum_side']}"
+        )
     if artefact["output"] == "labels":
         return run(pixels)[0]
     scores = np.zeros((len(artefact["classes"]), height, width), np.float32)
