@@ -17,6 +17,7 @@ from transformers import Dinov2Model
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor, MFuserModel
 from mfuser.files import sha256
 from mfuser.frozen_encoders_mfuser import ENCODERS_FILE, recorded_encoders
+from mfuser.loading import saved_encoders
 from mfuser.scripts import cli
 
 torch.set_num_threads(1)
@@ -245,7 +246,14 @@ def test_a_missing_encoder_is_named_and_can_be_given(saved, copied):
         MFuserForSemanticSegmentation.from_pretrained(copied / "part", encoders=encoders)
 
 
-def test_without_the_names_of_its_encoders_it_is_refused(saved, copied, caplog):
+def test_folders_of_earlier_versions_name_encoders_without_hashes(saved, copied):
+    names = {key: str(copied / key) for key in ("vfm", "vlm")}
+    (copied / "part" / ENCODERS_FILE).write_text(json.dumps(names))
+    assert saved_encoders(copied / "part") == names
+    assert_same_weights(MFuserForSemanticSegmentation.from_pretrained(copied / "part"), saved[0])
+
+
+def test_without_the_names_of_its_encoders_it_is_refused(saved, copied):
     (copied / "part" / ENCODERS_FILE).unlink()
     with pytest.raises(ValueError, match=r"lacks the weights of the vision foundation model.* no encoders\.json"):
         MFuserForSemanticSegmentation.from_pretrained(copied / "part")
