@@ -716,7 +716,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`
         """
-        return average_over_augmentations(lambda pixels: self(pixels, return_dict=True).logits, pixel_values, scales, flip)
+        segment = partial(self.__call__, return_dict=True)
+        return average_over_augmentations(lambda pixels: segment(pixels).logits, pixel_values, scales, flip)
 
 
 __all__ = ["MFuserForSemanticSegmentation", "MFuserModel", "MFuserPreTrainedModel"]
