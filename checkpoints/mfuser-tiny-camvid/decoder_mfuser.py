@@ -65,9 +65,8 @@ class MFuserUpsampling(nn.ConvTranspose2d):
         """
         if projection is None:
             return super().forward(maps)
-        weights = [*self.parameters(), *projection.conv.parameters()]
-        kernel, bias = self._projected_kernel.get(weights, partial(self._project_kernel, projection))
-        return F.conv_transpose2d(maps, kernel, bias, stride=self.stride)
+        kernel, bias = self._projected_kernel.get((self, projection.conv), partial(self._project_kernel, projection))
+        return F.conv_transpose2d(maps, kernel.to(maps.device), bias.to(maps.device), stride=self.stride)
 
     def _project_kernel(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
         # The kernel (C, C, 2, 2) holds maps of 2 x 2 pixels, one for each input channel, which are projected likewise.
@@ -110,12 +109,10 @@ class MFuserPyramid(nn.Module):
         )
         self.stride8 = MFuserUpsampling(channels)
 
-    def forward(self, maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Fused maps (B, Dv + D, h, w) of the four taps -> feature maps (B, Dv + D, ., .), stride 4 first."""
-        return tuple(level.feature_map() for level in self.levels(maps))
-
-    def levels(self, maps: tuple[torch.Tensor, ...]) -> list[PyramidLevel]:
-        """The same four levels, each before its last upsampling."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> list[PyramidLevel]:
+        """Fused maps (B, Dv + D, h, w) of the four taps -> four levels, stride 4 first, before the last upsampling."""
+        if self.training and not any(parameter.requires_grad for parameter in self.parameters()):
+            self.eval()  # a frozen pyramid keeps its BatchNorm statistics, which are not part of an adapter
         *layers, upsampling = self.stride4
         finest = maps[0]
         for layer in layers:
@@ -265,7 +262,7 @@ class MFuserPixelDecoderLayer(GradientCheckpointingLayer):
         size = config.decoder_hidden_size
         self.self_attention = MFuserDeformableAttention(config)
         self.self_attention_norm = nn.LayerNorm(size)
-        self.text_attention = MFuserAttention(size, config.decoder_num_heads)
+        self.text_attention = MFuserAttention(config, size, config.decoder_num_heads)
         self.text_attention_norm = nn.LayerNorm(size)
         self.mlp = MFuserMLP([size, config.decoder_pixel_feedforward_size, size], nn.ReLU(inplace=True))
         self.mlp_norm = nn.LayerNorm(size)
@@ -380,9 +377,9 @@ class MFuserDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MFuserConfig):
         super().__init__()
         size = config.decoder_hidden_size
-        self.cross_attention = MFuserAttention(size, config.decoder_num_heads)
+        self.cross_attention = MFuserAttention(config, size, config.decoder_num_heads)
         self.cross_attention_norm = nn.LayerNorm(size)
-        self.self_attention = MFuserAttention(size, config.decoder_num_heads)
+        self.self_attention = MFuserAttention(config, size, config.decoder_num_heads)
         self.self_attention_norm = nn.LayerNorm(size)
         self.mlp = MFuserMLP([size, config.decoder_feedforward_size, size], nn.ReLU(inplace=True))
         self.mlp_norm = nn.LayerNorm(size)
