@@ -10,6 +10,7 @@ Only their embeddings are replaced, where the published code resamples positions
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -273,7 +274,8 @@ class VisionLanguageTower(nn.Module):
     ) -> torch.Tensor:
         """Runs some of the layers on tokens (B, L, D), with stochastic depth on both branches of each layer."""
         for index in layers:
-            layer, rate = self.layers[index], drop_path_rates[index]
+            layer: Any = self.layers[index]
+            rate = drop_path_rates[index]
             if rate == 0.0:
                 hidden_states = layer(hidden_states, *layer_inputs)
             elif layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
