@@ -20,6 +20,9 @@ NOT_QUANTIZED = {"embeddings", "head", "x_proj", "dt_proj"}
 class Int8WeightLinear(nn.Module):
     """A linear layer with int8 weights, one scale per output channel, on any device."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight, scale = int8_weight(linear)

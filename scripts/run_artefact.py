@@ -35,10 +35,8 @@ def load(folder):
         return lambda pixels: session.run([OUTPUT], {INPUT: pixels})[0]
     import torch
 
-    if artefact["format"] == "aoti":
-        module = torch._inductor.aoti_load_package(file)
-    else:
-        module = torch.export.load(file).module()
+    compiled = artefact["format"] == "aoti"
+    module = torch._inductor.aoti_load_package(file) if compiled else torch.export.load(file).module()
 
     def run(pixels):
         with torch.no_grad():

@@ -1,6 +1,9 @@
 """Int8 quantisation: which layers it replaces, how far results move, and what it refuses."""
 
 import copy
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from mfuser.quantization import (
     quantize,
     quantized_layers,
 )
+from mfuser.scripts import cli
 
 
 def relative_error(found, expected):
@@ -126,3 +130,18 @@ def test_torchao_quantises_the_same_layers_on_loading(tmp_path):
     assert set(replaced) == layers
     with torch.no_grad():
         assert 0 < relative_error(quantized(pixel_values).logits, model(pixel_values).logits) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [("segment", ["no.png", "--model"]), ("evaluate", ["--domains", "camvid=no", "--model"])]
+)
+def test_commands_quantise_what_they_load(command, arguments, tmp_path, monkeypatch):
+    seen = []
+    module = importlib.import_module(f"mfuser.scripts.{command}")
+    monkeypatch.setattr(module, "load_for_inference", lambda *args: ("a model", "a processor"))
+    monkeypatch.setattr(module, "quantize", lambda *args: seen.append(args) or sys.exit())
+    monkeypatch.chdir(tmp_path)
+    Path("no.png").touch()
+    with pytest.raises(SystemExit):
+        cli.main([command, *arguments, str(tmp_path), "--quantize", "int8-dynamic"])
+    assert seen == [("a model", "int8-dynamic")]

@@ -85,8 +85,8 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
         if mode == "bicubic":
             # As tensors, because an exported graph would be bound to either case.
             rows, columns = (torch.full((), length, device=positions.device) for length in grid)
-            offset = torch.where((rows == side) & (columns == side), 0.0, offset)
-            rows, columns = (_bicubic_matrix(length, side, offset) for length in grid)
+            added = torch.where((rows == side) & (columns == side), 0.0, offset)
+            rows, columns = (_bicubic_matrix(length, side, added) for length in grid)
             maps = positions.float().view(side, side, -1)
             return torch.einsum("hg,gkc,wk->hwc", rows, maps, columns).flatten(0, 1).to(positions.dtype)
     elif tuple(grid) == (side, side):
