@@ -51,7 +51,8 @@ class Window(nn.Module):
         self.model, self.argmax = model.requires_grad_(False).eval(), argmax
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        scores = self.model._forward_crop(pixel_values, None, self.model.mfuser.class_embeddings()).logits
+        features = self.model.mfuser(pixel_values, output_feature_maps=False, return_dict=True)
+        scores = self.model._decode(features, pixel_values.shape[-2:], labels=None, class_mask=None).logits
         return scores.argmax(dim=1) if self.argmax else scores
 
 

@@ -81,6 +81,7 @@ def test_accelerate(run):
     assert has_changed("runs/accelerate")
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_torchao(run):
     names = run("torchao")
     assert share_of_equal_labels(names) > 0.99
