@@ -109,12 +109,10 @@ class MFuserPyramid(nn.Module):
         )
         self.stride8 = MFuserUpsampling(channels)
 
-    def train(self, mode: bool = True):
-        # Frozen as with adapters, whose files do not hold the statistics of BatchNorm, the pyramid does not change them.
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
-
     def forward(self, maps: tuple[torch.Tensor, ...]) -> list[PyramidLevel]:
         """Fused maps (B, Dv + D, h, w) of the four taps -> four levels, stride 4 first, before the last upsampling."""
+        if self.training and not any(parameter.requires_grad for parameter in self.parameters()):
+            self.eval()  # a frozen pyramid keeps its BatchNorm statistics, which are not part of an adapter
         *layers, upsampling = self.stride4
         finest = maps[0]
         for layer in layers:

@@ -310,10 +310,8 @@ def _operators():
     """The operators of the scan and its backward, registered by the first copy of this file."""
     names = [f"selective_scan_v{_VERSION}", f"selective_scan_backward_v{_VERSION}"]
     if not hasattr(torch.ops.mfuser, names[0]):
-        scan, backward = (
-            torch.library.custom_op(f"mfuser::{name}", run, mutates_args=())
-            for name, run in zip(names, (_run_scan, _run_scan_backward), strict=True)
-        )
+        scan = torch.library.custom_op(f"mfuser::{names[0]}", _run_scan, mutates_args=())
+        backward = torch.library.custom_op(f"mfuser::{names[1]}", _run_scan_backward, mutates_args=())
         scan.register_fake(_scan_shapes)
         backward.register_fake(_scan_backward_shapes)
         scan.register_autograd(_backward, setup_context=_setup_context)

@@ -64,7 +64,5 @@ def _cannot_be_tracked(source: nn.Module | torch.Tensor) -> bool:
     """Whether `source` has weights on the meta device, where offloaded ones are between uses, or adapters of PEFT."""
     if isinstance(source, torch.Tensor):
         return source.is_meta
-    return any(
-        type(module).__module__.startswith("peft.") or any(weight.is_meta for weight in module.parameters(recurse=False))
-        for module in source.modules()
-    )
+    adapted = any(type(module).__module__.startswith("peft.") for module in source.modules())
+    return adapted or any(weight.is_meta for weight in source.parameters())

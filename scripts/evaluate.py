@@ -35,6 +35,7 @@ from mfuser.evaluation.report import shortfalls, summary
 from mfuser.evaluation.scoring import evaluate_domain
 from mfuser.files import sha256, write_text
 from mfuser.loading import load_for_inference
+from mfuser.quantization import add_quantize_argument, quantize
 
 # How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -122,6 +123,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes that read images, for each device (default: 2)"
     )
+    add_quantize_argument(parser)
     parsed = parser.parse_args(arguments)
     titles = [title for title, *_ in parsed.domains]
     for title in titles:
@@ -264,12 +266,14 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
     model, processor = load_for_inference(folder, device, parsed.dtype)
+    quantize(model, parsed.quantize)
     domains = open_domains(parsed, model, options)
     accelerator.wait_for_everyone()
 
     hashes = weight_hashes(folder) if leader else None
     origin = {"name": parsed.model, "revision": revision, "sha256": hashes}
     report = new_report(model, origin, options, accelerator)
+    report["run"]["quantization"] = parsed.quantize
     for title, domain in domains.items():
         began = time.monotonic()
         result = evaluate_domain(model, processor, domain, options, parsed.save_predictions, accelerator)

@@ -1,6 +1,7 @@
 """`mfuser export`: writes a model as a file that runs without MFuser, with torch.export, ONNX or AOTInductor."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from mfuser.files import write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.quantization import add_quantize_argument, quantize
 from mfuser.scripts import palettes, run_artefact
 
 DESCRIPTION = """Exports a model for one window of any height and width, in batches of any size. The folder DIR then
@@ -49,7 +51,8 @@ class Window(nn.Module):
         self.model, self.argmax = model.requires_grad_(False).eval(), argmax
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        scores = self.model._forward_crop(pixel_values, None, self.model.mfuser.class_embeddings()).logits
+        features = self.model.mfuser(pixel_values, output_feature_maps=False, return_dict=True)
+        scores = self.model._decode(features, pixel_values.shape[-2:], labels=None, class_mask=None).logits
         return scores.argmax(dim=1) if self.argmax else scores
 
 
@@ -69,7 +72,33 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--argmax", action="store_true", help="export labels instead of scores; run.py then takes one window per image"
     )
-    return parser.parse_args(arguments)
+    add_quantize_argument(parser)
+    parsed = parser.parse_args(arguments)
+    if parsed.quantize == "int8-dynamic":
+        parser.error(
+            "--quantize int8-dynamic uses kernels of PyTorch that an artefact cannot hold; export with "
+            "int8-weight-only, or quantise model.onnx with onnxruntime.quantization.quantize_dynamic"
+        )
+    return parsed
+
+
+def check_requirements(kind: str):
+    """Raises an `ExportError` if something that a format needs is not installed."""
+    packages = ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" else ()
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--format {kind} needs packages that are not installed: pip install {' '.join(missing)}")
+    if kind == "aoti" and cpp_compiler() is None:
+        raise ExportError(
+            "--format aoti needs a C++ compiler, and there is none: install g++ or clang++, or name one in the "
+            "environment variable CXX"
+        )
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler of this machine."""
+    names = [os.environ.get("CXX"), "g++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def capture(window: Window) -> torch.export.ExportedProgram:
@@ -87,36 +116,19 @@ def write_torch_export(program: torch.export.ExportedProgram, path: Path):
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path):
-    try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[run_artefact.INPUT],
-            output_names=[run_artefact.OUTPUT],
-            verbose=False,
-        )
-    except ModuleNotFoundError as error:
-        raise ExportError(f"--format onnx needs the package {error.name}: pip install onnx onnxscript") from error
-    exported.save(path)
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[run_artefact.INPUT],
+        output_names=[run_artefact.OUTPUT],
+        verbose=False,
+    )
+    exported.save(path)  # type: ignore[union-attr]  # `None` only where a path is given
 
 
 def write_aoti(program: torch.export.ExportedProgram, path: Path):
-    compiler = cpp_compiler()
-    if compiler is None:
-        raise ExportError(
-            "--format aoti needs a C++ compiler and there is none: install g++ or clang++, or name one in the "
-            "environment variable CXX"
-        )
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-
-
-def cpp_compiler() -> str | None:
-    """Path of the C++ compiler of this machine, as Inductor chooses it."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
 
 
 WRITERS: dict[str, Callable] = {"torch-export": write_torch_export, "onnx": write_onnx, "aoti": write_aoti}
@@ -163,7 +175,7 @@ def largest_difference(window: Window, folder: Path) -> float:
     return largest
 
 
-def export(name_or_path: str, kind: str, output: Path, argmax: bool = False) -> float:
+def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, quantization: str | None = None) -> float:
     """
     Writes an artefact, after it was compared with the model.
 
@@ -176,6 +188,8 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False) -> 
             Folder to write to. Files of other names in it are kept.
         argmax (`bool`, *optional*, defaults to `False`):
             Whether the artefact returns labels instead of scores.
+        quantization (`str`, *optional*):
+            `"int8-weight-only"`, see [`quantize`].
 
     Returns:
         `float`: The largest difference of scores, or the share of different labels.
@@ -183,10 +197,11 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False) -> 
     Raises:
         ExportError: If the format needs something that is not installed, or if the artefact differs from the model.
     """
+    check_requirements(kind)
     output.mkdir(parents=True, exist_ok=True)
     # In float32, in which the artefact is compared with the model.
     model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
-    window = Window(model, argmax)
+    window = Window(quantize(model, quantization), argmax)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = Path(temporary)
         WRITERS[kind](capture(window), folder / FILES[kind])
@@ -210,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about their own code
-            difference = export(parsed.model, parsed.format, parsed.output, parsed.argmax)
+            difference = export(parsed.model, parsed.format, parsed.output, parsed.argmax, parsed.quantize)
     except (ExportError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"mfuser export: {error}", file=sys.stderr)
         return 2

@@ -35,10 +35,8 @@ def load(folder):
         return lambda pixels: session.run([OUTPUT], {INPUT: pixels})[0]
     import torch
 
-    if artefact["format"] == "aoti":
-        module = torch._inductor.aoti_load_package(file)
-    else:
-        module = torch.export.load(file).module()
+    compiled = artefact["format"] == "aoti"
+    module = torch._inductor.aoti_load_package(file) if compiled else torch.export.load(file).module()
 
     def run(pixels):
         with torch.no_grad():
@@ -65,7 +63,9 @@ def segment(pixels, run, artefact):
     height, width = pixels.shape[-2:]
     crop, stride = artefact["crop_size"], artefact["crop_stride"]
     if min(height, width) < artefact["minimum_side"]:
-        raise ValueError(f"the image has {width} x {height} pixels; both sides must have {artefact['minimum_side']}")
+        raise ValueError(
+            f"the image has {width} x {height} pixels; both sides must have at least {artefact['minimum_side']}"
+        )
     if artefact["output"] == "labels":
         return run(pixels)[0]
     scores = np.zeros((len(artefact["classes"]), height, width), np.float32)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.quantization import add_quantize_argument, quantize
 from mfuser.scripts import palettes
 
 # Included in the repository, so that the command runs offline.
@@ -66,6 +67,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights and the computation (default: the dtype of the saved weights)",
     )
+    add_quantize_argument(parser)
     parsed = parser.parse_args(arguments)
     if parsed.model is None:
         if not DEFAULT_MODEL.is_dir():
@@ -206,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
+        quantize(model, parsed.quantize)
         class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
         colours = palettes.class_colours(class_names)
         parsed.output.mkdir(parents=True, exist_ok=True)

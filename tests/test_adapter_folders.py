@@ -5,11 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from fake_hub import use_fake_hub
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import CLASSES, FUSION, save_tiny_encoders, tiny_batch
@@ -18,6 +17,7 @@ from transformers import Dinov2Model
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor, MFuserModel
 from mfuser.files import sha256
 from mfuser.frozen_encoders_mfuser import ENCODERS_FILE, recorded_encoders
+from mfuser.loading import saved_encoders
 from mfuser.scripts import cli
 
 torch.set_num_threads(1)
@@ -186,6 +186,16 @@ def test_arguments_of_from_pretrained_have_their_effect(saved):
     assert part.config._attn_implementation == "eager"
 
 
+def test_a_part_of_it_can_stay_on_disk(saved, tmp_path):
+    model, folder = saved
+    limits = dict(device_map="auto", max_memory={"cpu": "500KB"}, offload_folder=tmp_path)
+    loaded = MFuserForSemanticSegmentation.from_pretrained(folder / "part", **limits)
+    assert "disk" in loaded.hf_device_map.values()
+    with torch.no_grad():
+        expected, found = (each(tiny_batch()["pixel_values"]).logits for each in (model, loaded))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_other_classes_can_be_given(saved):
     _, folder = saved
     names = ["sky", "tree"]
@@ -236,7 +246,14 @@ def test_a_missing_encoder_is_named_and_can_be_given(saved, copied):
         MFuserForSemanticSegmentation.from_pretrained(copied / "part", encoders=encoders)
 
 
-def test_without_the_names_of_its_encoders_it_is_refused(saved, copied, caplog):
+def test_folders_of_earlier_versions_name_encoders_without_hashes(saved, copied):
+    names = {key: str(copied / key) for key in ("vfm", "vlm")}
+    (copied / "part" / ENCODERS_FILE).write_text(json.dumps(names))
+    assert saved_encoders(copied / "part") == names
+    assert_same_weights(MFuserForSemanticSegmentation.from_pretrained(copied / "part"), saved[0])
+
+
+def test_without_the_names_of_its_encoders_it_is_refused(saved, copied):
     (copied / "part" / ENCODERS_FILE).unlink()
     with pytest.raises(ValueError, match=r"lacks the weights of the vision foundation model.* no encoders\.json"):
         MFuserForSemanticSegmentation.from_pretrained(copied / "part")
@@ -317,32 +334,14 @@ def test_the_segment_command_works_on_it(saved, tmp_path):
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
 def test_it_is_uploaded_without_its_encoders(saved, how, monkeypatch, tmp_path):
     _, folder = saved
-    model, uploaded = MFuserForSemanticSegmentation.from_pretrained(folder / "part"), {}
-
-    class FakeHub(HfApi):
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repository", (), {"repo_id": f"me/{repo_id}"})()
-
-        def create_commit(self, repo_id, operations, **kwargs):
-            uploaded.update({operation.path_in_repo: operation.path_or_fileobj for operation in operations})
-            uploaded["encoders"] = json.loads(Path(uploaded[ENCODERS_FILE]).read_text())
-            uploaded["weights"] = set(load_file(uploaded["model.safetensors"]))
-            uploaded["repository"] = repo_id
-
-    api = FakeHub()
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda *unused: api)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *unused, **kwargs: Card())
+    model, hub = MFuserForSemanticSegmentation.from_pretrained(folder / "part"), use_fake_hub(monkeypatch)
     if how == "push_to_hub":
         model.push_to_hub("mine", trainable_only=True)
     else:
         model.save_pretrained(tmp_path / "mine", trainable_only=True, push_to_hub=True)
         assert recorded_encoders(tmp_path / "mine") == recorded_encoders(folder / "part")
-    assert uploaded["repository"] == "me/mine"
-    assert uploaded["encoders"] == recorded_encoders(folder / "part")
-    assert uploaded["weights"] == set(load_file(folder / "part" / "model.safetensors"))
+    (uploaded,) = hub.repositories.values()
+    assert hub.repositories.keys() == {"me/mine"}
+    assert json.loads(uploaded[ENCODERS_FILE]) == recorded_encoders(folder / "part")
+    assert uploaded["model.safetensors"] == (folder / "part" / "model.safetensors").read_bytes()
     assert {"config.json", "modeling_mfuser.py", "frozen_encoders_mfuser.py"} <= uploaded.keys()
-
-
-class Card:
-    def save(self, path):
-        Path(path).touch()

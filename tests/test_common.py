@@ -3,13 +3,15 @@ Transformers' own tests of models and image processors, run on the classes of th
 
 They are part of Transformers' source distribution, not of the installed package:
 
-    pip download --no-deps --no-binary transformers "transformers==$(python -c 'import transformers as t; print(t.__version__)')"
+    version=$(python -c "import transformers; print(transformers.__version__)")
+    pip download --no-deps --no-binary transformers transformers==$version
     tar xf transformers-*.tar.gz
     TRANSFORMERS_TESTS=$(echo transformers-*/tests) python -m pytest -m slow tests/test_common.py
 
-They need the packages `parameterized` and must be those of the installed version. Without them, this file is skipped.
+They must be those of the installed version, and need the package `parameterized`; otherwise this file is skipped.
 """
 
+import copy
 import os
 import sys
 import types
@@ -20,11 +22,11 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_tokenizer
+from tiny_models import PAIRS, tiny_batch, tiny_config
 from torch import nn
 
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor, MFuserModel
-from mfuser.configuration_eva02_clip import Eva02ClipConfig
+from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
 from mfuser.modeling_eva02_clip import Eva02ClipModel, Eva02ClipTextModel, Eva02ClipVisionModel
 
 pytestmark = pytest.mark.slow
@@ -61,15 +63,39 @@ def import_tests(folder: Path):
     sys.modules.setdefault("fetch_hub_objects_for_ci", downloads)
     from transformers_tests import test_image_processing_common, test_modeling_common
 
-    return test_modeling_common.ModelTesterMixin, test_image_processing_common.ImageProcessingTestMixin
+    return test_modeling_common.ModelTesterMixin, test_image_processing_common
 
 
-ModelTesterMixin, ImageProcessingTestMixin = import_tests(FOLDER)
+ModelTesterMixin, image_processing_common = import_tests(FOLDER)
 
 
-# Tests that cannot pass, and why.
-NEEDS_FOUR_LAYERS = "four levels of the feature pyramid need encoders of at least four layers"
-NEEDS_VOCABULARY = "CLIP's token ids need its vocabulary of 49408 words"
+# Tests that do not apply, and why.
+MODEL_EXCEPTIONS = {"test_num_layers_is_small": "four levels of the pyramid need encoders of at least four layers"}
+BOTH_ENCODERS = "hidden states, attentions and their implementations are those of two encoders, tested above"
+EVA02_CLIP_EXCEPTIONS = dict.fromkeys(
+    (
+        "test_attention_outputs",
+        "test_eager_matches_sdpa_inference",
+        "test_hidden_states_output",
+        "test_retain_grad_hidden_states_attentions",
+    ),
+    BOTH_ENCODERS,
+)
+IMAGE_PROCESSOR_EXCEPTIONS = {
+    "test_call_numpy_4_channels": "the encoders take images of three channels",
+    "test_image_processor_save_load_with_autoimageprocessor": "remote code needs trust_remote_code=True",
+    "test_new_models_require_torchvision_backend": "images are resized by Pillow, in training as in evaluation",
+}
+
+
+class WithExceptions:
+    exceptions: dict[str, str] = {}
+
+    def setUp(self):
+        super().setUp()
+        for name, reason in self.exceptions.items():
+            if self._testMethodName.startswith(name):
+                self.skipTest(reason)
 
 
 class MFuserTester:
@@ -82,17 +108,20 @@ class MFuserTester:
         self.seq_length = 16 if "siglip" in pair else 17
 
     def prepare_config_and_inputs_for_common(self):
-        config = tiny_config(self.pair, freeze_encoders=False)  # for hidden states with gradients
+        text = PAIRS[self.pair]["text_config"] | {"hidden_size": 8}  # few weights for the vocabulary of CLIP
+        config = tiny_config(self.pair, text_config=text, freeze_encoders=False)  # for hidden states with gradients
         return config, {"pixel_values": tiny_batch(batch=self.batch_size)["pixel_values"]}
 
 
-class MFuserCommonTests(ModelTesterMixin):
+class MFuserCommonTests(WithExceptions, ModelTesterMixin):
     pair: str
     all_model_classes = (MFuserModel, MFuserForSemanticSegmentation)
+    exceptions = MODEL_EXCEPTIONS
     test_resize_embeddings = False
     _is_composite = True
 
     def setUp(self):
+        super().setUp()
         self.model_tester = MFuserTester(self.pair)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -126,26 +155,83 @@ class MFuserCommonTests(ModelTesterMixin):
             model.set_input_embeddings(embedding)
             assert model.get_input_embeddings() is embedding
 
-    @unittest.skip(NEEDS_FOUR_LAYERS)
-    def test_num_layers_is_small(self):
-        pass
-
 
 class TestClipVariant(MFuserCommonTests, unittest.TestCase):
     pair = "dinov2+clip"
-
-    @unittest.skip(NEEDS_VOCABULARY)
-    def test_model_is_small(self):
-        pass
 
 
 class TestEva02ClipVariant(MFuserCommonTests, unittest.TestCase):
     pair = "dinov2_with_registers+eva02_clip"
 
-    @unittest.skip(NEEDS_VOCABULARY)
-    def test_model_is_small(self):
-        pass
-
 
 class TestSiglipVariant(MFuserCommonTests, unittest.TestCase):
     pair = "dinov2+siglip"
+
+
+class Eva02ClipTester:
+    batch_size, num_hidden_layers, num_attention_heads = 2, 2, 2
+    is_training = False  # of the encoders alone, which have no loss
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 24}
+    vision = Eva02ClipVisionConfig(**tower, hidden_size=32, image_size=32, patch_size=8)
+    text = Eva02ClipTextConfig(**tower, hidden_size=16, intermediate_size=24)
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.seq_length, self.hidden_size = (9, 16) if kind == "text" else (17, 32)
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": torch.randint(1, 49406, (2, 9))}
+        inputs["input_ids"][:, -1] = 49407
+        if self.kind == "vision":
+            return copy.deepcopy(self.vision), {"pixel_values": inputs["pixel_values"]}
+        if self.kind == "text":
+            return copy.deepcopy(self.text), {"input_ids": inputs["input_ids"]}
+        config = Eva02ClipConfig(
+            projection_dim=24, vision_config=self.vision.to_dict(), text_config=self.text.to_dict()
+        )
+        return config, inputs
+
+
+class Eva02ClipCommonTests(WithExceptions, ModelTesterMixin):
+    kind: str
+    test_resize_embeddings = False
+
+    def setUp(self):
+        super().setUp()
+        self.model_tester = Eva02ClipTester(self.kind)
+
+
+class TestEva02ClipVisionModel(Eva02ClipCommonTests, unittest.TestCase):
+    kind = "vision"
+    all_model_classes = (Eva02ClipVisionModel,)
+    test_model_get_set_embeddings = MFuserCommonTests.test_model_get_set_embeddings
+
+
+class TestEva02ClipTextModel(Eva02ClipCommonTests, unittest.TestCase):
+    kind = "text"
+    all_model_classes = (Eva02ClipTextModel,)
+
+
+class TestEva02ClipModel(Eva02ClipCommonTests, unittest.TestCase):
+    kind = "both"
+    all_model_classes = (Eva02ClipModel,)
+    exceptions = EVA02_CLIP_EXCEPTIONS
+    _is_composite = True
+
+
+class MFuserImageProcessorTester(image_processing_common.ImageProcessingTester):
+    def __init__(self, parent, **kwargs):
+        super().__init__(parent, do_resize=True, size={"height": 20, "width": 30}, num_labels=4, **kwargs)
+
+    def _get_image_processing_classes(self):
+        return {"pil": MFuserImageProcessor}
+
+
+class TestImageProcessor(
+    WithExceptions,
+    image_processing_common.ImageProcessingTestMixin,
+    image_processing_common.PostProcessSemanticSegmentationTestMixin,
+    unittest.TestCase,
+):
+    image_processor_tester_class = MFuserImageProcessorTester
+    exceptions = IMAGE_PROCESSOR_EXCEPTIONS

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import CLASSES, PAIRS, enable_checkpointing, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -223,6 +224,24 @@ def test_start_values_are_the_papers():
     assert 5e-3 < steps.log().mean().exp() < 2e-2
     gamma = model.mfuser.enhancer.gamma
     assert 0.3 < gamma.std() < 1.5 and gamma.abs().max() <= 2
+
+
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2_with_registers+eva02_clip", "dinov3+siglip2"])
+def test_missing_weights_of_encoders_get_the_initial_values_of_their_encoder(pair, tmp_path):
+    # Of remote code, Transformers skips modules that initialise the weights of their submodules.
+    assert MFuserForSemanticSegmentation.is_remote_code()
+    model = MFuserForSemanticSegmentation(tiny_config(pair))
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = [name for name in weights if name.startswith(("mfuser.vfm.", "mfuser.vlm."))]
+    save_file({name: weights[name] for name in weights if name not in missing}, tmp_path / "model.safetensors")
+    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path)
+    for (name, expected), found in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        if not name.startswith(("mfuser.vfm.", "mfuser.vlm.")) or expected.std() == 0:
+            assert torch.equal(found, expected), name
+        elif expected.numel() > 500:
+            assert not torch.equal(found, expected), name
+            assert found.std().item() == pytest.approx(expected.std().item(), rel=0.25), name
 
 
 def test_deformable_attention_starts_with_each_heads_samples_along_its_own_direction_and_of_one_weight():

@@ -361,9 +361,8 @@ class MFuserModel(MFuserPreTrainedModel):
             initialised(self, stored_class_embeddings=init.trunc_normal_)
         self._class_embeddings_cache = WeightsCache()
         self.post_init()
-        for tower in (self.vfm, self.vlm):  # Transformers collects those of direct children alone
-            for encoder in tower.children():
-                self._no_split_modules.update(getattr(encoder, "_no_split_modules", ()))
+        for encoder in (*self.vfm.children(), *self.vlm.children()):  # Transformers collects those of children alone
+            self._no_split_modules = [*self._no_split_modules, *getattr(encoder, "_no_split_modules", ())]
         self.freeze_unused_parameters()
         if config.freeze_encoders:
             self.freeze_encoders()
@@ -439,8 +438,8 @@ class MFuserModel(MFuserPreTrainedModel):
         fused_maps = []
         vfm_start, vlm_start = 0, 0
         for index, (vfm_end, vlm_end) in enumerate(self.config.layer_pairs):
-            run_vfm = partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs)
-            run_vlm = partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates)
+            run_vfm: Callable = partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs)
+            run_vlm: Callable = partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates)
             if not self.config.freeze_encoders:  # gradient checkpointing recomputes each trained layer alone
                 vfm_states, vlm_states = run_vfm(vfm_states), run_vlm(vlm_states)
                 run_vfm = run_vlm = nn.Identity()
@@ -680,10 +679,11 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
 
         def segment(crops, crop_labels):
             nonlocal class_embeddings
-            features = self.mfuser(crops, class_embeddings, output_feature_maps=False, return_dict=True)
+            features = self.mfuser(crops, class_embeddings, False, False, output_feature_maps=False, return_dict=True)
             class_embeddings = features.class_embeddings
             outputs = self._decode(features, crops.shape[-2:], crop_labels, class_mask)
-            return outputs.logits.to(pixel_values.device), outputs.loss_components
+            logits: torch.Tensor = outputs.logits  # type: ignore[assignment]  # always present
+            return logits.to(pixel_values.device), outputs.loss_components
 
         windows = sliding_windows(height, width, config.crop_size, config.crop_stride)
         scores, components = average_over_windows(segment, pixel_values, labels, windows, config.num_labels, together)
@@ -717,7 +717,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`
         """
-        return average_over_augmentations(lambda pixels: self(pixels).logits, pixel_values, scales, flip)
+        segment = partial(self.__call__, return_dict=True)
+        return average_over_augmentations(lambda pixels: segment(pixels).logits, pixel_values, scales, flip)
 
 
 __all__ = ["MFuserForSemanticSegmentation", "MFuserModel", "MFuserPreTrainedModel"]

@@ -10,6 +10,7 @@ Only their embeddings are replaced, where the published code resamples positions
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,8 +85,8 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
         if mode == "bicubic":
             # As tensors, because an exported graph would be bound to either case.
             rows, columns = (torch.full((), length, device=positions.device) for length in grid)
-            offset = torch.where((rows == side) & (columns == side), 0.0, offset)
-            rows, columns = (_bicubic_matrix(length, side, offset) for length in grid)
+            added = torch.where((rows == side) & (columns == side), 0.0, offset)
+            rows, columns = (_bicubic_matrix(length, side, added) for length in grid)
             maps = positions.float().view(side, side, -1)
             return torch.einsum("hg,gkc,wk->hwc", rows, maps, columns).flatten(0, 1).to(positions.dtype)
     elif tuple(grid) == (side, side):
@@ -273,7 +274,8 @@ class VisionLanguageTower(nn.Module):
     ) -> torch.Tensor:
         """Runs some of the layers on tokens (B, L, D), with stochastic depth on both branches of each layer."""
         for index in layers:
-            layer, rate = self.layers[index], drop_path_rates[index]
+            layer: Any = self.layers[index]
+            rate = drop_path_rates[index]
             if rate == 0.0:
                 hidden_states = layer(hidden_states, *layer_inputs)
             elif layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():

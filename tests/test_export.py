@@ -1,0 +1,201 @@
+"""Exported artefacts: equal to the model, self-contained, and written whole or not at all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import CLASSES, PAIRS, tiny_model
+from torch import nn
+
+from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser.scripts import cli, export, run_artefact
+
+DEMONSTRATION = Path(__file__).parents[1] / "checkpoints" / "mfuser-tiny-camvid"
+# Modules that a process running an artefact must not import.
+FOREIGN = {"torch-export": ("mfuser", "transformers", "onnxruntime"), "onnx": ("mfuser", "transformers", "torch")}
+FOREIGN["aoti"] = FOREIGN["torch-export"]
+
+
+def save(folder, model=None):
+    (model or tiny_model()).save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return str(folder)
+
+
+def save_image(path, size=(100, 72), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+class StandIn(nn.Module):
+    """In place of the window of a model, whose export takes minutes: a convolution."""
+
+    def __init__(self, model, argmax):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, model.config.num_labels, 3, padding=1).requires_grad_(False)
+        object.__setattr__(self, "model", model)
+        self.argmax = argmax
+
+    def forward(self, pixel_values):
+        scores = self.conv(pixel_values)
+        return scores.argmax(dim=1) if self.argmax else scores
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(export, "Window", StandIn)
+
+
+def run_elsewhere(folder, image, kind):
+    """The labels that run.py writes in a process that cannot import what it must not need."""
+    code = "import sys, runpy; sys.modules.update(dict.fromkeys({!r})); sys.argv[0] = {!r}; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = code.format(FOREIGN[kind], str(folder / "run.py"))
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(image), "out.png"], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return np.asarray(Image.open(folder / "out.png")), result.stdout
+
+
+# run.py
+
+
+def test_the_script_normalises_as_the_processor(tmp_path):
+    pixels = save_image(tmp_path / "image.png")
+    processor = MFuserImageProcessor()
+    artefact = {"mean": processor.image_mean, "std": processor.image_std}
+    expected = processor(pixels, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(run_artefact.normalise(Image.fromarray(pixels), artefact), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 130), (66, 200)])
+def test_the_script_segments_by_the_same_windows_as_the_model(size):
+    model = tiny_model()
+    window = export.Window(model, argmax=False)
+    artefact = export.description(model, MFuserImageProcessor(), False, "onnx")
+    pixel_values = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = run_artefact.segment(
+            pixel_values.numpy(), lambda pixels: window(torch.from_numpy(pixels)).numpy(), artefact
+        )
+        expected = model(pixel_values).logits.argmax(dim=1)[0].numpy()
+    assert (labels == expected).mean() > 0.999
+
+
+def test_the_script_refuses_an_image_that_is_too_small():
+    artefact = export.description(tiny_model(), MFuserImageProcessor(), False, "onnx")
+    with pytest.raises(ValueError, match="40 x 90 pixels; both sides must have at least 64"):
+        run_artefact.segment(np.zeros((1, 3, 90, 40), np.float32), None, artefact)
+
+
+# The command, with a stand-in for the model
+
+
+@pytest.mark.parametrize("kind", ["torch-export", "onnx", pytest.param("aoti", marks=pytest.mark.slow)])
+def test_an_artefact_runs_where_mfuser_and_transformers_are_not(kind, tmp_path, stand_in, capsys):
+    if kind == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    folder, output = save(tmp_path / "model"), tmp_path / "new" / "artefact"
+    assert cli.main(["export", folder, "--format", kind, "--output", str(output)]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "largest difference of scores" in printed and str(output / export.FILES[kind]) in printed
+    assert {path.name for path in output.iterdir()} == {export.FILES[kind], "artefact.json", "run.py"}
+    assert json.loads((output / "artefact.json").read_text())["classes"] == list(CLASSES)
+    assert [path.name for path in output.parent.iterdir()] == ["artefact"]  # nothing temporary is left
+
+    pixels = save_image(tmp_path / "image.png")
+    labels, text = run_elsewhere(output, tmp_path / "image.png", kind)
+    pixel_values = MFuserImageProcessor()(pixels, return_tensors="pt")["pixel_values"]
+    window = StandIn(MFuserForSemanticSegmentation.from_pretrained(folder), argmax=False)
+    # A convolution of windows differs from that of the image at the edges of windows.
+    assert (labels == window(pixel_values).argmax(1)[0].numpy()).mean() > 0.95
+    assert "%" in text and any(name in text for name in CLASSES)
+
+
+def test_argmax_gives_labels(tmp_path, stand_in, capsys):
+    folder, output = save(tmp_path / "model"), tmp_path / "artefact"
+    assert cli.main(["export", folder, "--format", "torch-export", "--output", str(output), "--argmax"]) == 0
+    assert "share of labels that differ 0.0e+00" in capsys.readouterr().out
+    labels = run_artefact.load(output)(np.random.default_rng(0).random((2, 3, 70, 90), np.float32))
+    assert labels.shape == (2, 70, 90) and labels.dtype == np.int64
+    image = np.zeros((1, 3, 100, 150), np.float32)
+    assert run_artefact.segment(image, run_artefact.load(output), run_artefact.describe(output)).shape == (100, 150)
+
+
+def test_an_artefact_that_differs_from_the_model_is_not_written(tmp_path, stand_in, monkeypatch, capsys):
+    real = export.capture
+
+    def changed(window):
+        program = real(window)
+        program.state_dict["conv.bias"] = nn.Parameter(program.state_dict["conv.bias"] + 2e-5, False)
+        return program
+
+    monkeypatch.setattr(export, "capture", changed)
+    output = tmp_path / "artefact"
+    output.mkdir()
+    (output / "model.pt2").write_text("an earlier one")
+    assert cli.main(["export", save(tmp_path / "model"), "--format", "torch-export", "--output", str(output)]) == 2
+    assert "differs from the model by 2.0e-05; at most 1e-05" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["model.pt2"]
+    assert (output / "model.pt2").read_text() == "an earlier one"
+
+
+def test_without_a_compiler_aoti_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert cli.main(["export", "no/model", "--format", "aoti", "--output", str(tmp_path / "artefact")]) == 2
+    assert "needs a C++ compiler, and there is none: install g++ or clang++" in capsys.readouterr().err
+    assert not (tmp_path / "artefact").exists()
+
+
+def test_missing_onnx_packages_are_named(tmp_path, monkeypatch, capsys):
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
+    assert cli.main(["export", "no/model", "--format", "onnx", "--output", str(tmp_path / "artefact")]) == 2
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+
+
+def test_quantisation_that_an_artefact_cannot_hold_is_refused(tmp_path, capsys):
+    command = ["export", "no/model", "--format", "onnx", "--output", str(tmp_path), "--quantize", "int8-dynamic"]
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "an artefact cannot hold; export with int8-weight-only" in capsys.readouterr().err
+
+
+# Whole models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [*PAIRS, "demonstration", "int8-weight-only"])
+def test_artefacts_equal_the_model(pair, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    if pair == "demonstration":
+        model, processor = export.load_for_inference(DEMONSTRATION, torch.device("cpu"))
+    else:
+        model, processor = tiny_model(pair if pair in PAIRS else "dinov2+clip"), MFuserImageProcessor()
+    window = export.Window(export.quantize(model, pair if pair == "int8-weight-only" else None), argmax=False)
+    program = export.capture(window)
+    operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    assert {operator.namespace for operator in operators} == {"aten"}
+    for kind in ("torch-export", "onnx"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        export.WRITERS[kind](program, folder / export.FILES[kind])
+        (folder / "artefact.json").write_text(json.dumps(export.description(model, processor, False, kind)))
+        (folder / "run.py").write_bytes(Path(run_artefact.__file__).read_bytes())
+        assert export.largest_difference(window, folder) <= 1e-5, kind
+        save_image(folder / "image.png", size=(210, 190))
+        labels, _ = run_elsewhere(folder, folder / "image.png", kind)
+        with Image.open(folder / "image.png") as image, torch.no_grad():
+            expected = model(processor(image, return_tensors="pt")["pixel_values"]).logits.argmax(1)[0].numpy()
+        assert (labels == expected).mean() > 0.999, kind
