@@ -57,7 +57,7 @@ def selective_scan(
 
     On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
     else a Triton kernel; plain torch runs everywhere else. When compiled, the scan is one operator, with any of these
-    kernels but mamba_ssm's. When exported or traced, it is plain operators, which every runtime knows.
+    kernels but mamba_ssm's. When exported, it is plain operators.
 
     Args:
         u: (batch, dim, length), the input.
@@ -90,7 +90,7 @@ def selective_scan(
     else:
         # The gate acts on the output before that is rounded to the dtype of u.
         u_in = u if z is None else u.to(_compute_dtype(*tensors, z))
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting():
             y, last_state = _exported_scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus)
         else:
             keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
