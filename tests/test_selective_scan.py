@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfuser import selective_scan as scan_module
 from mfuser.selective_scan import selective_scan
+from mfuser.selective_scan_export import exported_scan
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 GPU = torch.cuda.is_available()
@@ -115,6 +116,8 @@ def path(request, monkeypatch):
 def load_copy(name, package):
     """The module once more, as Transformers loads a model's own code: from its file, under another name."""
     file = Path(scan_module.__file__).with_name(f"{name}.py")
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = [str(file.parent)]
     spec = importlib.util.spec_from_file_location(f"{package}.{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -329,7 +332,7 @@ def export_scan(requires_grad=False):
 
 
 @pytest.fixture(scope="module")
-def exported_scan():
+def captured():
     return export_scan()
 
 
@@ -339,8 +342,8 @@ def other_inputs(inputs, batch, length, **options):
     return others | {name: x for name, x in inputs.items() if x.dim() < 3}
 
 
-def test_exported_graph_is_plain_operators_for_any_batch_and_length(exported_scan):
-    program, inputs = exported_scan
+def test_exported_graph_is_plain_operators_for_any_batch_and_length(captured):
+    program, inputs = captured
     operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     assert len(operators) > 5
     assert {operator.namespace for operator in operators} == {"aten"}
@@ -361,8 +364,8 @@ def test_exported_graph_can_be_trained():
         assert relative_error(grad, expected_grad) < 5e-6, name
 
 
-def test_exported_graph_is_loaded_where_the_code_is_not(exported_scan, tmp_path):
-    program, inputs = exported_scan
+def test_exported_graph_is_loaded_where_the_code_is_not(captured, tmp_path):
+    program, inputs = captured
     others = tuple(other_inputs(inputs, 3, 40, requires_grad=False).values())
     torch.export.save(program, tmp_path / "scan.pt2")
     torch.save((others, Scan()(*others)), tmp_path / "values.pt")
@@ -372,10 +375,10 @@ def test_exported_graph_is_loaded_where_the_code_is_not(exported_scan, tmp_path)
     assert result.returncode == 0, result.stderr
 
 
-def test_exported_graph_becomes_onnx(exported_scan):
+def test_exported_graph_becomes_onnx(captured):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    program, inputs = exported_scan
+    program, inputs = captured
     model = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for length in (5, 70):
@@ -388,15 +391,15 @@ def test_exported_graph_becomes_onnx(exported_scan):
 def test_decays_near_one_stay_exact_in_an_exported_graph():
     inputs = make_inputs(1, 3, 2, 1500, scale=1e-3, requires_grad=False)
     inputs["u"].abs_()
-    y, last_state = scan_module._exported_scan(*without(inputs, "z").values(), True)
+    y, last_state = exported_scan(*without(inputs, "z").values(), True, torch.float32)
     expected, expected_state = recurrence(**without(inputs, "z"), delta_softplus=True)
     assert relative_error(y, expected) < 5e-6
     assert relative_error(last_state, expected_state) < 5e-6
 
 
 def test_exported_graph_refuses_more_tokens_than_it_computes():
-    with pytest.raises(RuntimeError, match="takes fewer than 65536 tokens"):
-        scan_module._exported_scan(*without(make_inputs(1, 1, 1, 65536), "z").values(), True)
+    with pytest.raises(RuntimeError, match="at most 65535 tokens"):
+        exported_scan(*without(make_inputs(1, 1, 1, 65536), "z").values(), True, torch.float32)
 
 
 def test_graph_captured_without_gradients_can_still_be_trained():
@@ -435,9 +438,7 @@ def test_two_copies_of_the_code_share_one_operator():
 
 def test_copies_of_another_version_have_their_own_operator(tmp_path):
     text = Path(scan_module.__file__).read_text().replace("_VERSION = 1", "_VERSION = 0")
-    (tmp_path / "old_scan.py").write_text(
-        text.replace("from .selective_scan_triton", "from mfuser.selective_scan_triton")
-    )
+    (tmp_path / "old_scan.py").write_text(text.replace("from .", "from mfuser."))
     spec = importlib.util.spec_from_file_location("old_scan", tmp_path / "old_scan.py")
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
