@@ -412,7 +412,11 @@ class SiglipTower(VisionLanguageTower):
 
     def _pool(self, query: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
         head = self.vision.head
-        attended, _ = head.attention(query, merged, merged, need_weights=False)
+        if torch.compiler.is_exporting():
+            # The views of nn.MultiheadAttention would bind the graph to batches of more than one image.
+            attended = _multi_head_attention(head.attention, query, merged)
+        else:
+            attended, _ = head.attention(query, merged, merged, need_weights=False)
         return attended + head.mlp(head.layernorm(attended))
 
     def encode_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -420,6 +424,19 @@ class SiglipTower(VisionLanguageTower):
         hidden_states = self.prompted_text(token_ids, prompts)
         hidden_states = self.text.encoder(inputs_embeds=hidden_states, attention_mask=None).last_hidden_state
         return self.text.head(self.text.final_layer_norm(hidden_states)[:, -1])
+
+
+def _multi_head_attention(attention: nn.MultiheadAttention, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """`attention(query, key, key)` in plain operators."""
+    projections = zip(
+        (query, key, key), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+    )
+    query, key, value = (
+        F.linear(states, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for states, weight, bias in projections
+    )
+    attended = F.scaled_dot_product_attention(query, key, value)
+    return attention.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
