@@ -543,6 +543,11 @@ class MFuserModel(MFuserPreTrainedModel):
 
     def check_pixels(self, pixel_values: torch.Tensor):
         """Raises `ValueError` unless `pixel_values` is a batch of images of at least one patch."""
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace, and torch.onnx.export with dynamo=False, cannot capture this model; use "
+                "`mfuser export`, torch.export.export or torch.onnx.export with dynamo=True"
+            )
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
                 f"pixel_values must have shape (batch, 3, height, width), not {tuple(pixel_values.shape)}"

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .selective_scan_export import exported_scan
+
 try:
     # The compiled extension comes first: without it the package imports, and fails when it is called.
     import selective_scan_cuda  # noqa: F401
@@ -53,35 +55,46 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
+    """
+    Scans a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
-    On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
-    else a Triton kernel; plain torch runs everywhere else. When compiled, the scan is one operator, with any of these
-    kernels but mamba_ssm's. When exported or traced, it is plain operators, which every runtime knows.
+    On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] loaded it,
+    otherwise a Triton kernel; plain torch runs everywhere else. When compiled, the scan is one operator, with any of
+    these kernels but mamba_ssm's. When exported, it is plain operators, see selective_scan_export.py.
+
+    The inputs are real floating point, on one device, with any strides. The arithmetic is float32, under autocast too,
+    or float64 if an input is float64.
 
     Args:
-        u: (batch, dim, length), the input.
-        delta: (batch, dim, length), the step sizes, before `delta_bias` and softplus.
-        A: (dim, state), the rates; negative for a state that decays.
-        B: (batch, state, length), how the input enters the state.
-        C: (batch, state, length), how the state is read.
-        D: (dim,), the weight of the input in the output.
-        z: (batch, dim, length), a gate: the output is multiplied by SiLU(z).
-        delta_bias: (dim,), added to `delta`.
-        delta_softplus: Whether softplus is applied to `delta + delta_bias`.
-        return_last_state: Whether the state after the last token is returned as well.
-
-    All tensors are real floating point, on one device, with any strides. The arithmetic is float32, under autocast
-    too, or float64 where an input is float64.
+        u (`torch.Tensor` of shape `(batch, dim, length)`):
+            The input.
+        delta (`torch.Tensor` of shape `(batch, dim, length)`):
+            The step sizes, before `delta_bias` and softplus.
+        A (`torch.Tensor` of shape `(dim, state)`):
+            The rates; negative for a state that decays.
+        B (`torch.Tensor` of shape `(batch, state, length)`):
+            The weights of the input in the state.
+        C (`torch.Tensor` of shape `(batch, state, length)`):
+            The weights of the state in the output.
+        D (`torch.Tensor` of shape `(dim,)`, *optional*):
+            The weight of the input in the output.
+        z (`torch.Tensor` of shape `(batch, dim, length)`, *optional*):
+            A gate: the output is multiplied by SiLU(z).
+        delta_bias (`torch.Tensor` of shape `(dim,)`, *optional*):
+            Added to `delta`.
+        delta_softplus (`bool`, *optional*, defaults to `False`):
+            Whether softplus is applied to `delta + delta_bias`.
+        return_last_state (`bool`, *optional*, defaults to `False`):
+            Whether the state after the last token is returned as well.
 
     Returns:
-        y (batch, dim, length) in the dtype of `u`; with `return_last_state` the pair of y and the last state
-        (batch, dim, state). As in `mamba_ssm`, no gradient flows through the last state. The gradient of y cannot be
-        differentiated again.
+        `torch.Tensor` of shape `(batch, dim, length)` in the dtype of `u`; with `return_last_state` a tuple of it and
+        the last state `(batch, dim, state)`. As in `mamba_ssm`, no gradient flows through the last state. The gradient
+        of the output cannot be differentiated again.
 
     Raises:
-        ValueError: A shape or a device does not fit.
-        TypeError: An input is not real floating point.
+        ValueError: If a shape or a device does not fit.
+        TypeError: If an input is not real floating point.
     """
     _check_inputs(u, delta, A, B, C, D, z, delta_bias)
     tensors = (u, delta, A, B, C, D, delta_bias)
@@ -90,8 +103,8 @@ def selective_scan(
     else:
         # The gate acts on the output before that is rounded to the dtype of u.
         u_in = u if z is None else u.to(_compute_dtype(*tensors, z))
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            y, last_state = _exported_scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus)
+        if torch.compiler.is_exporting():
+            y, last_state = exported_scan(u_in, *tensors[1:], delta_softplus, _compute_dtype(*tensors, z))
         else:
             keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             y, last_state, _ = _scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
@@ -101,12 +114,13 @@ def selective_scan(
 
 
 def use_hub_kernel(repository: str = "kernels-community/mamba-ssm", version: int = 4):
-    """Take mamba_ssm's kernel prebuilt from the Hub, for CUDA machines without mamba_ssm and without a compiler.
+    """
+    Loads mamba_ssm's prebuilt kernel from the Hub, for CUDA machines without mamba_ssm and without a compiler.
 
-    Needs the package `kernels` and, the first time, the network; hence not done unasked.
+    It needs the package `kernels` and, the first time, the network; hence it is not loaded by default.
 
     Raises:
-        ImportError: `kernels` is not installed.
+        ImportError: If `kernels` is not installed.
     """
     global mamba_ssm_scan
     if get_kernel is None:
@@ -170,53 +184,6 @@ def _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         u.to(dtype), delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=True
     )
     return y.to(u.dtype), last_state
-
-
-# ------------------------------------------------------------------------------------------------ exported graphs
-_PAIRINGS, _DOUBLINGS, _EXPORTED_TOKENS = 5, 11, 2**16  # 2 ** (5 + 11)
-
-
-def _exported_scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    """y and the last state from plain operators, as many for any length. All states are in memory at once."""
-    dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
-    length, block = u.shape[2], 2**_PAIRINGS
-    torch._check(length < _EXPORTED_TOKENS, lambda: f"an exported scan takes fewer than {_EXPORTED_TOKENS} tokens")
-    step = delta.transpose(1, 2).to(dtype)  # (batch, length, dim)
-    if delta_bias is not None:
-        step = step + delta_bias.to(dtype)
-    if delta_softplus:
-        step = F.softplus(step)
-    drive, B, C = (x.transpose(1, 2).to(dtype) for x in (u, B, C))
-    # A step of 0 keeps the state. At least three blocks, because a graph would be bound to a length of 1 or 2.
-    padding = (0, 0, 0, (length // block + 3) * block - length)
-    step, drive, B, C = (F.pad(x, padding) for x in (step, drive * step, B, C))
-    decay = torch.exp(step.unsqueeze(2) * A.t().to(dtype))  # (batch, length, state, dim)
-    h = _recurrence_in_pairs(decay, drive.unsqueeze(2) * B.unsqueeze(3), _PAIRINGS)
-    y = (C.unsqueeze(2) @ h).squeeze(2)[:, :length].transpose(1, 2)
-    if D is not None:
-        y = y + u * D[:, None].to(dtype)
-    return y.to(u.dtype), h[:, -1].transpose(1, 2)
-
-
-def _recurrence_in_pairs(decay, x, pairings):
-    """h_t = decay_t h_(t-1) + x_t along dimension 1: a pair of tokens is one token of half as long a sequence."""
-    if pairings == 0:
-        return _recurrence_by_doubling(decay, x)
-    (first_decay, second_decay), (first, second) = (each.unflatten(1, (-1, 2)).unbind(2) for each in (decay, x))
-    second = _recurrence_in_pairs(first_decay * second_decay, second_decay * first + second, pairings - 1)
-    entering = torch.cat([torch.zeros_like(second[:, :1]), second[:, :-1]], dim=1)
-    return torch.stack([first_decay * entering + first, second], dim=2).flatten(1, 2)
-
-
-def _recurrence_by_doubling(decay, x):
-    """The same: every token absorbs the one before it, then two before it, and so on. Lengths stay as they are."""
-    tokens = torch.arange(x.shape[1], device=x.device)
-    for doubling in range(_DOUBLINGS):
-        present = (tokens >= 2**doubling).to(x.dtype)[:, None, None]
-        earlier = (tokens - 2**doubling).clamp(min=0)
-        x = x + decay * present * x.index_select(1, earlier)
-        decay = decay * decay.index_select(1, earlier)
-    return x
 
 
 # ------------------------------------------------------------------------------------------------ the operator

@@ -171,6 +171,11 @@ def test_quantisation_that_an_artefact_cannot_hold_is_refused(tmp_path, capsys):
     assert "an artefact cannot hold; export with int8-weight-only" in capsys.readouterr().err
 
 
+def test_torch_jit_trace_names_the_alternatives():
+    with pytest.raises(NotImplementedError, match="cannot capture this model; use `mfuser export`"):
+        torch.jit.trace(tiny_model(), torch.zeros(1, 3, 64, 64))
+
+
 # Whole models
 
 
