@@ -590,6 +590,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                 "segmented by windows needs labels of its own size"
             )
         config = self.config
+        config.check_windows()  # fields may be set after loading
         together = config.windows_per_batch or windows_per_batch(
             pixel_values, config.crop_size, config.patch_size, self.mfuser.pyramid.stride8.in_channels, self.dtype
         )
