@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SchedulerType, rotate_checkpoints
 
 from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
@@ -53,7 +53,7 @@ class MFuserTrainingArguments(TrainingArguments):
             Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
     """
 
-    lr_scheduler_type: str = field(
+    lr_scheduler_type: SchedulerType | str = field(
         default="polynomial",
         metadata={
             "help": "Learning-rate schedule: polynomial is the published one (min_learning_rate, schedule_power, "
@@ -87,9 +87,31 @@ class MFuserTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "monitor_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "min_learning_rate", "dataloader_num_workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 for num_train_epochs")
+        if not 0 <= self.warmup_start <= 1:
+            raise ValueError(f"warmup_start is {self.warmup_start}; it must be between 0 and 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}; it must be between 0 and {(1 << 32) - 1}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(
+                f"save_total_limit is {self.save_total_limit}; it must be at least 1, or null to keep all checkpoints"
+            )
         super().__post_init__()
-        if self.monitor_steps < 1:
-            raise ValueError(f"monitor_steps is {self.monitor_steps}; it must be at least 1")
+        if self.lr_scheduler_type == "polynomial" and self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate is {self.min_learning_rate}; it must be at most learning_rate "
+                f"({self.learning_rate})"
+            )
 
 
 class _SetEpoch(TrainerCallback):
