@@ -10,17 +10,18 @@ those of Transformers' Trainer. With `--resume true`, the same command continues
 complete checkpoint. `accelerate launch -m mfuser.scripts.train recipes/gta5_clip.yaml ...` trains on several devices.
 """
 
+import contextlib
 import functools
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerState, set_seed
+from transformers import AutoTokenizer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from mfuser.class_names_mfuser import give_classes, label_names
@@ -44,8 +45,17 @@ from mfuser.scripts.train_arguments import (
     argument_parser,
     parse_arguments,
 )
+from mfuser.training.checkpoints import restore_replaced
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
+from mfuser.training.run_folders import check_output_dir, checkpoint_to_resume, locked, remove_earlier_run
+from mfuser.training.run_record import RECORD_FILE, check_record, describe_data, run_record, with_length
 from mfuser.training.trainer import MFuserTrainer
+
+# The settings of the data that determine the result of a run, in addition to the data itself.
+RECORDED_DATA_SETTINGS = (
+    *("train_weights", "mask_unlabelled_classes", "validation_size", "rare_class_sampling"),
+    *("rare_class_scope", "rare_class_temperature", "rare_class_min_pixels"),
+)
 
 logger = logging.get_logger("transformers.mfuser.train")
 
@@ -132,6 +142,20 @@ def encoders_of(options: ModelArguments) -> dict[str, str] | None:
     return saved_encoders(options.model) if options.model else None
 
 
+def tokenizer_of(model: MFuserForSemanticSegmentation, options: ModelArguments) -> Any:
+    """The tokenizer of the model's text encoder, where it has one and its tokenizer is known."""
+    if not model.config.use_text_encoder:
+        return None
+    if options.tokenizer:
+        return AutoTokenizer.from_pretrained(options.tokenizer)
+    for place in filter(None, (options.model, (encoders_of(options) or {}).get("vlm"))):
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            logger.info(f"{place} has no tokenizer ({error}).")
+    return None
+
+
 def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> Sampler[Draw]:
     """The sampler of the sources. Counts the pixels of each class first if rare classes are drawn more often."""
     rare_classes: dict[str, Any] = {
@@ -192,25 +216,30 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
         train_dataset = AugmentedDataset(sources[0].dataset, augmentation, seed=training.seed)
     else:
         train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes)
+    encoders = encoders_of(model_options)
+    described = {
+        "train_data" if len(sources) == 1 else f"train_data[{index}]": describe_data(source, split, opened.dataset)
+        for index, (source, split, opened) in enumerate(
+            zip(data.train_data, data.train_split or (), sources, strict=True)
+        )
+    }
+    if validation:
+        described["validation_data"] = describe_data(
+            str(data.validation_data), data.validation_split, validation.dataset
+        )
+    settings = {name: getattr(data, name) for name in RECORDED_DATA_SETTINGS} | {"augmentation": vars(augmentation)}
     return MFuserTrainer(
         model,
         training,
         train_dataset=train_dataset,
         train_sampler=sampler,
         eval_dataset=ValidationDataset(validation.dataset, processor) if validation else None,
-        encoders=encoders_of(model_options),
+        encoders=encoders,
+        run_record=run_record(model, training, settings, described, encoders),
+        tokenizer=tokenizer_of(model, model_options),
         monitored=monitored,
         processing_class=processor,
     )
-
-
-def checkpoint_to_resume(training: TrainArguments) -> str | None:
-    """The checkpoint to continue from: the one that `resume` names, or the last one in `output_dir` if any."""
-    if training.resume is False:
-        return None
-    if isinstance(training.resume, str):
-        return training.resume
-    return get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
 
 
 def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]) -> str:
@@ -224,6 +253,9 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
     text = f"Trained by `mfuser train` on {' and '.join(sources)}: {steps} steps of "
     text += f"{batch} crops of {trainer.train_dataset.augmentation.crop_size} pixels, learning rate "
     text += f"{trainer.args.learning_rate:g}."
+    for before, after in pairwise((trainer.run_record or {}).get("lengths", ())):
+        text += f" The run was extended at step {after['from_step']} from {before['max_steps']} to "
+        text += f"{after['max_steps']} steps; the learning rates are those of the new length from there on."
     if "eval_mean_iou" in metrics:
         text += f" Mean IoU on the split {data.validation_split} of {Path(str(data.validation_data)).name}: "
         text += f"{100 * metrics['eval_mean_iou']:.1f} %."
@@ -231,13 +263,30 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
 
 
 def run(trainer: MFuserTrainer, checkpoint: str | None):
-    """Trains, from `checkpoint` if given. A checkpoint of the last step is loaded and not trained further."""
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        if 0 < trainer.args.max_steps <= state.global_step:
-            restore_weights(trainer.model, checkpoint)
-            trainer.state.global_step = state.global_step
-            return
+    """
+    Trains, from `checkpoint` if given. A checkpoint of the last step is loaded and not trained further.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another run, or `max_steps` is smaller than its step.
+    """
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    if trainer.run_record is not None:
+        saved = check_record(checkpoint, trainer.run_record)
+        if saved is None:
+            logger.warning(f"{checkpoint} has no {RECORD_FILE}, so it is unknown whether it belongs to this run.")
+        trainer.run_record = with_length(trainer.run_record, saved, state.global_step)
+    if 0 < trainer.args.max_steps < state.global_step:
+        raise ValueError(
+            f"max_steps is {trainer.args.max_steps}; {checkpoint} is already at step {state.global_step}, so it must "
+            "be at least that"
+        )
+    if trainer.args.max_steps == state.global_step:
+        restore_weights(trainer.model, checkpoint)
+        trainer.state.global_step = state.global_step
+        return
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -252,15 +301,25 @@ def train(arguments: list[str]) -> int:
         argument_parser().print_help()
         return 0
     model_options, data, training = parse_arguments(arguments)
+    folder = Path(training.output_dir)
+    check_output_dir(folder, training.resume, training.overwrite_output_dir)
     trainer = build_trainer(model_options, data, training)
-    run(trainer, checkpoint_to_resume(training))
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.save_model()
-    if training.should_save:
-        folder = Path(training.output_dir)
-        write_model_card(folder, trainer.model.config, folder.resolve().name, about(trainer, data, metrics))
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    with contextlib.ExitStack() as held:
+        with training.main_process_first(desc="preparing output_dir"):
+            if training.process_index == 0:
+                held.enter_context(locked(folder))
+                check_output_dir(folder, training.resume, training.overwrite_output_dir)  # again, now that it is ours
+                restore_replaced(folder)
+                if training.overwrite_output_dir:
+                    remove_earlier_run(folder)
+            checkpoint = checkpoint_to_resume(folder, training.resume)
+        run(trainer, checkpoint)
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        trainer.save_model()
+        if training.should_save:
+            write_model_card(folder, trainer.model.config, folder.resolve().name, about(trainer, data, metrics))
+        if training.push_to_hub:
+            trainer.push_to_hub()
     return 0
 
 

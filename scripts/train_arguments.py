@@ -159,6 +159,11 @@ class TrainArguments(MFuserTrainingArguments):
         metadata={"help": "true: continue from the last checkpoint in output_dir, if there is one. Or a checkpoint."},
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Delete the checkpoints and the model that output_dir holds when the training starts."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.resume, str):

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
+from tiny_recipe import write_data, write_recipe
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
 
 from mfuser import MFuserForSemanticSegmentation
@@ -31,20 +32,7 @@ PUBLISHED = ["gta5_clip", "gta5_eva02", "gta5_siglip", "cityscapes_clip", "citys
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Parquet files of eight images in horizontal strips of four classes, and the class names."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    for split, number in (("train", 6), ("validation", 2)):
-        rows = {"image": [], "label": []}
-        for _ in range(number):
-            label = np.sort(generator.integers(0, len(CLASSES), size=(72, 96)), axis=0).astype(np.uint8)
-            label[0] = 255
-            pixels = np.stack([label * 60] * 3, axis=-1) + generator.integers(0, 20, (72, 96, 3), dtype=np.uint8)
-            rows["image"].append(Image.fromarray(pixels))
-            rows["label"].append(Image.fromarray(label))
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    (folder / "id2label.json").write_text(json.dumps(dict(enumerate(CLASSES))))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +47,6 @@ def encoders(tmp_path_factory):
     CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=24)).save_pretrained(folder / "vlm")
     tiny_tokenizer().save_pretrained(folder / "vlm")
     return folder
-
-
-def write_recipe(folder, data):
-    settings = {
-        "model_config": {
-            "vfm_config": DINOV2, "vlm_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 24},
-            "use_text_encoder": False, "freeze_encoders": False, "fusion_out_layers": [1, 2, 3, 4],
-            "enhancer_hidden_size": 32, "decoder_hidden_size": 64, "decoder_num_heads": 4, "decoder_pixel_layers": 1,
-            "decoder_pixel_feedforward_size": 64, "decoder_num_layers": 2, "decoder_feedforward_size": 64,
-            "loss_num_points": 64, "crop_size": 64, "crop_stride": 42,
-        },
-        "train_data": str(data), "validation_data": str(data), "rare_class_min_pixels": 100,
-        "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "logging_steps": 1, "report_to": "none",
-        "use_cpu": True, "learning_rate": 1e-3, "output_dir": str(folder / "run"),
-    }  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
 @pytest.fixture
@@ -305,13 +275,6 @@ def test_resuming_a_finished_run_changes_no_weight(finished, recipe, tmp_path, s
     assert train.main([str(recipe), "--resume", "true"]) == 0
     assert steps == []
     assert_same_weights(weights_in(tmp_path / "run"), weights_in(finished))
-
-
-def test_without_resume_a_run_starts_at_the_first_step(finished, recipe, tmp_path, steps):
-    (tmp_path / "run").mkdir()
-    shutil.copytree(finished / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
-    assert train.main([str(recipe)]) == 0
-    assert steps == [0, 1]
 
 
 def test_a_trained_model_is_trained_further(finished, recipe, tmp_path):

@@ -4,14 +4,22 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.trainer_utils import sort_checkpoints
 
-from mfuser.loading import read_weights
+from mfuser.loading import ENCODERS_FILE, read_weights
 
-# Checkpoints are written in this folder. Uploads to the Hub leave out names that begin with an underscore.
-UNFINISHED_FOLDER = "_unfinished"
+# Folders and files of a run beside its results. Uploads to the Hub leave out names that begin with an underscore.
+UNFINISHED_FOLDER = "_unfinished"  # checkpoints and results while they are written
+REPLACED_FOLDER = "_replaced"  # checkpoints while others take their place
+DISCARDED_FOLDER = "_discarded"  # checkpoints while they are deleted
+LOCK_FILE = "_lock"
+CONFIG_FILE = "config.json"
+# Files that another way of saving the same model would leave behind.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", ENCODERS_FILE)
 
 
 def accept_saved_names(model: PreTrainedModel) -> RemovableHandle:
@@ -39,13 +47,110 @@ def _translate_names(model: PreTrainedModel, state_dict: dict, *unused) -> None:
         state_dict.update(complete)
 
 
-def publish(unfinished: Path, final: Path) -> None:
-    """Flushes the files of a folder to disk, then renames it, in place of a folder `final` from an earlier run."""
-    for file in filter(Path.is_file, unfinished.rglob("*")):
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def flush(folder: Path) -> None:
+    """Flushes the files of a folder to disk."""
+    for file in filter(Path.is_file, folder.rglob("*")):
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """
+    Gives a finished checkpoint its name, in place of one of the same name.
+
+    At every moment the earlier or the new checkpoint is whole: see [`restore_replaced`].
+
+    Args:
+        unfinished (`Path`):
+            The finished folder, on the same file system.
+        final (`Path`):
+            Its name.
+    """
+    flush(unfinished)
+    replaced = final.parent / REPLACED_FOLDER
+    if final.exists():
+        replaced.mkdir(exist_ok=True)
+        os.replace(final, replaced / final.name)
     os.replace(unfinished, final)
+    if replaced.exists():
+        discard(replaced)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Gives back their names to checkpoints of a run that was killed while [`publish`] replaced them."""
+    for earlier in sorted((folder / REPLACED_FOLDER).glob("*")):
+        if not (folder / earlier.name).exists():
+            os.replace(earlier, folder / earlier.name)
+    for name in (REPLACED_FOLDER, DISCARDED_FOLDER, UNFINISHED_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder. It is renamed first, so that a run that is killed leaves no half-deleted checkpoint."""
+    discarded = folder.parent / DISCARDED_FOLDER
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.replace(folder, discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """
+    Deletes the oldest checkpoints, as Transformers' `rotate_checkpoints` does.
+
+    Args:
+        folder (`Path`):
+            The folder of the run.
+        limit (`int`, *optional*):
+            The number of checkpoints to keep. The last and the best are kept in any case.
+        best (`str`, *optional*):
+            The best checkpoint.
+    """
+    if not limit:
+        return
+    checkpoints = sort_checkpoints(str(folder), use_mtime=True)
+    kept = {checkpoints[-1], *([str(Path(best))] if best else [])}
+    superfluous = len(checkpoints) - max(limit, len(kept))
+    for checkpoint in [each for each in checkpoints if each not in kept][: max(superfluous, 0)]:
+        discard(Path(checkpoint))
+
+
+def publish_files(unfinished: Path, folder: Path) -> None:
+    """
+    Moves the files of a finished model into a folder that may hold an earlier one.
+
+    Every file is replaced as a whole. `config.json`, without which the folder is no model, is the last.
+
+    Args:
+        unfinished (`Path`):
+            The folder of the finished files, on the same file system. It is removed.
+        folder (`Path`):
+            The folder that they are moved to.
+    """
+    flush(unfinished)
+    names = sorted((path.name for path in unfinished.iterdir()), key=lambda name: (name == CONFIG_FILE, name))
+    for name in names:
+        os.replace(unfinished / name, folder / name)
+    for stale in [path for pattern in WEIGHTS for path in folder.glob(pattern) if path.name not in names]:
+        stale.unlink()
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def check_finite(state_dict: dict[str, torch.Tensor], step: int) -> None:
+    """Raises `FloatingPointError` if a tensor that is to be saved holds NaN or infinite values."""
+    floating = {name: value for name, value in state_dict.items() if value.is_floating_point()}
+    flags = [torch.isfinite(value).all().to("cpu", non_blocking=False) for value in floating.values()]
+    bad = [name for name, finite in zip(floating, flags, strict=True) if not finite]
+    if bad:
+        raise FloatingPointError(
+            f"{len(bad)} of the model's tensors, such as {bad[0]}, are not finite after step {step}; they are not "
+            "saved. The last checkpoint is whole; a lower learning_rate or max_grad_norm may help"
+        )
 
 
 def without_scalars(model: nn.Module) -> list[str]:
@@ -59,4 +164,15 @@ def without_scalars(model: nn.Module) -> list[str]:
     return names
 
 
-__all__ = ["UNFINISHED_FOLDER", "accept_saved_names", "publish", "without_scalars"]
+__all__ = [
+    "LOCK_FILE",
+    "UNFINISHED_FOLDER",
+    "accept_saved_names",
+    "check_finite",
+    "discard",
+    "publish",
+    "publish_files",
+    "restore_replaced",
+    "rotate",
+    "without_scalars",
+]

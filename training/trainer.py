@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SchedulerType, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SchedulerType
 
 from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
@@ -22,9 +23,19 @@ from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_fo
 from mfuser.files import write_text
 from mfuser.loading import ENCODERS_FILE
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.training.checkpoints import UNFINISHED_FOLDER, accept_saved_names, publish, without_scalars
+from mfuser.training.checkpoints import (
+    UNFINISHED_FOLDER,
+    accept_saved_names,
+    check_finite,
+    publish,
+    publish_files,
+    rotate,
+    without_scalars,
+)
+from mfuser.training.finite import SkipNonFiniteSteps
 from mfuser.training.monitoring import PREFIX, MonitorCallback, check_selection, training_state_preserved
-from mfuser.training.optimization import PolynomialSchedule, parameter_groups
+from mfuser.training.optimization import PolynomialSchedule, parameter_groups, restart_schedule
+from mfuser.training.run_record import RECORD_FILE
 
 
 @dataclass
@@ -51,6 +62,9 @@ class MFuserTrainingArguments(TrainingArguments):
             Whether checkpoints and the final model leave out the frozen weights.
         monitor_steps (`int`, *optional*, defaults to 500):
             Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
+        max_nonfinite_steps (`int`, *optional*, defaults to 10):
+            Number of consecutive steps with a loss or gradients that are not finite after which training stops. Such
+            steps change no weights.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -86,8 +100,17 @@ class MFuserTrainingArguments(TrainingArguments):
         metadata={"help": "Number of steps between two scorings of the monitored domains, independent of eval_steps."},
     )
 
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Number of consecutive steps with a loss or gradients that are not finite after which training "
+            "stops. Such steps change no weights."
+        },
+    )
+
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "monitor_steps"):
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "monitor_steps", "max_nonfinite_steps")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps"):
@@ -137,8 +160,11 @@ class MFuserTrainer(Trainer):
       sets, their names follow "eval", as in [`Trainer`].
     - Target domains can be monitored: every `monitor_steps` steps their mean IoU is logged as
       `monitor_<name>_mean_iou`. It cannot select the best checkpoint, and training is bit-equal without it.
-    - A checkpoint folder gets its name when it is complete. Resuming and loading the best model restore every tensor
-      ([`~mfuser.training.checkpoints.accept_saved_names`]).
+    - Checkpoints and the final model get their names when they are complete, and hold `run_record`. Resuming and
+      loading the best model restore every tensor ([`~mfuser.training.checkpoints.accept_saved_names`]). A run that is
+      resumed with another length has the learning rates of a run of that length from there on.
+    - Steps with a loss or gradients that are not finite are skipped; `max_nonfinite_steps` in a row stop the training.
+      Weights that are not finite are not saved.
     - BatchNorm is synchronised when several accelerators train together.
     - There is no evaluation under FSDP (recipes/fsdp.yaml): since images differ in size, processes would wait for
       each other forever.
@@ -159,6 +185,10 @@ class MFuserTrainer(Trainer):
             Folder or Hub id of the pretrained `vfm` and `vlm`, saved beside weights that are saved without them.
         monitored (`dict[str, Dataset]`, *optional*):
             Target domains to monitor, by name, such as [`~mfuser.training.monitoring.MonitoredDomain`].
+        run_record (`dict`, *optional*):
+            What determines the result ([`~mfuser.training.run_record.run_record`]), saved with every checkpoint.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer of the text encoder, saved with the model so that it can be given other classes.
         kwargs:
             Further arguments of [`Trainer`].
     """
@@ -177,6 +207,8 @@ class MFuserTrainer(Trainer):
         eval_dataset: ValidationDataset | dict[str, ValidationDataset] | None = None,
         encoders: dict[str, str] | None = None,
         monitored: Mapping[str, Dataset] | None = None,
+        run_record: dict[str, Any] | None = None,
+        tokenizer=None,
         **kwargs,
     ):
         if args.save_trainable_only and encoders is None and model.config.freeze_encoders:
@@ -190,6 +222,8 @@ class MFuserTrainer(Trainer):
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler, self.encoders = train_sampler, encoders
+        self.run_record, self.tokenizer = run_record, tokenizer
+        self.loss_is_finite: torch.Tensor | bool = True  # since the last optimizer step
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_count = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -203,6 +237,8 @@ class MFuserTrainer(Trainer):
             accept_saved_names(self.model)
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
+        self.nonfinite = SkipNonFiniteSteps(self)
+        self.add_callback(self.nonfinite)
         if self.monitored:
             self.add_callback(MonitorCallback(self))
 
@@ -285,12 +321,27 @@ class MFuserTrainer(Trainer):
                 self.args.schedule_power,
                 self.args.warmup_start,
             )
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
+            # A function, since LambdaLR saves the attributes of other callables and restores them when a run is
+            # resumed, among them the number of steps.
+            rate = lambda step: schedule(step)  # noqa: E731
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Private in Trainer, which has no public hook between loading the schedule and the first step.
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"the optimizer or schedule in {checkpoint} cannot be read ({error}); resume from another checkpoint"
+            ) from error
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            restart_schedule(getattr(self.lr_scheduler, "scheduler", self.lr_scheduler))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.loss_is_finite = torch.isfinite(loss.detach()) & self.loss_is_finite
         for name, part in outputs.loss_components.items():
             kind = name.rstrip("0123456789").rstrip("_")
             self._loss_sums[kind] = self._loss_sums.get(kind, 0) + part.detach()
@@ -303,6 +354,8 @@ class MFuserTrainer(Trainer):
             means = self.accelerator.reduce(means, reduction="mean").tolist()
             logs |= {f"loss_{kind}": mean for kind, mean in zip(self._loss_sums, means, strict=True)}
             self._loss_sums, self._loss_count = {}, 0
+            if self.nonfinite.total:
+                logs["nonfinite_steps"] = self.nonfinite.total
         super().log(logs, start_time)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
@@ -353,7 +406,9 @@ class MFuserTrainer(Trainer):
 
         With `save_trainable_only`, frozen weights are left out and the encoders are named in `encoders.json`.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        final = Path(output_dir or self.args.output_dir)
+        within_checkpoint = UNFINISHED_FOLDER in final.parts  # which becomes visible as a whole
+        folder = final if within_checkpoint else final / UNFINISHED_FOLDER / "model"
         # Every process takes part in this: sharded weights are gathered.
         state_dict = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
         if self.args.should_save:
@@ -362,12 +417,22 @@ class MFuserTrainer(Trainer):
             if self.args.save_trainable_only:
                 frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
                 state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
+            check_finite(state_dict, self.state.global_step)
+            if not within_checkpoint:
+                shutil.rmtree(folder, ignore_errors=True)
             model.save_pretrained(folder, state_dict=state_dict)
             if self.args.save_trainable_only and self.encoders:
                 write_text(folder / ENCODERS_FILE, json.dumps(self.encoders, indent=2) + "\n")
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            if self.run_record is not None:
+                write_text(folder / RECORD_FILE, json.dumps(self.run_record, indent=2) + "\n")
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            if not within_checkpoint:
+                publish_files(folder, final)
+                shutil.rmtree(final / UNFINISHED_FOLDER, ignore_errors=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -395,12 +460,7 @@ class MFuserTrainer(Trainer):
             torch.save(args, unfinished / TRAINING_ARGS_NAME)
             publish(unfinished, final)
             shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=str(final.parent),
-                save_total_limit=args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(final.parent, args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
