@@ -13,6 +13,7 @@ complete checkpoint. `accelerate launch -m mfuser.scripts.train recipes/gta5_cli
 import contextlib
 import functools
 import os
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +36,8 @@ from mfuser.encoder_configs_mfuser import DEFAULT_ENCODERS
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.scripts import cli
 from mfuser.scripts.model_card import write_model_card
-from mfuser.scripts.reporting import run_command
 from mfuser.scripts.train_arguments import (
     PAIRING_ARGUMENTS,
     DataArguments,
@@ -164,10 +165,10 @@ def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int)
     }
     if len(sources) > 1:
         scope = data.rare_class_scope if data.rare_class_sampling else None
-        return multi_source_sampler(sources, data.train_weights, seed, scope, **rare_classes)
+        return multi_source_sampler(sources, data.train_weights, seed, scope, data.skip_unreadable, **rare_classes)
     if not data.rare_class_sampling:
         return ShuffledSampler(len(sources[0].dataset), seed=seed)
-    counts = count_class_pixels(sources[0].dataset, len(sources[0].id2label))
+    counts = count_class_pixels(sources[0].dataset, len(sources[0].id2label), skip_unreadable=data.skip_unreadable)
     return RareClassSampler(counts, seed=seed, **rare_classes)
 
 
@@ -181,7 +182,11 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     if not data.train_data:
         raise ValueError("train_data is missing; give a folder written by `mfuser prepare` as --train_data FOLDER")
     open_data = functools.partial(
-        load_domain, image_column=data.image_column, label_column=data.label_column, id2label=data.id2label
+        load_domain,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        id2label=data.id2label,
+        skip_unreadable=data.skip_unreadable,
     )
     processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
     with training.main_process_first(desc="opening the data"):
@@ -212,10 +217,12 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     model = build_model(model_options, id2label)
     augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
     train_dataset: Dataset
+    skip = data.skip_unreadable
     if len(sources) == 1:
-        train_dataset = AugmentedDataset(sources[0].dataset, augmentation, seed=training.seed)
+        train_dataset = AugmentedDataset(sources[0].dataset, augmentation, training.seed, len(id2label), skip)
     else:
-        train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes)
+        train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes, skip)
+    eval_dataset = ValidationDataset(validation.dataset, processor, len(id2label), skip) if validation else None
     encoders = encoders_of(model_options)
     described = {
         "train_data" if len(sources) == 1 else f"train_data[{index}]": describe_data(source, split, opened.dataset)
@@ -233,7 +240,7 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
         training,
         train_dataset=train_dataset,
         train_sampler=sampler,
-        eval_dataset=ValidationDataset(validation.dataset, processor) if validation else None,
+        eval_dataset=eval_dataset,
         encoders=encoders,
         run_record=run_record(model, training, settings, described, encoders),
         tokenizer=tokenizer_of(model, model_options),
@@ -256,6 +263,8 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
     for before, after in pairwise((trainer.run_record or {}).get("lengths", ())):
         text += f" The run was extended at step {after['from_step']} from {before['max_steps']} to "
         text += f"{after['max_steps']} steps; the learning rates are those of the new length from there on."
+    if skipped := trainer.skipped_rows():
+        text += f" {skipped} images could not be read and were skipped."
     if "eval_mean_iou" in metrics:
         text += f" Mean IoU on the split {data.validation_split} of {Path(str(data.validation_data)).name}: "
         text += f"{100 * metrics['eval_mean_iou']:.1f} %."
@@ -270,7 +279,7 @@ def run(trainer: MFuserTrainer, checkpoint: str | None):
         ValueError: If the checkpoint belongs to another run, or `max_steps` is smaller than its step.
     """
     if checkpoint is None:
-        trainer.train()
+        train(trainer)
         return
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     if trainer.run_record is not None:
@@ -287,16 +296,25 @@ def run(trainer: MFuserTrainer, checkpoint: str | None):
         restore_weights(trainer.model, checkpoint)
         trainer.state.global_step = state.global_step
         return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint)
 
 
+def train(trainer: MFuserTrainer, checkpoint: str | None = None):
+    """Trains. An error in a worker process has the message that it had there, without the worker's traceback."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        worker = re.match(
+            r"Caught \w+ in DataLoader worker .*^[\w.]*Error: (.*)\Z", str(error), re.DOTALL | re.MULTILINE
+        )
+        if worker is None:
+            raise
+        raise ValueError(worker[1]) from error
+
+
+@cli.reports_errors("train")
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command with these arguments, by default those of the process, and returns the exit code."""
-    return run_command("mfuser train", train, sys.argv[1:] if arguments is None else arguments)
-
-
-def train(arguments: list[str]) -> int:
-    """Trains with the settings that the arguments give, and saves the model with its card."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         argument_parser().print_help()
         return 0

@@ -93,6 +93,13 @@ class DataArguments:
     monitor_images: int | None = field(
         default=50, metadata={"help": "Number of images of each monitored domain, evenly spaced; null: all."}
     )
+    skip_unreadable: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether training and validation rows that cannot be read are skipped, with a warning and a "
+            "count, instead of ending the run. Monitored domains always skip them."
+        },
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(
         default="label",

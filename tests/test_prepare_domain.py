@@ -194,7 +194,7 @@ def test_a_split_of_bad_pairs_only_is_an_error_and_not_a_dataset(tmp_path, capsy
     raw = fake.gta5(tmp_path / "raw", count=2)
     for number in (1, 2):
         fake.write(raw / f"labels/{number:05}.png", fake.encoded_label(fake.all_ids([200])))
-    assert main(["gta5", str(raw), str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert main(["gta5", str(raw), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "all 2 pairs are bad; the first: images/00001.png: label values [200]" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not completely prepared"):
         load_domain(tmp_path / "out")
@@ -207,7 +207,7 @@ def test_an_unreadable_file_stops_the_run_instead_of_counting_as_a_bad_pair(tmp_
     monkeypatch.setattr(data_rows, "_identity", lambda pair: pair.name)
     (raw / "labels").rename(tmp_path / "unplugged")
     arguments = ["gta5", str(raw), str(tmp_path / "out"), "--workers", "1", "--shard-size", "2"]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "No such file" in capsys.readouterr().err
     assert not list((tmp_path / "out/train").iterdir())
     (tmp_path / "unplugged").rename(raw / "labels")
@@ -375,7 +375,7 @@ def test_a_folder_of_other_files_is_left_unchanged(tmp_path):
 def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with filelock.FileLock(tmp_path / "out/.lock"):
-        assert main(["gta5", str(fake.gta5(tmp_path / "raw")), str(tmp_path / "out"), "--workers", "1"]) == 1
+        assert main(["gta5", str(fake.gta5(tmp_path / "raw")), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "another run is writing" in capsys.readouterr().err
 
 
@@ -392,7 +392,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
 def test_arguments_that_do_not_fit_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     fake.gta5(tmp_path / "raw")
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -432,9 +432,9 @@ def test_pairs_with_values_without_a_class_name_are_bad(tmp_path, capsys):
     parquet(tmp_path / "raw/train.parquet", [0, 1, 2])
     (tmp_path / "names.json").write_text('{"0": "cat", "1": "dog"}')
     arguments = ["custom", str(tmp_path / "raw"), str(tmp_path / "out"), *COLUMNS]
-    assert main([*arguments, "--id2label", str(tmp_path / "names.json")]) == 1
+    assert main([*arguments, "--id2label", str(tmp_path / "names.json")]) == 2
     assert "label values [2] are not among the valid ids 0-1, 255" in capsys.readouterr().err
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "does not name its classes" in capsys.readouterr().err
 
 

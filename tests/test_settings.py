@@ -114,9 +114,10 @@ def test_recipes_that_are_each_others_base_are_refused(tmp_path):
         read_settings([str(tmp_path / "a.yaml")])
 
 
-def test_with_debug_the_error_is_raised():
-    with pytest.raises(ValueError, match="max_steps is 'many'"):
-        train.main(["max_steps=many", "--debug"])
+def test_with_debug_the_traceback_is_shown_as_well(capsys):
+    assert train.main(["max_steps=many", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith("mfuser train: max_steps is 'many'; it must be an integer\n")
 
 
 @pytest.mark.parametrize("written", ["no", "No", "off", "false", "False"])

@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -141,18 +140,6 @@ def publish_files(unfinished: Path, folder: Path) -> None:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def check_finite(state_dict: dict[str, torch.Tensor], step: int) -> None:
-    """Raises `FloatingPointError` if a tensor that is to be saved holds NaN or infinite values."""
-    floating = {name: value for name, value in state_dict.items() if value.is_floating_point()}
-    flags = [torch.isfinite(value).all().to("cpu", non_blocking=False) for value in floating.values()]
-    bad = [name for name, finite in zip(floating, flags, strict=True) if not finite]
-    if bad:
-        raise FloatingPointError(
-            f"{len(bad)} of the model's tensors, such as {bad[0]}, are not finite after step {step}; they are not "
-            "saved. The last checkpoint is whole; a lower learning_rate or max_grad_norm may help"
-        )
-
-
 def without_scalars(model: nn.Module) -> list[str]:
     """Gives `model`'s scalar parameters one dimension, since FSDP cannot shard scalars, and returns their names."""
     names = [name for name, weight in model.named_parameters() if weight.dim() == 0]
@@ -168,7 +155,6 @@ __all__ = [
     "LOCK_FILE",
     "UNFINISHED_FOLDER",
     "accept_saved_names",
-    "check_finite",
     "discard",
     "publish",
     "publish_files",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SchedulerType
+from transformers.utils import logging
 
 from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
@@ -26,16 +27,17 @@ from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.training.checkpoints import (
     UNFINISHED_FOLDER,
     accept_saved_names,
-    check_finite,
     publish,
     publish_files,
     rotate,
     without_scalars,
 )
-from mfuser.training.finite import SkipNonFiniteSteps
+from mfuser.training.finite import SkipNonFiniteSteps, check_finite
 from mfuser.training.monitoring import PREFIX, MonitorCallback, check_selection, training_state_preserved
 from mfuser.training.optimization import PolynomialSchedule, parameter_groups, restart_schedule
 from mfuser.training.run_record import RECORD_FILE
+
+logger = logging.get_logger("transformers.mfuser.training")
 
 
 @dataclass
@@ -356,7 +358,17 @@ class MFuserTrainer(Trainer):
             self._loss_sums, self._loss_count = {}, 0
             if self.nonfinite.total:
                 logs["nonfinite_steps"] = self.nonfinite.total
+            if skipped := self.skipped_rows():
+                logs["skipped_rows"] = skipped
         super().log(logs, start_time)
+
+    def skipped_rows(self) -> int:
+        """Number of training rows that could not be read and were skipped, over all processes."""
+        rows = getattr(self.train_dataset, "skipped", None)
+        if rows is None or not rows.skip:
+            return 0
+        flags = rows.flags.to(self.args.device, torch.int32)
+        return int((self.accelerator.reduce(flags, "sum") > 0).sum())
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -373,6 +385,8 @@ class MFuserTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         dataset: Any = dataloader.dataset
         images: Any = dataset.dataset if isinstance(dataset, Subset) else dataset  # those of all processes
+        if len(images) and scores.get("unreadable") == len(images):
+            raise ValueError("none of the validation images can be read; see the warnings above")
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(images))
 
     def _score(self, dataloader: DataLoader, report_progress: bool = False) -> dict[str, float]:
@@ -380,21 +394,32 @@ class MFuserTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metric = MeanIoU(model.config.num_labels, model.config.semantic_loss_ignore_index, device=self.args.device)
+        unreadable = 0
         for batch in dataloader:
+            if "error" in batch:
+                unreadable += 1
+                logger.warning(f"{batch['error'][0]}; the image is left out of the score.")
+                continue
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 scores = model(pixel_values=batch["pixel_values"]).logits
             metric.update(preprocess_logits_for_metrics(scores, batch["labels"]), batch["labels"])
             if report_progress:
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return named_scores(metric.reduce(self.accelerator).compute(), model.config.id2label)
+        scores = named_scores(metric.reduce(self.accelerator).compute(), model.config.id2label)
+        count = self.accelerator.reduce(torch.tensor(unreadable, device=self.args.device), "sum").item()
+        return scores | ({"unreadable": count} if count else {})
 
     def monitor(self) -> dict[str, float]:
         """Scores the monitored domains, logs and returns `monitor_<name>_mean_iou`, and leaves training unchanged."""
         logs = {}
         with training_state_preserved(self.model):
             for name, dataset in self.monitored.items():
-                logs[f"{PREFIX}_{name}_mean_iou"] = self._score(self.get_eval_dataloader(dataset))["mean_iou"]
+                scores = self._score(self.get_eval_dataloader(dataset))
+                if scores.get("unreadable", 0) < len(dataset):
+                    logs[f"{PREFIX}_{name}_mean_iou"] = scores["mean_iou"]
+                if "unreadable" in scores:
+                    logs[f"{PREFIX}_{name}_unreadable"] = scores["unreadable"]
         self.log(dict(logs))
         return logs
 
