@@ -249,8 +249,8 @@ def _convert_list(value: Any, kind: type, arguments: tuple) -> Any:
 def described(annotation: Any) -> str:
     """A declared type in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    plain = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a dictionary"}
-    plain |= {list: "a list", tuple: "a list", None: "null", type(None): "null"}
+    plain: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    plain |= {dict: "a dictionary", list: "a list", tuple: "a list", type(None): "null"}
     if annotation in plain:
         return plain[annotation]
     if origin in (Union, types.UnionType):

@@ -242,7 +242,7 @@ def model_fields(values: dict[str, Any]) -> dict[str, Any]:
     checked = dict(values)
     for name, value in values.items():
         if name in DEFAULT_ENCODERS and isinstance(value, dict):
-            checked[name] = encoder_fields(f"model_config.{name}", value, DEFAULT_ENCODERS[name]["model_type"])
+            checked[name] = encoder_fields(f"model_config.{name}", value, str(DEFAULT_ENCODERS[name]["model_type"]))
         elif name in DEFAULT_ENCODERS:
             raise ValueError(f"model_config.{name} is {value!r}; it must be a dictionary of fields")
         elif name in declared:

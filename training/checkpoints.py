@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -47,6 +49,25 @@ def _translate_names(model: PreTrainedModel, state_dict: dict, *unused) -> None:
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """
+    Removes a folder of unfinished files before the block, and after it, so that a full disk has space again.
+
+    Raises:
+        OSError: If PyTorch cannot write a file, for which it raises a `RuntimeError`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"a file in {folder} cannot be written; is the disk full? ({error})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush(folder: Path) -> None:
@@ -160,5 +181,6 @@ __all__ = [
     "publish_files",
     "restore_replaced",
     "rotate",
+    "unfinished",
     "without_scalars",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from mfuser.data.validation import evenly_spaced
 
@@ -110,7 +110,7 @@ def frozen_weights(model: nn.Module) -> str | None:
 
 
 def run_record(
-    model: nn.Module,
+    model: PreTrainedModel,
     arguments: TrainingArguments,
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
@@ -172,7 +172,7 @@ def _flat(values: Any, name: str) -> dict[str, Any]:
     """Nested dictionaries as one, with dots in the names. Descriptions of data are values."""
     if not isinstance(values, Mapping) or not values or _is_data(values):
         return {name: values}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{name}.{key}".removeprefix("."))
     return flat

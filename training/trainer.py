@@ -1,11 +1,10 @@
 """Training on Transformers' Trainer: the published recipe, validation on the source domain, and whole checkpoints."""
 
+import contextlib
 import copy
 import json
 import pickle
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from mfuser.data.validation import ValidationDataset
@@ -24,12 +23,14 @@ from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_fo
 from mfuser.files import write_text
 from mfuser.loading import ENCODERS_FILE
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.training.arguments import MFuserTrainingArguments
 from mfuser.training.checkpoints import (
     UNFINISHED_FOLDER,
     accept_saved_names,
     publish,
     publish_files,
     rotate,
+    unfinished,
     without_scalars,
 )
 from mfuser.training.finite import SkipNonFiniteSteps, check_finite
@@ -38,105 +39,6 @@ from mfuser.training.optimization import PolynomialSchedule, parameter_groups, r
 from mfuser.training.run_record import RECORD_FILE
 
 logger = logging.get_logger("transformers.mfuser.training")
-
-
-@dataclass
-class MFuserTrainingArguments(TrainingArguments):
-    """
-    [`TrainingArguments`] with the settings that the published recipe needs in addition.
-
-    Args:
-        lr_scheduler_type (`str`, *optional*, defaults to `"polynomial"`):
-            The published schedule, [`~mfuser.training.optimization.PolynomialSchedule`], or one of Transformers'.
-        min_learning_rate (`float`, *optional*, defaults to 1e-6):
-            Learning rate at the end of the polynomial schedule.
-        schedule_power (`float`, *optional*, defaults to 0.9):
-            Power of the polynomial schedule.
-        warmup_start (`float`, *optional*, defaults to 1e-6):
-            Factor of the learning rate at the start of the warm-up.
-        decay_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether weight decay acts on the decoder's level and query embeddings. It does in the published CLIP runs
-            and does not in those of EVA02-CLIP and SigLIP.
-        decay_norms (`bool`, *optional*, defaults to `True`):
-            Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
-            published code, or on no normalisation layer.
-        save_trainable_only (`bool`, *optional*, defaults to `False`):
-            Whether checkpoints and the final model leave out the frozen weights.
-        monitor_steps (`int`, *optional*, defaults to 500):
-            Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
-        max_nonfinite_steps (`int`, *optional*, defaults to 10):
-            Number of consecutive steps with a loss or gradients that are not finite after which training stops. Such
-            steps change no weights.
-    """
-
-    lr_scheduler_type: SchedulerType | str = field(
-        default="polynomial",
-        metadata={
-            "help": "Learning-rate schedule: polynomial is the published one (min_learning_rate, schedule_power, "
-            "warmup_start); the others are Transformers'."
-        },
-    )
-    min_learning_rate: float = field(
-        default=1e-6, metadata={"help": "Learning rate at the end of the polynomial schedule."}
-    )
-    schedule_power: float = field(default=0.9, metadata={"help": "Power of the polynomial schedule."})
-    warmup_start: float = field(
-        default=1e-6, metadata={"help": "Factor of the learning rate at the start of the warm-up."}
-    )
-    decay_embeddings: bool = field(
-        default=True, metadata={"help": "Whether weight decay acts on the decoder's level and query embeddings."}
-    )
-    decay_norms: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in "
-            "the published code."
-        },
-    )
-    save_trainable_only: bool = field(
-        default=False,
-        metadata={"help": "Leave the frozen encoders out of checkpoints and of the final model."},
-    )
-    monitor_steps: int = field(
-        default=500,
-        metadata={"help": "Number of steps between two scorings of the monitored domains, independent of eval_steps."},
-    )
-
-    max_nonfinite_steps: int = field(
-        default=10,
-        metadata={
-            "help": "Number of consecutive steps with a loss or gradients that are not finite after which training "
-            "stops. Such steps change no weights."
-        },
-    )
-
-    def __post_init__(self):
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "monitor_steps", "max_nonfinite_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "min_learning_rate", "dataloader_num_workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 for num_train_epochs")
-        if not 0 <= self.warmup_start <= 1:
-            raise ValueError(f"warmup_start is {self.warmup_start}; it must be between 0 and 1")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed is {self.seed}; it must be between 0 and {(1 << 32) - 1}")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(
-                f"save_total_limit is {self.save_total_limit}; it must be at least 1, or null to keep all checkpoints"
-            )
-        super().__post_init__()
-        if self.lr_scheduler_type == "polynomial" and self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate is {self.min_learning_rate}; it must be at most learning_rate "
-                f"({self.learning_rate})"
-            )
 
 
 class _SetEpoch(TrainerCallback):
@@ -414,6 +316,7 @@ class MFuserTrainer(Trainer):
         """Scores the monitored domains, logs and returns `monitor_<name>_mean_iou`, and leaves training unchanged."""
         logs = {}
         with training_state_preserved(self.model):
+            dataset: Any
             for name, dataset in self.monitored.items():
                 scores = self._score(self.get_eval_dataloader(dataset))
                 if scores.get("unreadable", 0) < len(dataset):
@@ -433,33 +336,34 @@ class MFuserTrainer(Trainer):
         """
         final = Path(output_dir or self.args.output_dir)
         within_checkpoint = UNFINISHED_FOLDER in final.parts  # which becomes visible as a whole
-        folder = final if within_checkpoint else final / UNFINISHED_FOLDER / "model"
+        folder = final if within_checkpoint else final / UNFINISHED_FOLDER
         # Every process takes part in this: sharded weights are gathered.
         state_dict = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
-            if self.args.save_trainable_only:
-                frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-                state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
             check_finite(state_dict, self.state.global_step)
-            if not within_checkpoint:
-                shutil.rmtree(folder, ignore_errors=True)
-            model.save_pretrained(folder, state_dict=state_dict)
-            if self.args.save_trainable_only and self.encoders:
-                write_text(folder / ENCODERS_FILE, json.dumps(self.encoders, indent=2) + "\n")
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            if self.run_record is not None:
-                write_text(folder / RECORD_FILE, json.dumps(self.run_record, indent=2) + "\n")
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-            if not within_checkpoint:
-                publish_files(folder, final)
-                shutil.rmtree(final / UNFINISHED_FOLDER, ignore_errors=True)
+            with contextlib.nullcontext() if within_checkpoint else unfinished(folder):
+                self._write_model(folder, state_dict)
+                if not within_checkpoint:
+                    publish_files(folder, final)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
+        if self.args.save_trainable_only:
+            frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+            state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
+        model.save_pretrained(folder, state_dict=state_dict)
+        if self.args.save_trainable_only and self.encoders:
+            write_text(folder / ENCODERS_FILE, json.dumps(self.encoders, indent=2) + "\n")
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        if self.run_record is not None:
+            write_text(folder / RECORD_FILE, json.dumps(self.run_record, indent=2) + "\n")
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         # Private in Trainer, which writes the files of a checkpoint one by one under the folder's final name. Its only
@@ -467,24 +371,23 @@ class MFuserTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         args, final = self.args, Path(self._get_output_dir(trial), name)
         staging = Path(args.output_dir, UNFINISHED_FOLDER)
+        with unfinished(staging) if args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            self.args = copy.copy(args)
+            self.args.output_dir, self.args.push_to_hub = str(staging), False
+            try:
+                written = Path(self._get_output_dir(trial), name)
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args = args
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(final)
+            if args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                torch.save(args, written / TRAINING_ARGS_NAME)
+                publish(written, final)
         if args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed while saving
-        self.accelerator.wait_for_everyone()
-        self.args = copy.copy(args)
-        self.args.output_dir, self.args.push_to_hub = str(staging), False
-        try:
-            unfinished = Path(self._get_output_dir(trial), name)
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args = args
-        self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == str(unfinished):
-            self.state.best_model_checkpoint = str(final)
-        if args.should_save:
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            torch.save(args, unfinished / TRAINING_ARGS_NAME)
-            publish(unfinished, final)
-            shutil.rmtree(staging, ignore_errors=True)
             rotate(final.parent, args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
