@@ -1,22 +1,15 @@
 """Loading of saved models: whole ones, and ones that were saved without their frozen encoders."""
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.frozen_encoders_mfuser import recorded_encoders, saved_weights
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.pretrained_mfuser import load_pretrained_encoders, load_towers
-
-# Beside weights that were saved without the frozen encoders: the folder or Hub id of each encoder.
-ENCODERS_FILE = "encoders.json"
 
 
 def load_model(
@@ -25,8 +18,7 @@ def load_model(
     """
     Loads a saved model, in eval mode on the CPU.
 
-    A model that was saved with `save_trainable_only` is loaded on top of the pretrained encoders that its
-    `encoders.json` names.
+    A model that was saved without its encoders is loaded on top of those that its `encoders.json` names.
 
     Args:
         name_or_path (`str` or `Path`):
@@ -40,8 +32,8 @@ def load_model(
         [`MFuserForSemanticSegmentation`]: The model.
 
     Raises:
-        OSError: If there is no such model.
-        ValueError: If it is not an MFuser model, or if weights are missing.
+        OSError: If there is no such model, or an encoder that it was saved without cannot be found.
+        ValueError: If it is not an MFuser model, weights are missing, or an encoder is not the recorded one.
     """
     name_or_path = str(name_or_path)
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
@@ -49,9 +41,6 @@ def load_model(
         raise ValueError(f"{name_or_path} holds no model: its config.json is missing or names no model type.")
     if model_type != "mfuser":
         raise ValueError(f"{name_or_path} holds a model of type {model_type!r}, not 'mfuser'.")
-    encoders = saved_encoders(name_or_path)
-    if encoders is not None:
-        return _load_on_encoders(name_or_path, encoders, dtype, config_fields)
     model, report = MFuserForSemanticSegmentation.from_pretrained(
         name_or_path, dtype=dtype, output_loading_info=True, **config_fields
     )
@@ -91,26 +80,8 @@ def load_for_inference(
 
 def saved_encoders(name_or_path: str | Path) -> dict[str, str] | None:
     """Folder or Hub id of the `vfm` and `vlm` that a model was saved without; `None` for a model saved whole."""
-    file = Path(name_or_path, ENCODERS_FILE)
-    if not Path(name_or_path).is_dir():
-        try:
-            file = Path(hf_hub_download(str(name_or_path), ENCODERS_FILE))
-        except EntryNotFoundError:
-            return None
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _load_on_encoders(
-    folder: str, encoders: Mapping[str, str], dtype: str | torch.dtype, config_fields: dict
-) -> MFuserForSemanticSegmentation:
-    config = MFuserConfig.from_pretrained(folder, **config_fields)
-    model = MFuserForSemanticSegmentation(config)  # in float32, in which the encoders are resampled
-    load_towers(model.mfuser, load_pretrained_encoders(encoders["vfm"], encoders["vlm"]))
-    restore_weights(model, folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    if dtype in (torch.float32, "float32", None):
-        return model.eval()
-    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
+    entries = recorded_encoders(name_or_path)
+    return None if entries is None else {key: entry["name_or_path"] for key, entry in entries.items()}
 
 
 def read_weights(
@@ -136,8 +107,10 @@ def read_weights(
     Raises:
         ValueError: If weights that are not frozen are missing, or if weights are unexpected or of another shape.
     """
+    if folder is not None:
+        state_dict = saved_weights(folder)
     loaded, report = type(model).from_pretrained(
-        folder,
+        None,
         state_dict=state_dict,
         config=copy.deepcopy(model.config),
         dtype=torch.float32,
@@ -162,4 +135,4 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
     model.load_state_dict(read_weights(model, folder))
 
 
-__all__ = ["ENCODERS_FILE", "load_for_inference", "load_model", "read_weights", "restore_weights", "saved_encoders"]
+__all__ = ["load_for_inference", "load_model", "read_weights", "restore_weights", "saved_encoders"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoTokenizer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,6 +34,7 @@ from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.sources import MultiSourceDataset, TrainingSource, joint_classes, multi_source_sampler
 from mfuser.data.validation import ValidationDataset
 from mfuser.encoder_configs_mfuser import DEFAULT_ENCODERS
+from mfuser.frozen_encoders_mfuser import recorded_encoders
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -96,7 +98,13 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
         return model
     if options.vfm and options.vlm:
         return MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
-            options.vfm, options.vlm, class_names=class_names, tokenizer=options.tokenizer, **fields
+            options.vfm,
+            options.vlm,
+            class_names=class_names,
+            tokenizer=options.tokenizer,
+            vfm_revision=options.vfm_revision,
+            vlm_revision=options.vlm_revision,
+            **fields,
         )
     if not fields:
         raise ValueError("no model is given; give `model`, or `vfm` and `vlm`, or `model_config`")
@@ -143,15 +151,33 @@ def encoders_of(options: ModelArguments) -> dict[str, str] | None:
     return saved_encoders(options.model) if options.model else None
 
 
+def sources_of(options: ModelArguments) -> dict[str, Any] | None:
+    """For each encoder, folder or Hub id and, of a Hub id, the commit that was downloaded."""
+    if options.model:
+        return recorded_encoders(options.model)
+    sources = {}
+    for key, name in (encoders_of(options) or {}).items():
+        commit = None
+        if not Path(name).is_dir():  # the Hub's cache names the folder of a snapshot after its commit
+            commit = Path(
+                hf_hub_download(name, "config.json", revision=getattr(options, f"{key}_revision"))
+            ).parent.name
+        sources[key] = {"name_or_path": name, "revision": commit}
+    return sources or None
+
+
 def tokenizer_of(model: MFuserForSemanticSegmentation, options: ModelArguments) -> Any:
     """The tokenizer of the model's text encoder, where it has one and its tokenizer is known."""
     if not model.config.use_text_encoder:
         return None
     if options.tokenizer:
         return AutoTokenizer.from_pretrained(options.tokenizer)
-    for place in filter(None, (options.model, (encoders_of(options) or {}).get("vlm"))):
+    places = {options.model: None, (encoders_of(options) or {}).get("vlm"): options.vlm_revision}
+    for place, revision in places.items():
+        if place is None:
+            continue
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, revision=revision)
         except (OSError, ValueError) as error:
             logger.info(f"{place} has no tokenizer ({error}).")
     return None
@@ -242,7 +268,7 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
         train_sampler=sampler,
         eval_dataset=eval_dataset,
         encoders=encoders,
-        run_record=run_record(model, training, settings, described, encoders),
+        run_record=run_record(model, training, settings, described, sources_of(model_options)),
         tokenizer=tokenizer_of(model, model_options),
         monitored=monitored,
         processing_class=processor,

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedConfig
@@ -26,6 +27,12 @@ class ModelArguments:
     )
     vfm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision foundation model."})
     vlm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision-language model."})
+    vfm_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `vfm` on the Hub (default: the main branch)."}
+    )
+    vlm_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `vlm` on the Hub (default: the main branch)."}
+    )
     tokenizer: str | None = field(
         default=None,
         metadata={
@@ -40,6 +47,12 @@ class ModelArguments:
             "model, whose class names are those of the training data."
         },
     )
+
+    def __post_init__(self):
+        for name in ("vfm", "vlm"):
+            revision, source = getattr(self, f"{name}_revision"), getattr(self, name)
+            if revision is not None and (source is None or Path(source).is_dir()):
+                raise ValueError(f"{name}_revision is {revision} and {name} is {source}; a revision needs a Hub id")
 
 
 @dataclass

@@ -27,7 +27,7 @@ class MFuserTrainingArguments(TrainingArguments):
             Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
             published code, or on no normalisation layer.
         save_trainable_only (`bool`, *optional*, defaults to `False`):
-            Whether checkpoints and the final model leave out the frozen weights.
+            Whether checkpoints and the final model leave out frozen encoders.
         monitor_steps (`int`, *optional*, defaults to 500):
             Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
         max_nonfinite_steps (`int`, *optional*, defaults to 10):

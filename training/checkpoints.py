@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.trainer_utils import sort_checkpoints
 
-from mfuser.loading import ENCODERS_FILE, read_weights
+from mfuser.frozen_encoders_mfuser import ENCODERS_FILE
+from mfuser.loading import read_weights
 
 # Folders and files of a run beside its results. Uploads to the Hub leave out names that begin with an underscore.
 UNFINISHED_FOLDER = "_unfinished"  # checkpoints and results while they are written

@@ -114,7 +114,7 @@ def run_record(
     arguments: TrainingArguments,
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
-    encoders: Mapping[str, str] | None = None,
+    encoders: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     The record of a run.
@@ -128,7 +128,7 @@ def run_record(
             Further settings that determine the result, such as the augmentation.
         data (`dict`):
             The training and validation data, see [`describe_data`].
-        encoders (`dict[str, str]`, *optional*):
+        encoders (`dict`, *optional*):
             Where the pretrained encoders come from. They are recorded and not compared.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in CONFIG_NOTES}

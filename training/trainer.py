@@ -21,7 +21,12 @@ from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_for_metrics
 from mfuser.files import write_text
-from mfuser.loading import ENCODERS_FILE
+from mfuser.frozen_encoders_mfuser import (
+    checked_encoders,
+    frozen_encoders,
+    weights_without_encoders,
+    write_encoders_file,
+)
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.training.arguments import MFuserTrainingArguments
 from mfuser.training.checkpoints import (
@@ -86,7 +91,8 @@ class MFuserTrainer(Trainer):
         eval_dataset ([`~mfuser.data.validation.ValidationDataset`] or a `dict` of them by name, *optional*):
             Validation images of the source domain, by which the best checkpoint is selected.
         encoders (`dict[str, str]`, *optional*):
-            Folder or Hub id of the pretrained `vfm` and `vlm`, saved beside weights that are saved without them.
+            Folder or Hub id of the pretrained `vfm` and `vlm`, for `save_trainable_only`; needed if the model was
+            loaded from a folder that holds them.
         monitored (`dict[str, Dataset]`, *optional*):
             Target domains to monitor, by name, such as [`~mfuser.training.monitoring.MonitoredDomain`].
         run_record (`dict`, *optional*):
@@ -115,17 +121,21 @@ class MFuserTrainer(Trainer):
         tokenizer=None,
         **kwargs,
     ):
-        if args.save_trainable_only and encoders is None and model.config.freeze_encoders:
-            raise ValueError(
-                "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
-                "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to false"
-            )
+        encoders, self.encoders = model.encoders or encoders, None
+        if args.save_trainable_only and frozen_encoders(model):
+            if encoders is None:
+                raise ValueError(
+                    "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
+                    "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to "
+                    "false"
+                )
+            self.encoders = checked_encoders(model, encoders)
         self.monitored = dict(monitored or {})
         metrics = ["mean_iou", "overall_accuracy", *(f"iou_{name}" for name in model.config.id2label.values())]
         check_selection(args.metric_for_best_model, metrics, eval_dataset, self.monitored)
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.train_sampler, self.encoders = train_sampler, encoders
+        self.train_sampler = train_sampler
         self.run_record, self.tokenizer = run_record, tokenizer
         self.loss_is_finite: torch.Tensor | bool = True  # since the last optimizer step
         self._loss_sums: dict[str, torch.Tensor] = {}
@@ -332,7 +342,7 @@ class MFuserTrainer(Trainer):
         """
         Saves the model, the image processor and the training arguments.
 
-        With `save_trainable_only`, frozen weights are left out and the encoders are named in `encoders.json`.
+        With `save_trainable_only`, frozen encoders are left out and named in `encoders.json`.
         """
         final = Path(output_dir or self.args.output_dir)
         within_checkpoint = UNFINISHED_FOLDER in final.parts  # which becomes visible as a whole
@@ -352,11 +362,10 @@ class MFuserTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
         if self.args.save_trainable_only:
-            frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-            state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
+            state_dict = weights_without_encoders(model, state_dict)
         model.save_pretrained(folder, state_dict=state_dict)
-        if self.args.save_trainable_only and self.encoders:
-            write_text(folder / ENCODERS_FILE, json.dumps(self.encoders, indent=2) + "\n")
+        if self.encoders is not None:
+            write_encoders_file(folder, self.encoders)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self.tokenizer is not None:

@@ -167,6 +167,10 @@ class MFuserImageProcessor(PilBackend):
                 raise ValueError(f"`{name}` is {size}; its keys must be one of {forms}.")
             if size is not None and any(length < 1 for length in size.values()):
                 raise ValueError(f"`{name}` is {size}; every length must be at least 1 pixel.")
+        size = kwargs["size"]
+        if size is not None and set(dict(size)) == {"longest_edge"}:
+            # The same size, in a form that Transformers' example scripts can read.
+            kwargs["size"] = SizeDict(shortest_edge=size.longest_edge, longest_edge=size.longest_edge)
         return kwargs
 
     def _validate_preprocess_kwargs(self, **kwargs):
