@@ -65,7 +65,6 @@ def _cannot_be_tracked(source: nn.Module | torch.Tensor) -> bool:
     if isinstance(source, torch.Tensor):
         return source.is_meta
     return any(
-        type(module).__module__.startswith("peft.")
-        or any(weight.is_meta for weight in module.parameters(recurse=False))
+        type(module).__module__.startswith("peft.") or any(weight.is_meta for weight in module.parameters(recurse=False))
         for module in source.modules()
     )
