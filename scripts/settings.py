@@ -204,7 +204,7 @@ def _convert(value: Any, annotation: Any) -> Any:
 def _convert_to_one(value: Any, alternatives: tuple) -> Any:
     """The value as the first alternative that it fits. An enumeration lists the strings that are accepted."""
     enums = [each for each in alternatives if isinstance(each, type) and issubclass(each, enum.Enum)]
-    if enums and isinstance(value, str):
+    if enums and value is not None:
         return _convert(value, enums[0])
     exact = [each for each in alternatives if each is type(value)]
     for alternative in (*exact, *alternatives):

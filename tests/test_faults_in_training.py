@@ -99,7 +99,7 @@ def check(action, trainer, tmp_path, kind, step):
 @pytest.mark.parametrize("kind", ["kill", "full"])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_nothing_that_was_whole_is_lost(action, kind, trainer, tmp_path):
-    check(ACTIONS[action], trainer, tmp_path, kind, step=11)
+    check(ACTIONS[action], trainer, tmp_path, kind, step=19)
 
 
 @pytest.mark.slow

@@ -30,8 +30,7 @@ def spoil(trainer, steps, kind):
     trainer.training_step = spoiled
 
 
-@pytest.mark.parametrize("kind", ["loss", "nan", "inf"])
-@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
+@pytest.mark.parametrize(("kind", "max_grad_norm"), [("loss", 0), ("nan", 1.0), ("inf", 0), ("inf", 1.0)])
 def test_a_step_that_is_not_finite_changes_no_weight_and_training_goes_on(tmp_path, kind, max_grad_norm):
     trainer = trainer_in(tmp_path, max_steps=3, save_strategy="no", max_grad_norm=max_grad_norm)
     spoil(trainer, {1}, kind)

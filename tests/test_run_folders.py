@@ -92,7 +92,7 @@ REFUSED = {
     ),
     "frozen encoders": (
         ["resume=true", "model_config.freeze_encoders=true", "max_steps=4"],
-        "model_config.freeze_encoders was False and is True; frozen_weights was None and is ",
+        "model_config.freeze_encoders was False and is True; frozen_weights was ",
     ),
     "other data": (
         ["resume=true", "train_data={other_data}", "max_steps=4"],
