@@ -50,7 +50,13 @@ from mfuser.scripts.train_arguments import (
 )
 from mfuser.training.checkpoints import restore_replaced
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
-from mfuser.training.run_folders import check_output_dir, checkpoint_to_resume, locked, remove_earlier_run
+from mfuser.training.run_folders import (
+    check_checkpoint,
+    check_output_dir,
+    checkpoint_to_resume,
+    locked,
+    remove_earlier_run,
+)
 from mfuser.training.run_record import RECORD_FILE, check_record, describe_data, run_record, with_length
 from mfuser.training.trainer import MFuserTrainer
 
@@ -307,6 +313,7 @@ def run(trainer: MFuserTrainer, checkpoint: str | None):
     if checkpoint is None:
         train(trainer)
         return
+    check_checkpoint(checkpoint)
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     if trainer.run_record is not None:
         saved = check_record(checkpoint, trainer.run_record)

@@ -217,3 +217,28 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_blocks_noth
         os.kill(other.pid, signal.SIGKILL)
         other.join()
     assert train.main([str(recipe), "max_steps=1", "eval_strategy=no"]) == 0
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------
+
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "mfuser_run.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["half", "text", "gone"])
+def test_a_damaged_checkpoint_ends_with_one_line_that_names_it_and_is_kept(name, damage, run, recipe, capsys):
+    shutil.rmtree(run / "checkpoint-2")
+    file = run / "checkpoint-1" / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if damage == "half" else b"not this")
+    before = files_in(run)
+    code = train.main([str(recipe), "resume=true"])
+    shown = capsys.readouterr().err
+    if damage == "gone" and name == "mfuser_run.json":
+        assert code == 0  # a checkpoint of an earlier version
+        return
+    assert code == 2
+    assert "checkpoint-1" in shown.rpartition("mfuser train: ")[2] and "Traceback" not in shown
+    assert files_in(run) == before

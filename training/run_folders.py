@@ -1,16 +1,27 @@
 """The folder of a run: one run at a time, and none of its results is lost to another run."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from mfuser.training.checkpoints import CONFIG_FILE, LOCK_FILE, REPLACED_FOLDER, WEIGHTS, discard
 from mfuser.training.run_record import RECORD_FILE
 
+# The parts of a checkpoint. DeepSpeed and FSDP save some of them in folders.
+PARTS = {
+    "weights": ("*.safetensors", "global_step*", "pytorch_model*"),
+    "state of the optimizer": ("optimizer*", "global_step*"),
+    "state of the schedule": ("scheduler.pt", "global_step*"),
+    "state of the random numbers": ("rng_state*.pth",),
+    "state of the run": (TRAINER_STATE_NAME,),
+}
 # What a run writes in its folder beside checkpoints and weights.
 RESULTS = (CONFIG_FILE, RECORD_FILE, TRAINER_STATE_NAME, "training_args.bin", "preprocessor_config.json", "README.md")
 
@@ -92,6 +103,35 @@ def checkpoint_to_resume(folder: Path, resume: str | bool) -> str | None:
     return get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
 
 
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """
+    Checks that a checkpoint is complete and that none of its files is cut off.
+
+    Trainer would continue without the state of the optimizer or of the random numbers if their files were missing.
+
+    Raises:
+        ValueError: If a file is missing or damaged.
+    """
+    folder = Path(checkpoint)
+    for kind, patterns in PARTS.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise ValueError(f"{folder} cannot be resumed: it holds no {kind} ({' or '.join(patterns)})")
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth"):  # archives whose directory is at the end
+                with ZipFile(file):
+                    pass
+        except (ValueError, SafetensorError, BadZipFile) as error:
+            raise ValueError(
+                f"{folder} cannot be resumed: {file.name} is damaged ({error}); name an earlier checkpoint by resume"
+            ) from error
+
+
 def remove_earlier_run(folder: Path) -> None:
     """Deletes the checkpoints and the results of an earlier run. Other files are kept."""
     for checkpoint in sort_checkpoints(str(folder)):
@@ -101,4 +141,4 @@ def remove_earlier_run(folder: Path) -> None:
         path.unlink()
 
 
-__all__ = ["check_output_dir", "checkpoint_to_resume", "locked", "remove_earlier_run"]
+__all__ = ["check_checkpoint", "check_output_dir", "checkpoint_to_resume", "locked", "remove_earlier_run"]
