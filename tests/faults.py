@@ -8,14 +8,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-# Python's audit events of operations that change files, and the positions of paths among their arguments.
-EVENTS = {
-    "open": (0,),
-    "os.rename": (0, 1),
-    "os.remove": (0,),
-    "os.rmdir": (0,),
-    "os.mkdir": (0,),
-    "os.truncate": (0,),
+# Python's audit events of operations that change files: the positions of paths among their arguments, and those of the
+# open folders that relative paths refer to (`shutil.rmtree` uses them).
+EVENTS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "open": ((0, None),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 NO_SPACE = {"open", "os.mkdir"}  # operations that need space on the disk
@@ -55,6 +55,14 @@ def run_with_fault(action: Callable[[], object], folder: Path, number: int, kind
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def path_of(arguments: tuple, position: int, folder: int | None) -> str:
+    """The path that an event names, with the folder that it is relative to."""
+    path, descriptor = arguments[position], -1 if folder is None else arguments[folder]
+    if isinstance(path, int):
+        return ""
+    return os.path.join(os.readlink(f"/proc/self/fd/{descriptor}") if descriptor >= 0 else "", os.fsdecode(path))
+
+
 def _fault(folder: str, number: int, kind: str):
     count = 0
 
@@ -62,7 +70,7 @@ def _fault(folder: str, number: int, kind: str):
         nonlocal count
         if event not in EVENTS:
             return
-        paths = [os.fsdecode(arguments[index]) for index in EVENTS[event] if not isinstance(arguments[index], int)]
+        paths = [path_of(arguments, *positions) for positions in EVENTS[event]]
         if not any(path.startswith(folder) for path in paths):
             return
         if event == "open" and not (arguments[2] or 0) & WRITING:
