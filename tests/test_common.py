@@ -20,10 +20,12 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_batch, tiny_config
+from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_tokenizer
 from torch import nn
 
-from mfuser import MFuserForSemanticSegmentation, MFuserModel
+from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor, MFuserModel
+from mfuser.configuration_eva02_clip import Eva02ClipConfig
+from mfuser.modeling_eva02_clip import Eva02ClipModel, Eva02ClipTextModel, Eva02ClipVisionModel
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from tiny_models import PAIRS, tiny_batch, tiny_model
+from tiny_models import CLASSES, PAIRS, tiny_batch, tiny_model
 
 from mfuser import MFuserForSemanticSegmentation
 
