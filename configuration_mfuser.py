@@ -1,88 +1,26 @@
 """The configuration of MFuser, and the checks that its values are consistent."""
 
-import difflib
 import math
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig
 
-from .class_names_mfuser import (
-    CITYSCAPES_CLASSES,
-    CITYSCAPES_CLIP_TOKENS,
-    CLIP_END_TOKEN,
-    CLIP_START_TOKEN,
-    IGNORE_INDEX,
-    clip_token_row,
+from .class_names_mfuser import CITYSCAPES_CLASSES, CITYSCAPES_CLIP_TOKENS, IGNORE_INDEX, clip_token_row
+from .configuration_eva02_clip import SubConfig
+from .encoder_configs_mfuser import (
+    CLIP_TOKENIZED,
+    DEFAULT_ENCODERS,
+    TEXT_TOWER_OF,
+    VFM_TYPES,
+    check_field_names,
+    encoder_config,
 )
-from .configuration_eva02_clip import Eva02ClipTextConfig, Eva02ClipVisionConfig, SubConfig
 
-# The full-size CLIP variant of the paper: DINOv2-L and CLIP ViT-L/14-336, both at patch 16 on crops of 512.
-DEFAULT_ENCODERS = {
-    "vfm_config": {
-        "model_type": "dinov2",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 512,
-        "patch_size": 16,
-        "use_mask_token": False,
-    },
-    "vlm_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 512,
-        "patch_size": 16,
-        "projection_dim": 768,
-    },
-    "text_config": {
-        "model_type": "clip_text_model",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 10,
-        "projection_dim": 768,
-        "bos_token_id": CLIP_START_TOKEN,
-        "eos_token_id": CLIP_END_TOKEN,
-    },
-}
-
-# The type of text encoder that belongs to each type of vision encoder of a vision-language model.
-TEXT_TOWER_OF = {
-    "clip_vision_model": "clip_text_model",
-    "eva02_clip_vision_model": "eva02_clip_text_model",
-    "siglip_vision_model": "siglip_text_model",
-    "siglip2_vision_model": "siglip2_text_model",
-}
-CLIP_TOKENIZED = ("clip_vision_model", "eva02_clip_vision_model")
-VFM_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-OWN_CONFIGS = {config.model_type: config for config in (Eva02ClipVisionConfig, Eva02ClipTextConfig)}
-# Keyword arguments with these prefixes must be fields of MFuserConfig.
+# Fields with these prefixes are MFuser's, so that a saved configuration is not accepted with unknown ones either.
 OWN_PREFIXES = ("fusion_", "vlm_", "vfm_", "text_", "enhancer_", "decoder_", "loss_", "crop_", "class_token")
 
 NUM_TAPS = 4  # levels of the feature pyramid
 GROUP_NORM_GROUPS = 32
-
-
-def encoder_config(value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
-    """The configuration of an encoder, as the class that `model_type` names."""
-    if isinstance(value, PreTrainedConfig):
-        return value
-    value = dict(default if value is None else value)
-    model_type = value.pop("model_type", default["model_type"])
-    known = (*VFM_TYPES, *TEXT_TOWER_OF, *TEXT_TOWER_OF.values())
-    if model_type not in known:
-        raise ValueError(f"model_type of an encoder is {model_type!r}; it must be one of {', '.join(known)}")
-    if value.get("num_attention_heads", 1) < 1:
-        raise ValueError(
-            f"num_attention_heads of the {model_type} is {value['num_attention_heads']}; it must be positive"
-        )
-    if model_type in OWN_CONFIGS:
-        return OWN_CONFIGS[model_type](**value)
-    return AutoConfig.for_model(model_type, **value)
 
 
 @strict
@@ -243,13 +181,11 @@ class MFuserConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
-        for name in kwargs:
-            if name.startswith(OWN_PREFIXES):  # Transformers stores any other unknown argument
-                nearest = difflib.get_close_matches(name, type(self).__dataclass_fields__, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"MFuserConfig has no field {name!r}{hint}")
+        saved = self.transformers_version is not None  # other versions and libraries may have added fields
+        names = [name for name in kwargs if not saved or name.startswith(OWN_PREFIXES)]
+        check_field_names(type(self), names, "MFuserConfig")
         for name, default in DEFAULT_ENCODERS.items():
-            setattr(self, name, encoder_config(getattr(self, name), default))
+            setattr(self, name, encoder_config(getattr(self, name), default, name, check_names=not saved))
         is_clip = self.vlm_config.model_type == "clip_vision_model"
         if self.fusion_project_vfm is None:
             self.fusion_project_vfm = is_clip or self.vfm_config.hidden_size != self.vlm_config.hidden_size
@@ -261,6 +197,8 @@ class MFuserConfig(PreTrainedConfig):
             self.label2id: dict[str, int] = {name: index for index, name in self.id2label.items()}
             if self.class_token_ids is None and self.vlm_config.model_type in CLIP_TOKENIZED:
                 self.class_token_ids = [clip_token_row(tokens) for tokens in CITYSCAPES_CLIP_TOKENS]
+        if self.id2label is not None and kwargs.get("num_labels") not in (None, len(self.id2label)):
+            raise ValueError(f"num_labels is {kwargs['num_labels']}, but id2label has {len(self.id2label)} labels")
         super().__post_init__(**kwargs)
         self.check()
 
@@ -299,6 +237,12 @@ class MFuserConfig(PreTrainedConfig):
         self._check_fusion()
         self._check_text()
         self._check_decoder_and_losses()
+        self.check_windows()
+
+    def check_windows(self):
+        """Raises `ValueError` unless the sliding windows cover every image. The model calls it for every image."""
+        if self.windows_per_batch is not None and self.windows_per_batch < 1:
+            raise ValueError(f"windows_per_batch is {self.windows_per_batch}; it must be at least 1")
         if self.crop_size < self.patch_size:
             raise ValueError(f"crop_size is {self.crop_size}; it must be at least patch_size ({self.patch_size})")
         if not 1 <= self.crop_stride <= self.crop_size:
@@ -316,12 +260,16 @@ class MFuserConfig(PreTrainedConfig):
             *("fusion_state_size", "fusion_conv_kernel", "enhancer_hidden_size", "enhancer_num_heads"),
             *("enhancer_num_layers", "enhancer_mlp_ratio", "decoder_hidden_size", "decoder_num_heads"),
             *("decoder_num_points", "decoder_pixel_layers", "decoder_pixel_feedforward_size", "decoder_num_layers"),
-            *("decoder_feedforward_size", "loss_num_points", "windows_per_batch"),
+            *("decoder_feedforward_size", "loss_num_points"),
         ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in type(self).__dataclass_fields__:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("loss_class_weight", "loss_mask_weight", "loss_dice_weight", "loss_score_map_weight"):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be a finite number")
+        weights = ("loss_class_weight", "loss_mask_weight", "loss_dice_weight", "loss_score_map_weight")
+        for name in (*weights, "initializer_range"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("fusion_dropout", "vlm_drop_path_rate", "enhancer_dropout"):
@@ -343,6 +291,11 @@ class MFuserConfig(PreTrainedConfig):
 
     def _check_encoders(self):
         vfm, vlm, text = self.vfm_config, self.vlm_config, self.text_config
+        for name, encoder in (("vfm_config", vfm), ("vlm_config", vlm), ("text_config", text)):
+            for field in ("hidden_size", "num_hidden_layers", "intermediate_size", "projection_dim", "patch_size"):
+                value = getattr(encoder, field, 1)
+                if type(value) is not int or value < 1:
+                    raise ValueError(f"{name}.{field} is {value}; it must be an integer of at least 1")
         if vfm.model_type not in VFM_TYPES:
             raise ValueError(f"vfm_config.model_type is {vfm.model_type!r}; it must be one of {', '.join(VFM_TYPES)}")
         if vlm.model_type not in TEXT_TOWER_OF:

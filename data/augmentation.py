@@ -19,6 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.label_maps import check_sizes, label_ids
+from mfuser.data.unreadable import SkippedRows, check_label, read_row
 from mfuser.image_processing_mfuser import scaled_size
 
 # A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.
@@ -381,12 +382,26 @@ class AugmentedDataset(Dataset):
             The transforms.
         seed (`int`, *optional*, defaults to 0):
             Non-negative seed of all random numbers.
+        num_labels (`int`, *optional*):
+            Number of classes. A sample with another label than these and 255 is an error.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether the next row takes the place of one that cannot be read.
+
+    Attributes:
+        skipped ([`~mfuser.data.unreadable.SkippedRows`]): The rows that were skipped.
 
     Raises:
-        ValueError: If a column is missing, or (on access) if a row can't be transformed.
+        ValueError: If a column is missing, or (on access) if a row can't be read or transformed.
     """
 
-    def __init__(self, dataset, augmentation: TrainingAugmentation, seed: int = 0):
+    def __init__(
+        self,
+        dataset,
+        augmentation: TrainingAugmentation,
+        seed: int = 0,
+        num_labels: int = IGNORE_INDEX,
+        skip_unreadable: bool = False,
+    ):
         missing = {"image", "label"} - set(dataset.column_names)
         if missing:
             raise ValueError(
@@ -396,6 +411,8 @@ class AugmentedDataset(Dataset):
         self.dataset = dataset.select_columns(["image", "label"])
         self.augmentation = augmentation
         self.seed = seed
+        self.num_labels = num_labels
+        self.skipped = SkippedRows(len(dataset), skip_unreadable)
         # In shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -408,12 +425,17 @@ class AugmentedDataset(Dataset):
     def __getitem__(self, draw: Draw | int) -> dict[str, torch.Tensor]:
         if not isinstance(draw, Draw):
             draw = Draw(row=draw, epoch=self._epoch.item(), position=draw)
-        row = self.dataset[draw.row]
+
+        def read(row: int) -> dict[str, torch.Tensor]:
+            return read_row(self.dataset, row, f"Row {row} of the dataset", lambda item: self._sample(item, draw))
+
+        return self.skipped.first_readable(read, draw.row, range(len(self)))
+
+    def _sample(self, item: dict, draw: Draw) -> dict[str, torch.Tensor]:
         rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
-        try:
-            return self.augmentation(row["image"], row["label"], rng, draw.class_id, draw.min_class_pixels)
-        except ValueError as error:
-            raise ValueError(f"Row {draw.row} of the dataset: {error}") from error
+        sample = self.augmentation(item["image"], item["label"], rng, draw.class_id, draw.min_class_pixels)
+        check_label(sample["labels"].numpy(), self.num_labels)
+        return sample
 
 
 class ShuffledSampler(Sampler[Draw]):

@@ -10,6 +10,7 @@ Pairs that cannot be used are skipped and listed, with the reason, in `mfuser_pr
 import hashlib
 import json
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,12 +34,15 @@ from mfuser.data.loading import (
 from mfuser.data.rows import DatasetRows, DownloadRows, Rows
 from mfuser.data.shards import (
     FORMAT,
+    STATE_FILE,
     Conversion,
     Shard,
     cut_into_shards,
+    listed_files,
     prepared_features,
     process_pool,
     remove_leftovers,
+    remove_temporary,
     run,
     verify_shard,
     write_shard,
@@ -53,6 +57,7 @@ except ImportError:
 
 
 CUSTOM = "custom"
+INFO_FILE = "dataset_info.json"  # of `save_to_disk`
 
 
 class SplitSource(NamedTuple):
@@ -131,9 +136,10 @@ def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int
         # Threads suffice: hashing releases the interpreter's lock.
         records = run(verify_shard, shards, ThreadPoolExecutor(workers), f"{description}: checking existing shards")
     pending = [index for index, record in enumerate(records) if record is None]
-    state_file = folder / "state.json"
+    listed = listed_files(folder)
+    if not listed:
+        (folder / STATE_FILE).unlink(missing_ok=True)  # it may name files that are gone
     if pending:
-        state_file.unlink(missing_ok=True)
         remove_leftovers(folder, shards)
         pool = process_pool(min(workers, len(pending))) if workers > 1 else ThreadPoolExecutor(1)
         written = run(write_shard, [shards[index] for index in pending], pool, description)
@@ -143,8 +149,9 @@ def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int
     if not result["rows"]:
         skipped = result["skipped"]
         raise ValueError(f"{description}: all {len(skipped)} pairs are bad; the first: {_reason(skipped[0])}")
-    if pending or not state_file.exists():
+    if pending or listed != {shard.file.name for shard in shards}:
         _finish(folder, shards, records, prepared_features(source.rows.has_conditions), description)
+        remove_leftovers(folder, shards)  # those of the earlier state
     return result
 
 
@@ -168,7 +175,9 @@ def _split_record(source: SplitSource, records: list) -> dict[str, Any]:
 def _finish(folder: Path, shards: list[Shard], records: list, features, description: str) -> None:
     """Writes the two files that `save_to_disk` writes next to its data, `state.json` last."""
     description = f"{description}, by mfuser prepare: labels are train ids, {IGNORE_INDEX} ignored"
-    datasets.DatasetInfo(description=description, features=features).write_to_directory(str(folder))
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as written:
+        datasets.DatasetInfo(description=description, features=features).write_to_directory(written)
+        write_text(folder / INFO_FILE, Path(written, INFO_FILE).read_text(encoding="utf-8"))
     fingerprint = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()[:16]
     state: dict[str, Any] = {
         "_data_files": [{"filename": shard.file.name} for shard in shards],
@@ -179,7 +188,7 @@ def _finish(folder: Path, shards: list[Shard], records: list, features, descript
         "_output_all_columns": False,
         "_split": folder.name,
     }
-    write_text(folder / "state.json", json.dumps(state, indent=2))
+    write_text(folder / STATE_FILE, json.dumps(state, indent=2))
 
 
 def prepare(
@@ -254,6 +263,7 @@ def prepare(
     output.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(output / ".lock", timeout=0):
         preparation["splits"] = _earlier_splits(output, preparation)
+        remove_temporary(output)
         write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2))
         for split, source in sources.items():
             record = prepare_split(source, output / split, title, shard_size, workers)
@@ -338,9 +348,9 @@ def _earlier_splits(output: Path, preparation: dict[str, Any]) -> dict[str, Any]
         return {}
     earlier = json.loads((output / PREPARATION_FILE).read_text(encoding="utf-8"))
     for key in ("format", "domain", "label_map", "classes"):
-        if earlier[key] != preparation[key]:
+        if earlier.get(key) != preparation[key]:
             raise ValueError(
-                f"{output} holds another preparation: its {key} is {earlier[key]}, not {preparation[key]}; "
+                f"{output} holds another preparation: its {key} is {earlier.get(key)}, not {preparation[key]}; "
                 "give another folder"
             )
     return earlier["splits"]

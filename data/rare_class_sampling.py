@@ -34,6 +34,7 @@ def count_class_pixels(
     num_classes: int,
     cache_file: str | Path | None = None,
     num_proc: int | None = None,
+    skip_unreadable: bool = False,
 ) -> np.ndarray:
     """
     Counts the pixels of each class in each label map of a dataset.
@@ -51,6 +52,8 @@ def count_class_pixels(
             Cache file to use instead. Without it, the counts of a dataset in memory are not cached.
         num_proc (`int`, *optional*):
             Number of processes that count; by default one per CPU.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether label maps that cannot be read count as empty, with a warning.
 
     Returns:
         `np.ndarray` of shape `(rows, num_classes)`: The counts as int64, in the order of the dataset.
@@ -70,24 +73,27 @@ def count_class_pixels(
     if not len(dataset):
         raise ValueError("the dataset is empty; it must have at least one row")
 
-    fingerprint = _fingerprint(dataset, num_classes)
+    fingerprint = _fingerprint(dataset, num_classes, skip_unreadable)
     if cache_file is None and dataset.cache_files:
         folder = Path(dataset.cache_files[0]["filename"]).parent
         cache_file = folder / f"rare-class-index-{fingerprint[:16]}.npz"
     if cache_file is not None:
         counts = _load(Path(cache_file), fingerprint)
         if counts is not None:
-            return counts
+            return _without_unreadable(counts)
 
     num_proc = min(num_proc or os.cpu_count() or 1, len(dataset))
-    counted = dataset.select_columns("label").map(
+    labels = dataset.select_columns("label")
+    if isinstance(labels.features["label"], datasets.Image):  # decoded row by row, so that errors name the row
+        labels = labels.cast_column("label", datasets.Image(decode=False))
+    counted = labels.map(
         _count_labels,
         input_columns="label",
         with_indices=True,
         batched=True,
         batch_size=16,
         remove_columns="label",
-        fn_kwargs={"num_classes": num_classes},
+        fn_kwargs={"num_classes": num_classes, "skip_unreadable": skip_unreadable},
         num_proc=num_proc if num_proc > 1 else None,
         keep_in_memory=True,
         load_from_cache_file=False,
@@ -96,13 +102,27 @@ def count_class_pixels(
     counts = np.array(counted.with_format("numpy")[:]["pixels"])
     if cache_file is not None:
         _save(Path(cache_file), fingerprint, counts)
-    return counts
+    return _without_unreadable(counts)
 
 
-def _count_labels(labels: list, rows: list[int], num_classes: int) -> dict[str, np.ndarray]:
+def _without_unreadable(counts: np.ndarray) -> np.ndarray:
+    """The counts, in which -1 marks label maps that could not be read, with 0 for these and a warning."""
+    unreadable = np.flatnonzero((counts < 0).any(axis=1))
+    if len(unreadable):
+        logger.warning(
+            "%d label maps cannot be read and are not drawn for any class: rows %s",
+            len(unreadable),
+            ", ".join(map(str, unreadable[:10])) + (", ..." if len(unreadable) > 10 else ""),
+        )
+    return counts.clip(0)
+
+
+def _count_labels(labels: list, rows: list[int], num_classes: int, skip_unreadable: bool) -> dict[str, np.ndarray]:
     counts = np.empty((len(labels), num_classes), dtype=np.int64)
     for row, label, target in zip(rows, labels, counts, strict=True):
         try:
+            if isinstance(label, dict):
+                label = datasets.Image().decode_example(label)
             histogram = np.bincount(label_array(label).ravel(), minlength=IGNORE_INDEX + 1)
             unknown = num_classes + np.flatnonzero(histogram[num_classes:IGNORE_INDEX])
             if len(unknown):
@@ -110,15 +130,22 @@ def _count_labels(labels: list, rows: list[int], num_classes: int) -> dict[str, 
                     f"the label holds {unknown[:10].tolist()}, which are neither classes (0..{num_classes - 1}) nor "
                     f"{IGNORE_INDEX}; map label ids to train ids first"
                 )
-        except ValueError as error:
-            raise ValueError(f"Row {row} of the dataset: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises errors of almost any type for damaged files
+            if not skip_unreadable:
+                raise ValueError(f"Row {row} of the dataset: {error}") from error
+            target[:] = -1
+            continue
         target[:] = histogram[:num_classes]
     return {"pixels": counts}
 
 
-def _fingerprint(dataset: datasets.Dataset, num_classes: int) -> str:
+def _fingerprint(dataset: datasets.Dataset, num_classes: int, skip_unreadable: bool) -> str:
     """Cache key of the counts: the dataset's fingerprint, and size and time of the files that it refers to."""
     key = [_INDEX_VERSION, dataset._fingerprint, len(dataset), num_classes]
+    if skip_unreadable:
+        key.append("skip_unreadable")
     if isinstance(dataset.features["label"], datasets.Image):
         stored = dataset.data.column("label")
         by_path = pyarrow.compute.is_null(pyarrow.compute.struct_field(stored, "bytes"))

@@ -2,13 +2,15 @@
 Shards of a prepared split: Arrow files of checked images and train ids, each with a record of its content.
 
 A shard is written under a temporary name and renamed once it is complete, and its record (input, size, checksum,
-skipped pairs) is written after it. When a run that was stopped is started again, it keeps the complete shards.
+skipped pairs) is written after it. When a run that was stopped is started again, it keeps the complete shards. A shard
+of a prepared split is not overwritten with other rows: the split remains whole until the new one is.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -148,15 +150,38 @@ def cut_into_shards(rows: Rows, folder: Path, conversion: Conversion, shard_size
         conversion.class_in_red_channel,
         rows.has_conditions,
     ]
-    identities = rows.identities
+    identities, listed = rows.identities, listed_files(folder)
     starts = range(0, len(rows), shard_size)
     shards = []
     for index, first in enumerate(starts):
         last = min(first + shard_size, len(rows))
         key = hashlib.sha256(json.dumps([rule, identities[first:last]]).encode()).hexdigest()
         file = folder / f"data-{index:05d}-of-{len(starts):05d}.arrow"
+        if file.name in listed and _recorded_key(file) not in (None, key):
+            file = file.with_name(f"{file.stem}-{key[:8]}.arrow")
         shards.append(Shard(file, rows.slice(first, last), conversion, key))
     return shards
+
+
+STATE_FILE = "state.json"  # of `save_to_disk`: the files of a split
+
+
+def listed_files(folder: Path) -> set[str]:
+    """The files of a split that is whole; none if it is not."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        names = {item["filename"] for item in state["_data_files"]}
+    except (FileNotFoundError, ValueError, KeyError):
+        return set()
+    return names if all((folder / name).is_file() for name in names) else set()
+
+
+def _recorded_key(file: Path) -> str | None:
+    """The key in the record of a shard, if there is one."""
+    try:
+        return json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["key"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def prepared_features(conditions: bool):
@@ -229,11 +254,23 @@ def verify_shard(shard: Shard) -> dict[str, Any] | None:
 
 
 def remove_leftovers(folder: Path, shards: list[Shard]) -> None:
-    """Deletes files of killed runs, and shards of an earlier cut (the download grew, or the shard size changed)."""
+    """Deletes files of killed runs and shards of an earlier cut, but none that belongs to a split that is whole."""
     current = {file.name for shard in shards for file in (shard.file, shard.record_file)}
+    for name in listed_files(folder):
+        current |= {name, Path(name).with_suffix(".json").name}
+    remove_temporary(folder)
     for file in folder.glob("data-*-of-*"):
         if file.name not in current:
             file.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """Deletes the temporary files and folders of killed runs."""
+    for path in folder.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:

@@ -29,6 +29,7 @@ from mfuser.data.augmentation import (
 from mfuser.data.label_maps import LabelMap
 from mfuser.data.loading import LoadedDomain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
+from mfuser.data.unreadable import SkippedRows, read_row
 
 SOURCE_STREAM = RARE_CLASS_STREAM + 1
 RARE_CLASS_SCOPES = ("source", "joint")
@@ -111,6 +112,8 @@ class MultiSourceDataset(Dataset):
         mask_unlabelled (`bool`, *optional*, defaults to `True`):
             Whether samples carry `class_mask`. Without it, classes that a source does not label are taught as
             absent.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether the next row of the source takes the place of one that cannot be read.
 
     Raises:
         ValueError: If a source lacks a column, or (on access) if a row cannot be transformed. The message names the
@@ -123,6 +126,7 @@ class MultiSourceDataset(Dataset):
         augmentation: TrainingAugmentation,
         seed: int = 0,
         mask_unlabelled: bool = True,
+        skip_unreadable: bool = False,
     ):
         for source in sources:
             missing = {"image", "label"} - set(source.dataset.column_names)
@@ -137,6 +141,7 @@ class MultiSourceDataset(Dataset):
         self.seed = seed
         self._datasets = [source.dataset.select_columns(["image", "label"]) for source in sources]
         self._ends = list(accumulate(map(len, self._datasets)))
+        self.skipped = SkippedRows(self._ends[-1], skip_unreadable)
         self._label_maps = [_label_map(source, self.id2label) for source in sources]
         self._labelled_classes = [
             torch.tensor([label in source.class_mask for label in self.id2label.values()]) if mask_unlabelled else None
@@ -152,14 +157,19 @@ class MultiSourceDataset(Dataset):
         return index, row - (self._ends[index] - len(self._datasets[index]))
 
     def __getitem__(self, draw: Draw) -> dict[str, torch.Tensor]:
-        index, row = self.locate(draw.row)
-        item = self._datasets[index][row]
-        rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
-        try:
+        index, _ = self.locate(draw.row)
+
+        def make(item: dict[str, Any]) -> dict[str, torch.Tensor]:
+            rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
             label = self._label_maps[index](label_array(item["label"]))
-            sample = self.augmentation(item["image"], label, rng, draw.class_id, draw.min_class_pixels)
-        except ValueError as error:
-            raise ValueError(f"{self.sources[index].name}, row {row}: {error}") from error
+            return self.augmentation(item["image"], label, rng, draw.class_id, draw.min_class_pixels)
+
+        def read(row: int) -> dict[str, torch.Tensor]:
+            own = self.locate(row)[1]
+            return read_row(self._datasets[index], own, f"{self.sources[index].name}, row {own}", make)
+
+        rows_of_source = range(self._ends[index] - len(self._datasets[index]), self._ends[index])
+        sample = self.skipped.first_readable(read, draw.row, rows_of_source)
         class_mask = self._labelled_classes[index]
         return sample if class_mask is None else sample | {"class_mask": class_mask}
 
@@ -252,7 +262,7 @@ class WeightedRareClassSampler(RareClassSampler):
         return Draw(int(self.rows[drawn][row]), epoch, position, int(self.classes[drawn]), self.min_class_pixels)
 
 
-def joint_pixel_counts(source: TrainingSource, id2label: dict[int, str]) -> np.ndarray:
+def joint_pixel_counts(source: TrainingSource, id2label: dict[int, str], skip_unreadable: bool = False) -> np.ndarray:
     """
     The pixels of each class in each row of a source, with the ids of all classes.
 
@@ -261,11 +271,13 @@ def joint_pixel_counts(source: TrainingSource, id2label: dict[int, str]) -> np.n
             The source.
         id2label (`dict[int, str]`):
             All classes, see [`joint_classes`].
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            See [`~mfuser.data.rare_class_sampling.count_class_pixels`].
 
     Returns:
         `np.ndarray` of shape `(rows, len(id2label))`: The counts; 0 for classes that the source does not label.
     """
-    own = count_class_pixels(source.dataset, len(source.id2label))
+    own = count_class_pixels(source.dataset, len(source.id2label), skip_unreadable=skip_unreadable)
     counts = np.zeros((len(own), len(id2label)), dtype=own.dtype)
     for own_id, joint_id in _joint_ids(source, id2label).items():
         counts[:, joint_id] = own[:, own_id]
@@ -277,6 +289,7 @@ def multi_source_sampler(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     rare_class_scope: str | None = "source",
+    skip_unreadable: bool = False,
     **rare_class_arguments,
 ) -> Sampler[Draw]:
     """
@@ -294,6 +307,8 @@ def multi_source_sampler(
             "joint" draws a class by its frequency in all sources, then an image of it, where each image has its share
             of the source's weight; a source without rare classes is then drawn less often than its weight says.
             `None` draws images uniformly within a source; without weights, each image once per epoch.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            See [`~mfuser.data.rare_class_sampling.count_class_pixels`].
         rare_class_arguments:
             `temperature`, `min_pixels` and `min_crop_ratio` of [`RareClassSampler`].
 
@@ -317,7 +332,7 @@ def multi_source_sampler(
     counts, samplers = [], []
     for source in sources:
         try:
-            counts.append(joint_pixel_counts(source, id2label))
+            counts.append(joint_pixel_counts(source, id2label, skip_unreadable))
             if rare_class_scope == "source":
                 samplers.append(RareClassSampler(counts[-1], seed=seed, **rare_class_arguments))
         except ValueError as error:

@@ -1,13 +1,17 @@
 """Images and label maps for validation during training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.augmentation import label_array
+from mfuser.data.label_maps import check_sizes, image_size
+from mfuser.data.unreadable import UnreadableRowError, check_label, read_row
 
 
 class ValidationDataset(Dataset):
@@ -19,18 +23,36 @@ class ValidationDataset(Dataset):
             Rows with the columns `image` and `label`.
         image_processor ([`MFuserImageProcessor`]):
             Resizes and normalises the images. The label maps are not resized.
+        num_labels (`int`, *optional*):
+            Number of classes. A label map with another value than these and 255 cannot be read.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether a row that cannot be read is `{"error": message}`, which the trainer counts.
+
+    Raises:
+        ValueError: If (on access) a row cannot be read.
     """
 
-    def __init__(self, dataset, image_processor):
+    def __init__(self, dataset, image_processor, num_labels: int = IGNORE_INDEX, skip_unreadable: bool = False):
         self.dataset = dataset.select_columns(["image", "label"])
         self.image_processor = image_processor
+        self.num_labels, self.skip_unreadable = num_labels, skip_unreadable
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.dataset[index]
-        return validation_sample(row["image"], label_array(row["label"]), self.image_processor)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return read_row(self.dataset, index, f"Row {index} of the validation data", self._sample)
+        except UnreadableRowError as error:
+            if not self.skip_unreadable:
+                raise
+            return {"error": str(error)}
+
+    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        label = label_array(row["label"])
+        check_label(label, self.num_labels)
+        check_sizes(image_size(row["image"]), label.shape)
+        return validation_sample(row["image"], label, self.image_processor)
 
 
 def validation_sample(image: Image.Image, label: np.ndarray, image_processor) -> dict[str, torch.Tensor]:

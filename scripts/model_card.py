@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.files import write_text
 
 ENCODER_NAMES = {
     "dinov2": "DINOv2",
@@ -68,4 +69,4 @@ def write_model_card(folder: Path, config: MFuserConfig, title: str, about: str)
         crop=config.crop_size,
         stride=config.crop_stride,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 from mfuser.data.loading import PREPARATION_FILE
 from mfuser.data.preparation import CUSTOM, prepare
 from mfuser.data.tables import DOMAINS, MAPILLARY
+from mfuser.scripts import cli
 
 try:
     import datasets
@@ -79,11 +80,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@cli.reports_errors("prepare")
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.mapillary_map and options.domain != "mapillary":
+        raise ValueError(f"--mapillary-map is for mapillary, not {options.domain}")
     try:
-        if options.mapillary_map and options.domain != "mapillary":
-            raise ValueError(f"--mapillary-map is for mapillary, not {options.domain}")
         prepare(
             options.domain,
             options.root,
@@ -96,23 +98,17 @@ def main(arguments: list[str] | None = None) -> int:
             workers=options.workers,
             shard_size=options.shard_size,
         )
-        if options.push_to_hub:
-            push_to_hub(options.output, options.push_to_hub)
-    except filelock.Timeout:
-        print(f"mfuser prepare: another run is writing to {options.output}", file=sys.stderr)
-        return 1
-    except BrokenProcessPool:
-        message = (
+    except filelock.Timeout as error:
+        raise cli.CommandError(f"another run is writing to {options.output}") from error
+    except BrokenProcessPool as error:
+        raise cli.CommandError(
             "a worker process was killed, possibly for lack of memory; run again with fewer --workers to continue"
-        )
-        print(f"mfuser prepare: {message}", file=sys.stderr)
-        return 1
-    except (ImportError, OSError, ValueError) as error:
-        print(f"mfuser prepare: {error}", file=sys.stderr)
-        return 1
+        ) from error
     except KeyboardInterrupt:
         print("mfuser prepare: stopped; run again to continue", file=sys.stderr)
-        return 130
+        return cli.INTERRUPTED
+    if options.push_to_hub:
+        push_to_hub(options.output, options.push_to_hub)
     return 0
 
 

@@ -15,7 +15,7 @@ from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.quantization import add_quantize_argument, quantize
-from mfuser.scripts import palettes
+from mfuser.scripts import cli, palettes
 
 # Included in the repository, so that the command runs offline.
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser-tiny-camvid"
@@ -198,6 +198,7 @@ def write_legend(output: Path, class_names: Sequence[str], colours: np.ndarray):
     (output / "legend.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
+@cli.reports_errors("segment")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     images, problems = find_images(parsed.inputs, parsed.output)
@@ -206,16 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not images:
         return 1
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
-        quantize(model, parsed.quantize)
-        class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-        colours = palettes.class_colours(class_names)
-        parsed.output.mkdir(parents=True, exist_ok=True)
-        write_legend(parsed.output, class_names, colours)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"mfuser segment: {error}", file=sys.stderr)
-        return 2
+    model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
+    quantize(model, parsed.quantize)
+    class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    colours = palettes.class_colours(class_names)
+    parsed.output.mkdir(parents=True, exist_ok=True)
+    write_legend(parsed.output, class_names, colours)
 
     counts = np.zeros(len(class_names), dtype=np.int64)
     skipped = len(problems)

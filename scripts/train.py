@@ -10,254 +10,63 @@ those of Transformers' Trainer. With `--resume true`, the same command continues
 complete checkpoint. `accelerate launch -m mfuser.scripts.train recipes/gta5_clip.yaml ...` trains on several devices.
 """
 
-import dataclasses
+import contextlib
 import functools
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from huggingface_hub import hf_hub_download
 from torch.utils.data import Dataset, Sampler
-from transformers import HfArgumentParser, TrainerState, set_seed
+from transformers import AutoTokenizer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from mfuser.class_names_mfuser import give_classes, label_names
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
-from mfuser.data.loading import load_domain
+from mfuser.data.loading import load_domain, parse_id2label
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.sources import MultiSourceDataset, TrainingSource, joint_classes, multi_source_sampler
 from mfuser.data.validation import ValidationDataset
+from mfuser.encoder_configs_mfuser import DEFAULT_ENCODERS
+from mfuser.frozen_encoders_mfuser import recorded_encoders
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.scripts import cli
 from mfuser.scripts.model_card import write_model_card
+from mfuser.scripts.train_arguments import (
+    PAIRING_ARGUMENTS,
+    DataArguments,
+    ModelArguments,
+    TrainArguments,
+    argument_parser,
+    parse_arguments,
+)
+from mfuser.training.checkpoints import restore_replaced
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
-from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
+from mfuser.training.run_folders import (
+    check_checkpoint,
+    check_output_dir,
+    checkpoint_to_resume,
+    locked,
+    remove_earlier_run,
+)
+from mfuser.training.run_record import RECORD_FILE, check_record, describe_data, run_record, with_length
+from mfuser.training.trainer import MFuserTrainer
 
-logger = logging.get_logger("transformers.mfuser.train")
-
-
-@dataclass
-class ModelArguments:
-    """The model to train: `model`, or `vfm` and `vlm`, or only `model_config`."""
-
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of an MFuser model to train further, on the same classes or others."},
-    )
-    vfm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision foundation model."})
-    vlm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the vision-language model."})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub id of the vision-language model's tokenizer (default: that of `vlm`). A `model` "
-            "whose folder contains none needs it for data with other classes."
-        },
-    )
-    model_config: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Fields of MFuserConfig. Without `model`, `vfm` and `vlm`, they describe a randomly initialised "
-            "model, whose class names are those of the training data."
-        },
-    )
-
-
-@dataclass
-class DataArguments:
-    """The training and validation data."""
-
-    train_data: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Folder written by `mfuser prepare`, parquet files, or folder or Hub id of a dataset; or a list "
-            "of several, as in [data/gta5, data/synthia]."
-        },
-    )
-    train_split: list[str] | None = field(
-        default_factory=lambda: ["train"],
-        metadata={"help": "Split of train_data to train on; or a list of one for each of several (default: train)."},
-    )
-    train_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Weights by which several train_data are drawn (default: their numbers of images)."},
-    )
-    mask_unlabelled_classes: bool = field(
-        default=True,
-        metadata={
-            "help": "With several train_data, whether classes that one of them does not label are left out of the "
-            "loss of its images. Otherwise they are taught as absent, as in plain concatenation."
-        },
-    )
-    validation_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data by which the best checkpoint is selected, given as for train_data. Use the source domain, "
-            "never a target domain."
-        },
-    )
-    validation_split: str | None = field(
-        default="validation", metadata={"help": "Split of validation_data to validate on."}
-    )
-    validation_size: dict[str, int] | None = field(
-        default=None,
-        metadata={"help": "Size that validation images are resized to, in the form of MFuserImageProcessor's `size`."},
-    )
-    monitor_data: dict[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Target domains whose mean IoU is logged during training and cannot select the checkpoint: "
-            "FOLDER or FOLDER:SPLIT for each name (default split: validation). "
-            "For example monitor_data.night=data/acdc:train."
-        },
-    )
-    monitor_images: int | None = field(
-        default=50, metadata={"help": "Number of images of each monitored domain, evenly spaced; null: all."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(
-        default="label",
-        metadata={"help": "Column of the label maps, with class ids and 255 for ignored pixels."},
-    )
-    id2label: str | None = field(
-        default=None,
-        metadata={"help": "JSON file of class names by id, or name of a domain, for data without class names."},
-    )
-    augmentation: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Arguments of TrainingAugmentation (default: the published ones, with the model's crop_size)."
-        },
-    )
-    rare_class_sampling: bool = field(
-        default=True, metadata={"help": "Whether images of rare classes are drawn more often."}
-    )
-    rare_class_scope: str = field(
-        default="source",
-        metadata={
-            "help": "With several train_data: source draws one of them by its weight, then a class; joint draws a "
-            "class over all of them."
-        },
-    )
-    rare_class_temperature: float = field(
-        default=100.0,
-        metadata={"help": "Temperature of the class probabilities: the higher, the closer to uniform."},
-    )
-    rare_class_min_pixels: int = field(
-        default=3000,
-        metadata={"help": "An image is drawn for a class if it holds more than this number of its pixels."},
-    )
-
-    def __post_init__(self):
-        if isinstance(self.train_data, str):
-            self.train_data = [self.train_data]
-        splits: Any = self.train_split if isinstance(self.train_split, list) else [self.train_split]
-        sources = self.train_data or []
-        self.train_split = splits * len(sources) if len(splits) == 1 else splits
-        if len(sources) != len(self.train_split or ()):
-            raise ValueError(
-                f"train_split is {self.train_split} and train_data {self.train_data}; give one split for all of them, "
-                "or one for each"
-            )
-        if self.train_weights and len(sources) < 2:
-            raise ValueError(f"train_weights is {self.train_weights}; weights require a list of several train_data")
-
-
-@dataclass
-class TrainArguments(MFuserTrainingArguments):
-    resume: str | None = field(
-        default=None,
-        metadata={"help": "true: continue from the last checkpoint in output_dir, if there is one. Or a checkpoint."},
-    )
-
-
-class SettingsLoader(yaml.SafeLoader):
-    """Reads YAML with the numbers and booleans of YAML 1.2: `1e-4` is a number and `no` is a string."""
-
-
-FLOAT, BOOLEAN = "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool"
-SettingsLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (FLOAT, BOOLEAN)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-SettingsLoader.add_implicit_resolver(BOOLEAN, re.compile(r"(?:true|false)\Z", re.IGNORECASE), "tTfF")
-SettingsLoader.add_implicit_resolver(
-    FLOAT, re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)\Z"), "-+.0123456789"
+# The settings of the data that determine the result of a run, in addition to the data itself.
+RECORDED_DATA_SETTINGS = (
+    *("train_weights", "mask_unlabelled_classes", "validation_size", "rare_class_sampling"),
+    *("rare_class_scope", "rare_class_temperature", "rare_class_min_pixels"),
 )
 
-
-def read_recipe(recipe: Path) -> dict[str, Any]:
-    """The settings of a recipe and, where it does not override them, of its `base`, a recipe in the same folder."""
-    if not recipe.is_file():
-        raise ValueError(
-            f"there is no recipe {recipe}; the published recipes are in {Path(__file__).parents[1] / 'recipes'}"
-        )
-    settings = yaml.load(recipe.read_text(encoding="utf-8"), SettingsLoader)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{recipe} holds {settings!r}; a recipe must hold settings such as `learning_rate: 1e-4`")
-    base = settings.pop("base", None)
-    return (read_recipe(recipe.with_name(base)) if base else {}) | settings
-
-
-def read_settings(arguments: list[str]) -> dict[str, Any]:
-    """
-    Reads the settings of the command line and of the recipe that it may begin with.
-
-    Args:
-        arguments (`list[str]`):
-            The arguments of the command. Settings that are given here override those of the recipe.
-
-    Returns:
-        `dict`: The value of each setting by its name.
-
-    Raises:
-        ValueError: If an argument is not a setting, or the recipe does not exist or holds no settings.
-    """
-    settings, arguments = {}, list(arguments)
-    if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
-        settings = read_recipe(Path(arguments.pop(0)))
-    while arguments:
-        name, equals, value = arguments.pop(0).partition("=")
-        if not equals:
-            if not name.startswith("--"):
-                raise ValueError(f"{name!r} is not a setting; write settings as --name value or name=value")
-            if not arguments:
-                raise ValueError(f"{name} has no value; write settings as --name value or name=value")
-            value = arguments.pop(0)
-        *path, name = name.removeprefix("--").split(".")
-        target = settings
-        for part in path:
-            target = target.setdefault(part, {})
-        target[name] = yaml.load(value, SettingsLoader)
-    return settings
-
-
-def argument_parser() -> HfArgumentParser:
-    return HfArgumentParser(
-        (ModelArguments, DataArguments, TrainArguments), prog="mfuser train", description=__doc__, add_help=True
-    )
-
-
-def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
-    """
-    Reads the settings (see [`read_settings`]) and checks their names.
-
-    Raises:
-        ValueError: If a setting is unknown.
-    """
-    parser = argument_parser()
-    settings = read_settings(arguments)
-    known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind)}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"unknown settings: {', '.join(unknown)}; `mfuser train --help` lists the settings")
-    return parser.parse_dict(settings)
+logger = logging.get_logger("transformers.mfuser.train")
 
 
 def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForSemanticSegmentation:
@@ -281,8 +90,12 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
         given = ", ".join(f"{name}={getattr(options, name)}" for name in ("model", "vfm", "vlm"))
         raise ValueError(f"the model is given as {given}; give either `model`, or `vfm` and `vlm`, or `model_config`")
     class_names = list(id2label.values())
+    fields = model_fields_for(options, class_names)
     if options.model:
-        model = load_model(options.model, dtype=torch.float32, **options.model_config)
+        try:
+            model = load_model(options.model, dtype=torch.float32, **fields)
+        except RuntimeError as error:  # raised by Transformers for weights of another shape
+            raise ValueError(f"{options.model} does not fit model_config: {error}") from error
         if class_names != label_names(model.config.id2label):
             tokenizer = options.tokenizer or (encoders_of(options) or {}).get("vlm")
             logger.warning(
@@ -291,12 +104,50 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
         return model
     if options.vfm and options.vlm:
         return MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
-            options.vfm, options.vlm, class_names=class_names, tokenizer=options.tokenizer, **options.model_config
+            options.vfm,
+            options.vlm,
+            class_names=class_names,
+            tokenizer=options.tokenizer,
+            vfm_revision=options.vfm_revision,
+            vlm_revision=options.vlm_revision,
+            **fields,
         )
-    if not options.model_config:
+    if not fields:
         raise ValueError("no model is given; give `model`, or `vfm` and `vlm`, or `model_config`")
     label2id = {name: index for index, name in id2label.items()}
-    return MFuserForSemanticSegmentation(MFuserConfig(id2label=id2label, label2id=label2id, **options.model_config))
+    return MFuserForSemanticSegmentation(MFuserConfig(id2label=id2label, label2id=label2id, **fields))
+
+
+def model_fields_for(options: ModelArguments, class_names: list[str]) -> dict[str, Any]:
+    """
+    The setting `model_config` without the classes, which are those of the data.
+
+    Raises:
+        ValueError: If it contradicts the classes of the data, or holds fields that the encoders determine.
+    """
+    fields = dict(options.model_config)
+    given = {name: fields.pop(name, None) for name in ("num_labels", "id2label", "label2id")}
+    if given["num_labels"] not in (None, len(class_names)):
+        raise ValueError(
+            f"model_config.num_labels is {given['num_labels']}; the training data has {len(class_names)} classes "
+            f"({', '.join(class_names)})"
+        )
+    if given["id2label"] is not None and list(parse_id2label(given["id2label"]).values()) != class_names:
+        raise ValueError(
+            f"model_config.id2label is {given['id2label']}; the training data has the classes {', '.join(class_names)}"
+        )
+    if given["label2id"] not in (None, {name: index for index, name in enumerate(class_names)}):
+        raise ValueError(
+            f"model_config.label2id is {given['label2id']}; the training data has the classes {', '.join(class_names)}"
+        )
+    if options.vfm:
+        reserved, reason = [*DEFAULT_ENCODERS, "class_token_ids"], "with `vfm` and `vlm`, whose own values are used"
+    else:
+        reserved, reason = list(PAIRING_ARGUMENTS), "without `vfm` and `vlm`, which it pairs"
+    for name in reserved:
+        if name in fields:
+            raise ValueError(f"model_config.{name} cannot be set {reason}")
+    return fields
 
 
 def encoders_of(options: ModelArguments) -> dict[str, str] | None:
@@ -304,6 +155,38 @@ def encoders_of(options: ModelArguments) -> dict[str, str] | None:
     if options.vfm and options.vlm:
         return {"vfm": options.vfm, "vlm": options.vlm}
     return saved_encoders(options.model) if options.model else None
+
+
+def sources_of(options: ModelArguments) -> dict[str, Any] | None:
+    """For each encoder, folder or Hub id and, of a Hub id, the commit that was downloaded."""
+    if options.model:
+        return recorded_encoders(options.model)
+    sources = {}
+    for key, name in (encoders_of(options) or {}).items():
+        commit = None
+        if not Path(name).is_dir():  # the Hub's cache names the folder of a snapshot after its commit
+            commit = Path(
+                hf_hub_download(name, "config.json", revision=getattr(options, f"{key}_revision"))
+            ).parent.name
+        sources[key] = {"name_or_path": name, "revision": commit}
+    return sources or None
+
+
+def tokenizer_of(model: MFuserForSemanticSegmentation, options: ModelArguments) -> Any:
+    """The tokenizer of the model's text encoder, where it has one and its tokenizer is known."""
+    if not model.config.use_text_encoder:
+        return None
+    if options.tokenizer:
+        return AutoTokenizer.from_pretrained(options.tokenizer)
+    places = {options.model: None, (encoders_of(options) or {}).get("vlm"): options.vlm_revision}
+    for place, revision in places.items():
+        if place is None:
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(place, revision=revision)
+        except (OSError, ValueError) as error:
+            logger.info(f"{place} has no tokenizer ({error}).")
+    return None
 
 
 def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> Sampler[Draw]:
@@ -314,10 +197,10 @@ def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int)
     }
     if len(sources) > 1:
         scope = data.rare_class_scope if data.rare_class_sampling else None
-        return multi_source_sampler(sources, data.train_weights, seed, scope, **rare_classes)
+        return multi_source_sampler(sources, data.train_weights, seed, scope, data.skip_unreadable, **rare_classes)
     if not data.rare_class_sampling:
         return ShuffledSampler(len(sources[0].dataset), seed=seed)
-    counts = count_class_pixels(sources[0].dataset, len(sources[0].id2label))
+    counts = count_class_pixels(sources[0].dataset, len(sources[0].id2label), skip_unreadable=data.skip_unreadable)
     return RareClassSampler(counts, seed=seed, **rare_classes)
 
 
@@ -331,7 +214,11 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     if not data.train_data:
         raise ValueError("train_data is missing; give a folder written by `mfuser prepare` as --train_data FOLDER")
     open_data = functools.partial(
-        load_domain, image_column=data.image_column, label_column=data.label_column, id2label=data.id2label
+        load_domain,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        id2label=data.id2label,
+        skip_unreadable=data.skip_unreadable,
     )
     processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
     with training.main_process_first(desc="opening the data"):
@@ -362,30 +249,36 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     model = build_model(model_options, id2label)
     augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
     train_dataset: Dataset
+    skip = data.skip_unreadable
     if len(sources) == 1:
-        train_dataset = AugmentedDataset(sources[0].dataset, augmentation, seed=training.seed)
+        train_dataset = AugmentedDataset(sources[0].dataset, augmentation, training.seed, len(id2label), skip)
     else:
-        train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes)
+        train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes, skip)
+    eval_dataset = ValidationDataset(validation.dataset, processor, len(id2label), skip) if validation else None
+    encoders = encoders_of(model_options)
+    described = {
+        "train_data" if len(sources) == 1 else f"train_data[{index}]": describe_data(source, split, opened.dataset)
+        for index, (source, split, opened) in enumerate(
+            zip(data.train_data, data.train_split or (), sources, strict=True)
+        )
+    }
+    if validation:
+        described["validation_data"] = describe_data(
+            str(data.validation_data), data.validation_split, validation.dataset
+        )
+    settings = {name: getattr(data, name) for name in RECORDED_DATA_SETTINGS} | {"augmentation": vars(augmentation)}
     return MFuserTrainer(
         model,
         training,
         train_dataset=train_dataset,
         train_sampler=sampler,
-        eval_dataset=ValidationDataset(validation.dataset, processor) if validation else None,
-        encoders=encoders_of(model_options),
+        eval_dataset=eval_dataset,
+        encoders=encoders,
+        run_record=run_record(model, training, settings, described, sources_of(model_options)),
+        tokenizer=tokenizer_of(model, model_options),
         monitored=monitored,
         processing_class=processor,
     )
-
-
-def checkpoint_to_resume(training: TrainArguments) -> str | None:
-    """The checkpoint to continue from: the one that `resume` names, or the last one in `output_dir` if any."""
-    resume: Any = training.resume  # a path, or YAML's true or false
-    if resume in (None, False):
-        return None
-    if resume is not True:
-        return resume
-    return get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
 
 
 def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]) -> str:
@@ -399,6 +292,11 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
     text = f"Trained by `mfuser train` on {' and '.join(sources)}: {steps} steps of "
     text += f"{batch} crops of {trainer.train_dataset.augmentation.crop_size} pixels, learning rate "
     text += f"{trainer.args.learning_rate:g}."
+    for before, after in pairwise((trainer.run_record or {}).get("lengths", ())):
+        text += f" The run was extended at step {after['from_step']} from {before['max_steps']} to "
+        text += f"{after['max_steps']} steps; the learning rates are those of the new length from there on."
+    if skipped := trainer.skipped_rows():
+        text += f" {skipped} images could not be read and were skipped."
     if "eval_mean_iou" in metrics:
         text += f" Mean IoU on the split {data.validation_split} of {Path(str(data.validation_data)).name}: "
         text += f"{100 * metrics['eval_mean_iou']:.1f} %."
@@ -406,35 +304,73 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
 
 
 def run(trainer: MFuserTrainer, checkpoint: str | None):
-    """Trains, from `checkpoint` if given. A checkpoint of the last step is loaded and not trained further."""
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        if 0 < trainer.args.max_steps <= state.global_step:
-            restore_weights(trainer.model, checkpoint)
-            trainer.state.global_step = state.global_step
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    """
+    Trains, from `checkpoint` if given. A checkpoint of the last step is loaded and not trained further.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another run, or `max_steps` is smaller than its step.
+    """
+    if checkpoint is None:
+        train(trainer)
+        return
+    check_checkpoint(checkpoint)
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    if trainer.run_record is not None:
+        saved = check_record(checkpoint, trainer.run_record)
+        if saved is None:
+            logger.warning(f"{checkpoint} has no {RECORD_FILE}, so it is unknown whether it belongs to this run.")
+        trainer.run_record = with_length(trainer.run_record, saved, state.global_step)
+    if 0 < trainer.args.max_steps < state.global_step:
+        raise ValueError(
+            f"max_steps is {trainer.args.max_steps}; {checkpoint} is already at step {state.global_step}, so it must "
+            "be at least that"
+        )
+    if trainer.args.max_steps == state.global_step:
+        restore_weights(trainer.model, checkpoint)
+        trainer.state.global_step = state.global_step
+        return
+    train(trainer, checkpoint)
 
 
+def train(trainer: MFuserTrainer, checkpoint: str | None = None):
+    """Trains. An error in a worker process has the message that it had there, without the worker's traceback."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        worker = re.match(
+            r"Caught \w+ in DataLoader worker .*^[\w.]*Error: (.*)\Z", str(error), re.DOTALL | re.MULTILINE
+        )
+        if worker is None:
+            raise
+        raise ValueError(worker[1]) from error
+
+
+@cli.reports_errors("train")
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         argument_parser().print_help()
         return 0
-    try:
-        model_options, data, training = parse_arguments(arguments)
-        trainer = build_trainer(model_options, data, training)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"mfuser train: {error}", file=sys.stderr)
-        return 1
-    run(trainer, checkpoint_to_resume(training))
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.save_model()
-    if training.should_save:
-        folder = Path(training.output_dir)
-        write_model_card(folder, trainer.model.config, folder.resolve().name, about(trainer, data, metrics))
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    model_options, data, training = parse_arguments(arguments)
+    folder = Path(training.output_dir)
+    check_output_dir(folder, training.resume, training.overwrite_output_dir)
+    trainer = build_trainer(model_options, data, training)
+    with contextlib.ExitStack() as held:
+        with training.main_process_first(desc="preparing output_dir"):
+            if training.process_index == 0:
+                held.enter_context(locked(folder))
+                check_output_dir(folder, training.resume, training.overwrite_output_dir)  # again, now that it is ours
+                restore_replaced(folder)
+                if training.overwrite_output_dir:
+                    remove_earlier_run(folder)
+            checkpoint = checkpoint_to_resume(folder, training.resume)
+        run(trainer, checkpoint)
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        trainer.save_model()
+        if training.should_save:
+            write_model_card(folder, trainer.model.config, folder.resolve().name, about(trainer, data, metrics))
+        if training.push_to_hub:
+            trainer.push_to_hub()
     return 0
 
 

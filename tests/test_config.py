@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny_models import CLIP, CLIP_TOKENS, DINOV2, EVA02, PAIRS, SIGLIP, TEXT, VISION, tiny_config
+from tiny_models import CLIP, CLIP_TOKENS, DINOV2, EVA02, PAIRS, SIGLIP, TEXT, VISION, tiny_config, tiny_model
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation
 from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
@@ -170,6 +170,27 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
             "MFuserConfig has no field 'decoder_num_layer'; did you mean 'decoder_num_layers'?",
         ),
         (dict(text_zzz=3), "MFuserConfig has no field 'text_zzz'"),
+        (dict(crop_sise=64), "MFuserConfig has no field 'crop_sise'; did you mean 'crop_size'?"),
+        (dict(freeze_encoder=True), "MFuserConfig has no field 'freeze_encoder'; did you mean 'freeze_encoders'?"),
+        (
+            dict(vfm_config=DINOV2 | dict(hiden_size=32)),
+            "vfm_config (dinov2) has no field 'hiden_size'; did you mean 'hidden_size'?",
+        ),
+        (
+            dict(text_config=TEXT | dict(model_type="clip_text_model", num_layers=2)),
+            "text_config (clip_text_model) has no field 'num_layers'",
+        ),
+        # numbers
+        (dict(num_labels=7), "num_labels is 7, but id2label has 4 labels"),
+        (dict(loss_temperature=math.nan), "loss_temperature is nan; it must be a finite number"),
+        (dict(loss_mask_weight=math.inf), "loss_mask_weight is inf; it must be a finite number"),
+        (dict(initializer_range=-1.0), "initializer_range is -1.0; it must not be negative"),
+        (
+            dict(vfm_config=DINOV2 | dict(patch_size=0)),
+            "vfm_config.patch_size is 0; it must be an integer of at least",
+        ),
+        (dict(vfm_config=DINOV2 | dict(patch_size=[16, 16])), "vfm_config.patch_size is [16, 16]; it must be an"),
+        (dict(vfm_config=DINOV2 | dict(hidden_size=0)), "vfm_config.hidden_size is 0; it must be an integer of at"),
     ],
 )
 def test_impossible_values_are_refused_with_what_would_be_right(changes, message):
@@ -200,6 +221,31 @@ def test_values_set_after_construction_are_checked_by_the_model():
     config.fusion_out_layers = [4, 3, 2, 1]
     with pytest.raises(ValueError, match="four ascending numbers"):
         MFuserForSemanticSegmentation(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("crop_stride", 0, "crop_stride is 0; it must be between 1 and crop_size (64)"),
+        ("crop_stride", 65, "crop_stride is 65; it must be between 1 and crop_size (64)"),
+        ("crop_size", 15, "crop_size is 15; it must be at least patch_size (16)"),
+        ("windows_per_batch", -1, "windows_per_batch is -1; it must be at least 1"),
+    ],
+)
+def test_windows_set_after_loading_are_checked_when_an_image_is_segmented(name, value, message):
+    model = tiny_model()
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)), torch.no_grad():
+        model(torch.zeros(1, 3, 96, 80))
+
+
+def test_fields_of_other_versions_in_a_saved_configuration_are_accepted():
+    saved = tiny_config().to_dict()
+    saved["vfm_config"]["a_field_of_another_version"] = 1
+    config = MFuserConfig.from_dict(saved | {"a_field_of_another_library": 1})
+    assert config.vfm_config.hidden_size == 32
+    with pytest.raises(ValueError, match="no field 'decoder_num_layer'"):
+        MFuserConfig.from_dict(saved | {"decoder_num_layer": 1})
 
 
 def test_encoders_of_different_depth_can_be_paired_evenly():

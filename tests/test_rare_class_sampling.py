@@ -169,9 +169,9 @@ def countings(monkeypatch):
     calls = []
     count = rare_class_sampling._count_labels
 
-    def counting(labels, rows, num_classes):
+    def counting(labels, rows, num_classes, skip_unreadable):
         calls.extend(rows)
-        return count(labels, rows, num_classes)
+        return count(labels, rows, num_classes, skip_unreadable)
 
     monkeypatch.setattr(rare_class_sampling, "_count_labels", counting)
     return calls

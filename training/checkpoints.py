@@ -2,16 +2,26 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.trainer_utils import sort_checkpoints
 
+from mfuser.frozen_encoders_mfuser import ENCODERS_FILE
 from mfuser.loading import read_weights
 
-# Checkpoints are written in this folder. Uploads to the Hub leave out names that begin with an underscore.
-UNFINISHED_FOLDER = "_unfinished"
+# Folders and files of a run beside its results. Uploads to the Hub leave out names that begin with an underscore.
+UNFINISHED_FOLDER = "_unfinished"  # checkpoints and results while they are written
+REPLACED_FOLDER = "_replaced"  # checkpoints while others take their place
+DISCARDED_FOLDER = "_discarded"  # checkpoints while they are deleted
+LOCK_FILE = "_lock"
+CONFIG_FILE = "config.json"
+# Files that another way of saving the same model would leave behind.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", ENCODERS_FILE)
 
 
 def accept_saved_names(model: PreTrainedModel) -> RemovableHandle:
@@ -39,13 +49,117 @@ def _translate_names(model: PreTrainedModel, state_dict: dict, *unused) -> None:
         state_dict.update(complete)
 
 
-def publish(unfinished: Path, final: Path) -> None:
-    """Flushes the files of a folder to disk, then renames it, in place of a folder `final` from an earlier run."""
-    for file in filter(Path.is_file, unfinished.rglob("*")):
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """
+    Removes a folder of unfinished files before the block, and after it, so that a full disk has space again.
+
+    Raises:
+        OSError: If PyTorch cannot write a file, for which it raises a `RuntimeError`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"a file in {folder} cannot be written; is the disk full? ({error})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Flushes the files of a folder to disk."""
+    for file in filter(Path.is_file, folder.rglob("*")):
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """
+    Gives a finished checkpoint its name, in place of one of the same name.
+
+    At every moment the earlier or the new checkpoint is whole: see [`restore_replaced`].
+
+    Args:
+        unfinished (`Path`):
+            The finished folder, on the same file system.
+        final (`Path`):
+            Its name.
+    """
+    flush(unfinished)
+    replaced = final.parent / REPLACED_FOLDER
+    if final.exists():
+        replaced.mkdir(exist_ok=True)
+        os.replace(final, replaced / final.name)
     os.replace(unfinished, final)
+    if replaced.exists():
+        discard(replaced)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Gives back their names to checkpoints of a run that was killed while [`publish`] replaced them."""
+    for earlier in sorted((folder / REPLACED_FOLDER).glob("*")):
+        if not (folder / earlier.name).exists():
+            os.replace(earlier, folder / earlier.name)
+    for name in (REPLACED_FOLDER, DISCARDED_FOLDER, UNFINISHED_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder. It is renamed first, so that a run that is killed leaves no half-deleted checkpoint."""
+    discarded = folder.parent / DISCARDED_FOLDER
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.replace(folder, discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """
+    Deletes the oldest checkpoints, as Transformers' `rotate_checkpoints` does.
+
+    Args:
+        folder (`Path`):
+            The folder of the run.
+        limit (`int`, *optional*):
+            The number of checkpoints to keep. The last and the best are kept in any case.
+        best (`str`, *optional*):
+            The best checkpoint.
+    """
+    if not limit:
+        return
+    checkpoints = sort_checkpoints(str(folder), use_mtime=True)
+    kept = {checkpoints[-1], *([str(Path(best))] if best else [])}
+    superfluous = len(checkpoints) - max(limit, len(kept))
+    for checkpoint in [each for each in checkpoints if each not in kept][: max(superfluous, 0)]:
+        discard(Path(checkpoint))
+
+
+def publish_files(unfinished: Path, folder: Path) -> None:
+    """
+    Moves the files of a finished model into a folder that may hold an earlier one.
+
+    Every file is replaced as a whole. `config.json`, without which the folder is no model, is the last.
+
+    Args:
+        unfinished (`Path`):
+            The folder of the finished files, on the same file system. It is removed.
+        folder (`Path`):
+            The folder that they are moved to.
+    """
+    flush(unfinished)
+    names = sorted((path.name for path in unfinished.iterdir()), key=lambda name: (name == CONFIG_FILE, name))
+    for name in names:
+        os.replace(unfinished / name, folder / name)
+    for stale in [path for pattern in WEIGHTS for path in folder.glob(pattern) if path.name not in names]:
+        stale.unlink()
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def without_scalars(model: nn.Module) -> list[str]:
@@ -59,4 +173,15 @@ def without_scalars(model: nn.Module) -> list[str]:
     return names
 
 
-__all__ = ["UNFINISHED_FOLDER", "accept_saved_names", "publish", "without_scalars"]
+__all__ = [
+    "LOCK_FILE",
+    "UNFINISHED_FOLDER",
+    "accept_saved_names",
+    "discard",
+    "publish",
+    "publish_files",
+    "restore_replaced",
+    "rotate",
+    "unfinished",
+    "without_scalars",
+]

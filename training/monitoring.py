@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,11 +58,18 @@ class MonitoredDomain(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image, label = self.domain.read(self.positions[index])
-        if label is None:
-            raise ValueError(f"{self.domain.source}, row {self.positions[index]}: the label is missing")
-        return validation_sample(image, label, self.image_processor)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample, or `{"error": message}` for a row that cannot be read, which must not end the training."""
+        position = self.positions[index]
+        try:
+            image, label = self.domain.read(position)
+            if label is None:
+                raise ValueError("the label is missing")
+            return validation_sample(image, label, self.image_processor)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises errors of almost any type for damaged files
+            return {"error": f"{self.domain.source}, row {position} ({self.domain.rows.names[position]}): {error}"}
 
 
 def open_monitored_domains(
@@ -98,7 +106,7 @@ def open_monitored_domains(
     for name, source in monitor_data.items():
         folder, split = _source_and_split(source)
         names = None if name in DOMAINS else id2label
-        domain = open_domain(name, folder, split, None, image_column, label_column, names)
+        domain = open_domain(name, folder, split, None, image_column, label_column, names, skip_unreadable=True)
         check_classes(class_names, domain)
         monitored[name] = MonitoredDomain(domain, image_processor, images)
     return monitored

@@ -1,6 +1,7 @@
 """The optimizer groups and the learning-rate schedule of the published recipe."""
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
 # The published code exempts parameters with "norm" in their name. These have other names there, so it decays them.
@@ -98,4 +99,20 @@ class PolynomialSchedule:
         return rate / self.base
 
 
-__all__ = ["PolynomialSchedule", "parameter_groups"]
+def restart_schedule(scheduler: LRScheduler) -> None:
+    """
+    Sets the learning rates to those that the schedule has at its current step.
+
+    A checkpoint holds the rates of the schedule that it was saved with. If a run is resumed with another length, its
+    next step would have the rate of the earlier length.
+
+    Args:
+        scheduler (`LRScheduler`):
+            A schedule whose state was loaded. Others than `LambdaLR` do not depend on the length and are left as is.
+    """
+    if isinstance(scheduler, LambdaLR):
+        scheduler.last_epoch -= 1
+        scheduler.step()
+
+
+__all__ = ["PolynomialSchedule", "parameter_groups", "restart_schedule"]

@@ -1,9 +1,10 @@
 """Training on Transformers' Trainer: the published recipe, validation on the source domain, and whole checkpoints."""
 
+import contextlib
 import copy
-import shutil
+import json
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import logging
 
 from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_for_metrics
+from mfuser.files import write_text
 from mfuser.frozen_encoders_mfuser import (
     checked_encoders,
     frozen_encoders,
@@ -25,74 +28,22 @@ from mfuser.frozen_encoders_mfuser import (
     write_encoders_file,
 )
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.training.checkpoints import UNFINISHED_FOLDER, accept_saved_names, publish, without_scalars
+from mfuser.training.arguments import MFuserTrainingArguments
+from mfuser.training.checkpoints import (
+    UNFINISHED_FOLDER,
+    accept_saved_names,
+    publish,
+    publish_files,
+    rotate,
+    unfinished,
+    without_scalars,
+)
+from mfuser.training.finite import SkipNonFiniteSteps, check_finite
 from mfuser.training.monitoring import PREFIX, MonitorCallback, check_selection, training_state_preserved
-from mfuser.training.optimization import PolynomialSchedule, parameter_groups
+from mfuser.training.optimization import PolynomialSchedule, parameter_groups, restart_schedule
+from mfuser.training.run_record import RECORD_FILE
 
-
-@dataclass
-class MFuserTrainingArguments(TrainingArguments):
-    """
-    [`TrainingArguments`] with the settings that the published recipe needs in addition.
-
-    Args:
-        lr_scheduler_type (`str`, *optional*, defaults to `"polynomial"`):
-            The published schedule, [`~mfuser.training.optimization.PolynomialSchedule`], or one of Transformers'.
-        min_learning_rate (`float`, *optional*, defaults to 1e-6):
-            Learning rate at the end of the polynomial schedule.
-        schedule_power (`float`, *optional*, defaults to 0.9):
-            Power of the polynomial schedule.
-        warmup_start (`float`, *optional*, defaults to 1e-6):
-            Factor of the learning rate at the start of the warm-up.
-        decay_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether weight decay acts on the decoder's level and query embeddings. It does in the published CLIP runs
-            and does not in those of EVA02-CLIP and SigLIP.
-        decay_norms (`bool`, *optional*, defaults to `True`):
-            Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
-            published code, or on no normalisation layer.
-        save_trainable_only (`bool`, *optional*, defaults to `False`):
-            Whether checkpoints and the final model leave out frozen encoders.
-        monitor_steps (`int`, *optional*, defaults to 500):
-            Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
-    """
-
-    lr_scheduler_type: str = field(
-        default="polynomial",
-        metadata={
-            "help": "Learning-rate schedule: polynomial is the published one (min_learning_rate, schedule_power, "
-            "warmup_start); the others are Transformers'."
-        },
-    )
-    min_learning_rate: float = field(
-        default=1e-6, metadata={"help": "Learning rate at the end of the polynomial schedule."}
-    )
-    schedule_power: float = field(default=0.9, metadata={"help": "Power of the polynomial schedule."})
-    warmup_start: float = field(
-        default=1e-6, metadata={"help": "Factor of the learning rate at the start of the warm-up."}
-    )
-    decay_embeddings: bool = field(
-        default=True, metadata={"help": "Whether weight decay acts on the decoder's level and query embeddings."}
-    )
-    decay_norms: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in "
-            "the published code."
-        },
-    )
-    save_trainable_only: bool = field(
-        default=False,
-        metadata={"help": "Leave the frozen encoders out of checkpoints and of the final model."},
-    )
-    monitor_steps: int = field(
-        default=500,
-        metadata={"help": "Number of steps between two scorings of the monitored domains, independent of eval_steps."},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.monitor_steps < 1:
-            raise ValueError(f"monitor_steps is {self.monitor_steps}; it must be at least 1")
+logger = logging.get_logger("transformers.mfuser.training")
 
 
 class _SetEpoch(TrainerCallback):
@@ -118,8 +69,11 @@ class MFuserTrainer(Trainer):
       sets, their names follow "eval", as in [`Trainer`].
     - Target domains can be monitored: every `monitor_steps` steps their mean IoU is logged as
       `monitor_<name>_mean_iou`. It cannot select the best checkpoint, and training is bit-equal without it.
-    - A checkpoint folder gets its name when it is complete. Resuming and loading the best model restore every tensor
-      ([`~mfuser.training.checkpoints.accept_saved_names`]).
+    - Checkpoints and the final model get their names when they are complete, and hold `run_record`. Resuming and
+      loading the best model restore every tensor ([`~mfuser.training.checkpoints.accept_saved_names`]). A run that is
+      resumed with another length has the learning rates of a run of that length from there on.
+    - Steps with a loss or gradients that are not finite are skipped; `max_nonfinite_steps` in a row stop the training.
+      Weights that are not finite are not saved.
     - BatchNorm is synchronised when several accelerators train together.
     - There is no evaluation under FSDP (recipes/fsdp.yaml): since images differ in size, processes would wait for
       each other forever.
@@ -141,6 +95,10 @@ class MFuserTrainer(Trainer):
             loaded from a folder that holds them.
         monitored (`dict[str, Dataset]`, *optional*):
             Target domains to monitor, by name, such as [`~mfuser.training.monitoring.MonitoredDomain`].
+        run_record (`dict`, *optional*):
+            What determines the result ([`~mfuser.training.run_record.run_record`]), saved with every checkpoint.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer of the text encoder, saved with the model so that it can be given other classes.
         kwargs:
             Further arguments of [`Trainer`].
     """
@@ -159,6 +117,8 @@ class MFuserTrainer(Trainer):
         eval_dataset: ValidationDataset | dict[str, ValidationDataset] | None = None,
         encoders: dict[str, str] | None = None,
         monitored: Mapping[str, Dataset] | None = None,
+        run_record: dict[str, Any] | None = None,
+        tokenizer=None,
         **kwargs,
     ):
         encoders, self.encoders = model.encoders or encoders, None
@@ -176,6 +136,8 @@ class MFuserTrainer(Trainer):
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler = train_sampler
+        self.run_record, self.tokenizer = run_record, tokenizer
+        self.loss_is_finite: torch.Tensor | bool = True  # since the last optimizer step
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_count = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -189,6 +151,8 @@ class MFuserTrainer(Trainer):
             accept_saved_names(self.model)
         if train_sampler is not None:
             self.add_callback(_SetEpoch(train_sampler))
+        self.nonfinite = SkipNonFiniteSteps(self)
+        self.add_callback(self.nonfinite)
         if self.monitored:
             self.add_callback(MonitorCallback(self))
 
@@ -271,12 +235,27 @@ class MFuserTrainer(Trainer):
                 self.args.schedule_power,
                 self.args.warmup_start,
             )
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
+            # A function, since LambdaLR saves the attributes of other callables and restores them when a run is
+            # resumed, among them the number of steps.
+            rate = lambda step: schedule(step)  # noqa: E731
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Private in Trainer, which has no public hook between loading the schedule and the first step.
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"the optimizer or schedule in {checkpoint} cannot be read ({error}); resume from another checkpoint"
+            ) from error
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            restart_schedule(getattr(self.lr_scheduler, "scheduler", self.lr_scheduler))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.loss_is_finite = torch.isfinite(loss.detach()) & self.loss_is_finite
         for name, part in outputs.loss_components.items():
             kind = name.rstrip("0123456789").rstrip("_")
             self._loss_sums[kind] = self._loss_sums.get(kind, 0) + part.detach()
@@ -289,7 +268,19 @@ class MFuserTrainer(Trainer):
             means = self.accelerator.reduce(means, reduction="mean").tolist()
             logs |= {f"loss_{kind}": mean for kind, mean in zip(self._loss_sums, means, strict=True)}
             self._loss_sums, self._loss_count = {}, 0
+            if self.nonfinite.total:
+                logs["nonfinite_steps"] = self.nonfinite.total
+            if skipped := self.skipped_rows():
+                logs["skipped_rows"] = skipped
         super().log(logs, start_time)
+
+    def skipped_rows(self) -> int:
+        """Number of training rows that could not be read and were skipped, over all processes."""
+        rows = getattr(self.train_dataset, "skipped", None)
+        if rows is None or not rows.skip:
+            return 0
+        flags = rows.flags.to(self.args.device, torch.int32)
+        return int((self.accelerator.reduce(flags, "sum") > 0).sum())
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -306,6 +297,8 @@ class MFuserTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         dataset: Any = dataloader.dataset
         images: Any = dataset.dataset if isinstance(dataset, Subset) else dataset  # those of all processes
+        if len(images) and scores.get("unreadable") == len(images):
+            raise ValueError("none of the validation images can be read; see the warnings above")
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(images))
 
     def _score(self, dataloader: DataLoader, report_progress: bool = False) -> dict[str, float]:
@@ -313,21 +306,33 @@ class MFuserTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metric = MeanIoU(model.config.num_labels, model.config.semantic_loss_ignore_index, device=self.args.device)
+        unreadable = 0
         for batch in dataloader:
+            if "error" in batch:
+                unreadable += 1
+                logger.warning(f"{batch['error'][0]}; the image is left out of the score.")
+                continue
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 scores = model(pixel_values=batch["pixel_values"]).logits
             metric.update(preprocess_logits_for_metrics(scores, batch["labels"]), batch["labels"])
             if report_progress:
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return named_scores(metric.reduce(self.accelerator).compute(), model.config.id2label)
+        scores = named_scores(metric.reduce(self.accelerator).compute(), model.config.id2label)
+        count = self.accelerator.reduce(torch.tensor(unreadable, device=self.args.device), "sum").item()
+        return scores | ({"unreadable": count} if count else {})
 
     def monitor(self) -> dict[str, float]:
         """Scores the monitored domains, logs and returns `monitor_<name>_mean_iou`, and leaves training unchanged."""
         logs = {}
         with training_state_preserved(self.model):
+            dataset: Any
             for name, dataset in self.monitored.items():
-                logs[f"{PREFIX}_{name}_mean_iou"] = self._score(self.get_eval_dataloader(dataset))["mean_iou"]
+                scores = self._score(self.get_eval_dataloader(dataset))
+                if scores.get("unreadable", 0) < len(dataset):
+                    logs[f"{PREFIX}_{name}_mean_iou"] = scores["mean_iou"]
+                if "unreadable" in scores:
+                    logs[f"{PREFIX}_{name}_unreadable"] = scores["unreadable"]
         self.log(dict(logs))
         return logs
 
@@ -339,22 +344,35 @@ class MFuserTrainer(Trainer):
 
         With `save_trainable_only`, frozen encoders are left out and named in `encoders.json`.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        final = Path(output_dir or self.args.output_dir)
+        within_checkpoint = UNFINISHED_FOLDER in final.parts  # which becomes visible as a whole
+        folder = final if within_checkpoint else final / UNFINISHED_FOLDER
         # Every process takes part in this: sharded weights are gathered.
         state_dict = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
-            if self.args.save_trainable_only:
-                state_dict = weights_without_encoders(model, state_dict)
-            model.save_pretrained(folder, state_dict=state_dict)
-            if self.encoders is not None:
-                write_encoders_file(folder, self.encoders)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            check_finite(state_dict, self.state.global_step)
+            with contextlib.nullcontext() if within_checkpoint else unfinished(folder):
+                self._write_model(folder, state_dict)
+                if not within_checkpoint:
+                    publish_files(folder, final)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
+        if self.args.save_trainable_only:
+            state_dict = weights_without_encoders(model, state_dict)
+        model.save_pretrained(folder, state_dict=state_dict)
+        if self.encoders is not None:
+            write_encoders_file(folder, self.encoders)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        if self.run_record is not None:
+            write_text(folder / RECORD_FILE, json.dumps(self.run_record, indent=2) + "\n")
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         # Private in Trainer, which writes the files of a checkpoint one by one under the folder's final name. Its only
@@ -362,30 +380,24 @@ class MFuserTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         args, final = self.args, Path(self._get_output_dir(trial), name)
         staging = Path(args.output_dir, UNFINISHED_FOLDER)
+        with unfinished(staging) if args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            self.args = copy.copy(args)
+            self.args.output_dir, self.args.push_to_hub = str(staging), False
+            try:
+                written = Path(self._get_output_dir(trial), name)
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args = args
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(final)
+            if args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                torch.save(args, written / TRAINING_ARGS_NAME)
+                publish(written, final)
         if args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed while saving
-        self.accelerator.wait_for_everyone()
-        self.args = copy.copy(args)
-        self.args.output_dir, self.args.push_to_hub = str(staging), False
-        try:
-            unfinished = Path(self._get_output_dir(trial), name)
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args = args
-        self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == str(unfinished):
-            self.state.best_model_checkpoint = str(final)
-        if args.should_save:
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            torch.save(args, unfinished / TRAINING_ARGS_NAME)
-            publish(unfinished, final)
-            shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=str(final.parent),
-                save_total_limit=args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(final.parent, args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))

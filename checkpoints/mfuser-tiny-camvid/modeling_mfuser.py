@@ -263,7 +263,14 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
 
     @classmethod
     def from_vfm_vlm_pretrained(
-        cls, vfm: str, vlm: str, class_names: Sequence[str] = CITYSCAPES_CLASSES, tokenizer=None, **kwargs
+        cls,
+        vfm: str,
+        vlm: str,
+        class_names: Sequence[str] = CITYSCAPES_CLASSES,
+        tokenizer=None,
+        vfm_revision: str | None = None,
+        vlm_revision: str | None = None,
+        **kwargs,
     ) -> "MFuserPreTrainedModel":
         """
         Builds a model of two pretrained encoders; its fusion and decoder have initial values and need training.
@@ -279,6 +286,8 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
                 Class names in the order of the labels. Defaults to the 19 classes of Cityscapes.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*):
                 Tokenizer of the vision-language model, or its folder or Hub id. Defaults to that of `vlm`.
+            vfm_revision, vlm_revision (`str`, *optional*):
+                Branch, tag or commit of `vfm` and `vlm` on the Hub. Only a commit stays the same forever.
             crop_size (`int`, *optional*, defaults to 512):
                 Side of the training crops and of the sliding windows, in pixels.
             patch_size (`int`, *optional*):
@@ -291,11 +300,15 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
         Raises:
             ValueError: If the encoders cannot be paired, weights are missing, or class names are too long.
         """
-        encoders = load_pretrained_encoders(vfm, vlm)
+        revisions = {"vfm": vfm_revision, "vlm": vlm_revision}
+        encoders = load_pretrained_encoders(vfm, vlm, revisions)
         config = encoders.model_config(list(class_names), tokenizer, **kwargs)
         model = cls(config)
         notes = load_towers(model.base_model, encoders)
-        model.encoders = {"vfm": str(vfm), "vlm": str(vlm)}
+        model.encoders = {
+            key: str(name) if revisions[key] is None else {"name_or_path": str(name), "revision": revisions[key]}
+            for key, name in (("vfm", vfm), ("vlm", vlm))
+        }
         summary = "".join(f"\n- {note}" for note in notes)
         logger.warning(
             f"MFuser was built from {vfm} and {vlm}; its fusion and decoder are newly initialised and need "
@@ -676,6 +689,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                 "segmented by windows needs labels of its own size"
             )
         config = self.config
+        config.check_windows()  # fields may be set after loading
         together = config.windows_per_batch or windows_per_batch(
             pixel_values, config.crop_size, config.patch_size, self.mfuser.pyramid.stride8.in_channels, self.dtype
         )

@@ -78,11 +78,13 @@ class PretrainedEncoders:
     Args:
         vfm, vlm ([`PreTrainedModel`]): The models.
         vlm_source (`str`): Folder or Hub id that `vlm` was loaded from.
+        vlm_revision (`str`, *optional*): Its revision on the Hub.
     """
 
     vfm: PreTrainedModel
     vlm: PreTrainedModel
     vlm_source: str
+    vlm_revision: str | None = None
 
     def model_config(
         self,
@@ -98,8 +100,10 @@ class PretrainedEncoders:
 
         For the arguments see [`MFuserPreTrainedModel.from_vfm_vlm_pretrained`]; `fields` override derived values.
         """
-        if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or self.vlm_source)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(self.vlm_source, revision=self.vlm_revision)
+        elif isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         variant = self.vlm.config.model_type
         if patch_size is None:
             patch_size = self.vlm.config.vision_config.patch_size if variant == "eva02_clip" else PATCH_SIZE
@@ -158,6 +162,7 @@ def load_pretrained_encoders(
         load_encoder(vfm, VFM_CLASSES, "vision foundation model", revision=revisions.get("vfm"), **hub_kwargs),
         load_encoder(vlm, VLM_CLASSES, "vision-language model", revision=revisions.get("vlm"), **hub_kwargs),
         vlm_source=vlm,
+        vlm_revision=revisions.get("vlm"),
     )
 
 

@@ -1,0 +1,202 @@
+"""Settings of `mfuser train`: every wrong one ends with one line that names it and what is accepted, exit code 2."""
+
+import string
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.trainer_utils import IntervalStrategy
+
+from mfuser.scripts import train
+from mfuser.scripts.settings import BOOLEANS, parse_yaml, read_settings, typed
+from mfuser.scripts.train_arguments import parse_arguments
+
+VALID = ("output_dir=runs/x", "train_data=data/x", "use_cpu=true", "report_to=none")
+
+# (settings, the end of the message)
+REFUSED = [
+    # types
+    ("max_steps=many", "max_steps is 'many'; it must be an integer"),
+    ("max_steps=1.5", "max_steps is 1.5; it must be an integer"),
+    ("max_steps=true", "max_steps is True; it must be an integer"),
+    ("learning_rate=fast", "learning_rate is 'fast'; it must be a number"),
+    ("learning_rate=nan", "learning_rate is 'nan'; it must be a number"),
+    ("learning_rate=1e999", "learning_rate is inf; it must be a number"),
+    ("push_to_hub=maybe", "push_to_hub is 'maybe'; it must be true or false"),
+    ("push_to_hub=0", "push_to_hub is 0; it must be true or false"),
+    ("eval_strategy=never", "eval_strategy is 'never'; it must be one of no, steps, epoch"),
+    ("eval_strategy=0", "eval_strategy is 0; it must be one of no, steps, epoch"),
+    ("eval_strategy=false", "eval_strategy is False; it must be one of no, steps, epoch"),
+    ("lr_scheduler_type=poly", "lr_scheduler_type is 'poly'; it must be one of linear, cosine,"),
+    ("output_dir=[a]", "output_dir is ['a']; it must be a string or null"),
+    ("output_dir=1.10", "output_dir is 1.1; it must be a string or null"),
+    ("train_weights=[1,a]", "train_weights is [1, 'a']; it must be a list (each a number) or null"),
+    ("model_config=3", "model_config is 3; it must be a dictionary"),
+    ("model_config.crop_size=a", "model_config.crop_size is 'a'; it must be an integer"),
+    ("model_config.freeze_encoders=1", "model_config.freeze_encoders is 1; it must be true or false"),
+    ("model_config.vfm_config=dinov2", "model_config.vfm_config is 'dinov2'; it must be a dictionary of fields"),
+    ("model_config.vfm_config.hidden_size=big", "model_config.vfm_config.hidden_size is 'big'; it must be an integer"),
+    ("augmentation.scale_range=2", "augmentation.scale_range is 2; it must be a list of 2 (each a number)"),
+    ("augmentation.crop_size=a", "augmentation.crop_size is 'a'; it must be an integer"),
+    ("monitor_data=data/acdc", "monitor_data is 'data/acdc'; it must be a dictionary (each value a string)"),
+    # names
+    ("learning_rat=1", "there is no setting 'learning_rat'; did you mean 'learning_rate'?"),
+    ("crop_size=256", "there is no setting 'crop_size'; did you mean 'model_config.crop_size'?"),
+    ("model_config.crop_sise=64", "model_config has no setting 'crop_sise'; did you mean 'crop_size'?"),
+    (
+        "model_config.vfm_config.hiden_size=64",
+        "model_config.vfm_config has no setting 'hiden_size'; did you mean 'hidden_size'?",
+    ),
+    ("model_config.vlm_config.model_type=vit", "model_type of an encoder is 'vit'; it must be one of dinov2,"),
+    ("augmentation.scale=2", "augmentation has no setting 'scale'"),
+    ("augmentation.flip_probabilty=1", "augmentation has no setting 'flip_probabilty'; did you mean 'flip_prob"),
+    ("validation_size.hieght=4", "validation_size has no setting 'hieght'; did you mean 'height'?"),
+    ("learning_rate=1 learning_rate.x=1", "learning_rate.x cannot be set: learning_rate is 1, which has no fields"),
+    ("resume_from_checkpoint=x", "resume_from_checkpoint has no effect in mfuser train; use resume"),
+    # ranges
+    ("max_steps=0", "max_steps is 0; it must be at least 1, or -1 for num_train_epochs"),
+    ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; it must be at least 1"),
+    ("gradient_accumulation_steps=-1", "gradient_accumulation_steps is -1; it must be at least 1"),
+    ("learning_rate=-1e-4", "learning_rate is -0.0001; it must be positive"),
+    ("min_learning_rate=1", "min_learning_rate is 1; it must be at most learning_rate (5e-05)"),
+    ("schedule_power=0", "schedule_power is 0; it must be positive"),
+    ("warmup_start=2", "warmup_start is 2; it must be between 0 and 1"),
+    ("save_steps=0", "save_steps is 0; it must be positive"),
+    ("save_total_limit=0", "save_total_limit is 0; it must be at least 1, or null to keep all checkpoints"),
+    ("seed=-1", "seed is -1; it must be between 0 and 4294967295"),
+    ("monitor_images=0", "monitor_images is 0; it must be at least 1, or null for all images"),
+    ("rare_class_scope=both", "rare_class_scope is 'both'; it must be one of source, joint"),
+    ("rare_class_min_pixels=-1", "rare_class_min_pixels is -1; it must not be negative"),
+    ("rare_class_temperature=0", "rare_class_temperature is 0; it must be positive"),
+    # the command line itself
+    ("--max_steps", "--max_steps has no value; write settings as --name value or name=value"),
+    ("--push_to_hub --output_dir x", "--push_to_hub has no value; write settings as"),
+    ("max_steps=[1", "the value of max_steps is not valid YAML: line 1, column 3"),
+    ("=3", "'' is not the name of a setting"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_a_wrong_setting_ends_with_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*VALID, *arguments.split()]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mfuser train: ")]
+    assert message in line
+    assert list(tmp_path.iterdir()) == []  # nothing is written
+
+
+RECIPES = {
+    "a tab": ("a:\n\t- 1\n", "recipe.yaml is not valid YAML: line 2, column 1: found character '\\t'"),
+    "its own base": ("base: recipe.yaml\n", "is its own base (recipe.yaml -> recipe.yaml); base must name another"),
+    "a missing base": ("base: other.yaml\n", "other.yaml does not exist; the published recipes are in"),
+    "a base that is a number": ("base: 3\n", "is 3; it must be the file name of a recipe"),
+    "a list": ("- a\n- b\n", "holds ['a', 'b']; a recipe must hold settings such as `learning_rate: 1e-4`"),
+    "nothing": ("", "holds None; a recipe must hold settings"),
+    "a setting given twice": ("max_steps: 1\nmax_steps: 2\n", "not valid YAML: line 1, column 1: max_steps is given"),
+    "a tag": ("a: !!python/name:os.system\n", "could not determine a constructor for the tag"),
+    "bytes": (b"\xff\xfe\x00", "recipe.yaml is not a recipe: it is not UTF-8 text"),
+    "a value that contains itself": ("a: &a [*a]\n", "recipe.yaml is not valid YAML: Circular reference detected"),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_recipe_that_cannot_be_read_ends_with_one_line_and_exit_code_2(kind, tmp_path, capsys):
+    text, message = RECIPES[kind]
+    (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert train.main([str(tmp_path / "recipe.yaml")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mfuser train: ")]
+    assert message in line
+
+
+def test_recipes_that_are_each_others_base_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ValueError, match=r"is its own base \(a.yaml -> b.yaml -> a.yaml\)"):
+        read_settings([str(tmp_path / "a.yaml")])
+
+
+def test_with_debug_the_traceback_is_shown_as_well(capsys):
+    assert train.main(["max_steps=many", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith("mfuser train: max_steps is 'many'; it must be an integer\n")
+
+
+@pytest.mark.parametrize("written", ["no", "No", "off", "false", "False"])
+def test_every_spelling_of_no_means_false_on_the_command_line_and_in_recipes(written, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"push_to_hub: {written}\nrare_class_sampling: {written}\n")
+    for arguments in ([str(tmp_path / "recipe.yaml")], [f"push_to_hub={written}", f"rare_class_sampling={written}"]):
+        _, data, training = parse_arguments([*arguments, *VALID])
+        assert training.push_to_hub is False and data.rare_class_sampling is False
+
+
+def test_no_remains_a_string_where_a_strategy_is_declared():
+    assert parse_arguments(["eval_strategy=no", *VALID])[2].eval_strategy == IntervalStrategy.NO
+
+
+def test_conversions_that_lose_nothing_are_made():
+    _, data, training = parse_arguments(
+        ["max_steps=2e4", "output_dir=2024", "train_weights=[1,2]", "train_data=[1,2]"]
+    )
+    assert (training.max_steps, training.output_dir, data.train_data) == (20000, "2024", ["1", "2"])
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+TYPES = [
+    bool,
+    int,
+    float,
+    str,
+    int | None,
+    bool | None,
+    list[str] | None,
+    list[float],
+    dict[str, int],
+    float | int | None,
+]
+TYPES += [tuple[float, float], str | bool, IntervalStrategy | str, dict | str | None]
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    plain,
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=3), each, max_size=3),
+    max_leaves=6,
+)
+
+
+def refusal(function, *arguments):
+    """The message of the ValueError that a function raises; `None` if it returns."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(values, st.sampled_from(TYPES))
+def test_a_value_is_converted_once_and_for_all_or_refused_by_name(value, annotation):
+    message = refusal(typed, value, annotation, "the_setting")
+    if message is not None:
+        assert message.startswith("the_setting is ") and "; it must be " in message
+        return
+    converted = typed(value, annotation, "the_setting")
+    assert typed(converted, annotation, "x") == converted
+    if annotation is bool:
+        assert converted is value or converted is BOOLEANS[value.lower()]
+    if annotation in (int, float):
+        assert converted == value and not isinstance(value, bool)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers() | st.booleans() | st.none() | st.text(string.ascii_letters, min_size=1, max_size=8))
+def test_what_yaml_writes_is_read_as_it_was(value):
+    text = yaml.safe_dump(value).removesuffix("...\n").strip()
+    assert parse_yaml(text, "x") == value
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=30))
+def test_any_text_is_yaml_or_refused_in_one_line(text):
+    message = refusal(parse_yaml, text, "recipe.yaml")
+    assert message is None or (message.startswith("recipe.yaml is not valid YAML: ") and "\n" not in message)
