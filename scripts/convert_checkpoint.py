@@ -248,8 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = read_json(options.config) if options.config else None
     variant = detect_variant(state_dict)
     model = convert_checkpoint(state_dict, known, options.siglip)
-    with atomic_folder(options.output) as folder:
-        save_converted(model, folder, options.checkpoint)
+    save_converted(model, options.output, options.checkpoint)
     dropped = Counter(filter(None, (dropped_reason(key, variant) for key in state_dict)))
     print(f"{variant}: {len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {options.output}")
     for reason, number in dropped.items():
@@ -257,13 +256,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def save_converted(model: MFuserForSemanticSegmentation, folder: Path, checkpoint: Path) -> None:
-    """Writes weights, configuration, image processor, code and model card."""
-    # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder
-    model.save_pretrained(folder)
-    MFuserImageProcessor().save_pretrained(folder)
+def save_converted(model: MFuserForSemanticSegmentation, output: Path, checkpoint: Path) -> None:
+    """Writes weights, configuration, image processor, code and model card to a new folder, at once."""
     about = f"Converted from the authors' `{checkpoint.name}` (SHA-256 `{sha256(checkpoint)}`)."
-    write_model_card(folder, model.config, folder.name, about)
+    with atomic_folder(output) as folder:
+        # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder
+        model.save_pretrained(folder)
+        MFuserImageProcessor().save_pretrained(folder)
+        write_model_card(folder, model.config, folder.name, about)
 
 
 if __name__ == "__main__":

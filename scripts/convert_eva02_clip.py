@@ -343,12 +343,11 @@ def read_state_dict(path: Path) -> StateDict:
         ValueError: If the file is corrupt, holds other Python objects or does not hold a state dict; if a tensor is
             there twice, is not floating-point or holds NaN or infinite values.
     """
+    damaged = None
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # PyTorch does not compare the checksums
                 damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{path} is corrupt: the checksum of {damaged} is wrong; download it again")
         state_dict = (
             load_file(path)
             if path.suffix == ".safetensors"
@@ -360,10 +359,14 @@ def read_state_dict(path: Path) -> StateDict:
             "read; if you trust its source, load it with torch.load(..., weights_only=False) and save its state_dict. "
             f"({str(error).splitlines()[0]})"
         ) from None
-    except (OSError, MemoryError, ValueError):
+    except MemoryError:
         raise
     except Exception as error:  # the readers raise almost anything for damaged files
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"{path} is corrupt or not a checkpoint: {one_line(error)}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is corrupt: the checksum of {damaged} is wrong; download it again")
     for wrapper in ("model", "module", "state_dict"):
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]

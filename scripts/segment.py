@@ -179,10 +179,13 @@ def _is_free(results: Path, path: Path) -> bool:
     try:
         if not labels.exists():
             return not overlay.exists()
+    except OSError:
+        return True  # writing will fail too, and say why
+    try:
         with Image.open(labels) as image:
             return image.info.get(SOURCE) == _source(path)
-    except Exception as error:  # not a label image
-        return isinstance(error, OSError) and error.errno is not None  # writing will fail, and say why
+    except Exception:  # not a label image
+        return False
 
 
 @torch.inference_mode()
