@@ -26,6 +26,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
 }  # fmt: skip
+JPEG_LIMIT = 65_500  # pixels on a side
 SOURCE = "Source"  # text of a label PNG: a hash of the path of its image
 
 DESCRIPTION = """Segments images. For each image, it writes into the output folder
@@ -289,6 +290,11 @@ def write_results(
     results: Path, path: Path, image: np.ndarray, label_map: np.ndarray, colours: np.ndarray, alpha: float
 ) -> None:
     """Writes the label image and the overlay of the image in `path`."""
+    height, width = label_map.shape
+    if max(height, width) > JPEG_LIMIT:
+        raise ValueError(
+            f"it has {width} x {height} pixels; the overlay, a JPEG, can have at most {JPEG_LIMIT} on a side"
+        )
     make_folder(results.parent)
     labels, overlay = result_files(results)
     text = PngImagePlugin.PngInfo()

@@ -70,6 +70,8 @@ def run(
         except BaseException as error:
             os.write(2, repr(error).encode())
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     os.close(sender)
     _, status = os.waitpid(child, 0)
