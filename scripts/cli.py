@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
+    "export": ("export", "export a model to torch.export, ONNX or AOTInductor"),
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }
 
