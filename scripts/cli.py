@@ -11,6 +11,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Protocol
 
 from mfuser.errors import CommandError, is_expected, one_line
 
@@ -28,7 +29,12 @@ TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "yaml")  # installed 
 DEBUG = "--debug"
 FAILED, INTERRUPTED = 2, 130  # exit codes
 
-Main = Callable[[list[str] | None], int]
+
+class Main(Protocol):
+    """The `main` of a command, or one that reports errors."""
+
+    def __call__(self, arguments: list[str] | None = None, /) -> int: ...
+
 
 __all__ = ["CommandError", "main", "reports_errors", "usage"]
 
