@@ -1,12 +1,17 @@
 """Loading of saved models: whole ones, and ones that were saved without their frozen encoders."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mfuser.errors import one_line
+from mfuser.files import read_json
 from mfuser.frozen_encoders_mfuser import recorded_encoders, saved_weights
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -33,17 +38,56 @@ def load_model(
 
     Raises:
         OSError: If there is no such model, or an encoder that it was saved without cannot be found.
-        ValueError: If it is not an MFuser model, weights are missing, or an encoder is not the recorded one.
+        ValueError: If it is not an MFuser model, a file of it is damaged, weights are missing, of another shape or not
+            finite, or an encoder is not the recorded one.
     """
     name_or_path = str(name_or_path)
+    with _naming_damaged_files(name_or_path):
+        return _load_model(name_or_path, dtype, config_fields)
+
+
+@contextmanager
+def _naming_damaged_files(folder: str) -> Iterator[None]:
+    """Replaces errors of libraries that do not name the file at fault."""
+    for file in Path(folder).glob("*.json") if Path(folder).is_dir() else ():
+        read_json(file)
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder}: its configuration is invalid: {one_line(error)}") from error
+    except (SafetensorError, RuntimeError) as error:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as damage:
+                raise ValueError(
+                    f"{file} is damaged or not a safetensors file ({one_line(damage)}); copy or download it again"
+                ) from error
+        raise
+
+
+def _load_model(name_or_path: str, dtype: str | torch.dtype, config_fields: dict) -> MFuserForSemanticSegmentation:
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type is None:
         raise ValueError(f"{name_or_path} holds no model: its config.json is missing or names no model type.")
     if model_type != "mfuser":
         raise ValueError(f"{name_or_path} holds a model of type {model_type!r}, not 'mfuser'.")
+    # Weights of another shape are reported below, unless the caller asks for other classes.
+    other_classes = {"id2label", "num_labels", "config"} & set(config_fields)
     model, report = MFuserForSemanticSegmentation.from_pretrained(
-        name_or_path, dtype=dtype, output_loading_info=True, **config_fields
+        name_or_path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=not other_classes,
+        **config_fields,
     )
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{name_or_path}: {len(report['mismatched_keys'])} of its weights do not fit its config.json, such as "
+            f"{name} of shape {tuple(found)}, which must be {tuple(wanted)}."
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{name_or_path} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
@@ -73,7 +117,8 @@ def load_for_inference(
         `tuple`: The [`MFuserForSemanticSegmentation`] in eval mode and the [`MFuserImageProcessor`].
     """
     model = load_model(name_or_path, dtype or "auto")
-    processor = MFuserImageProcessor.from_pretrained(name_or_path, **({} if size is None else {"size": size}))
+    with _naming_damaged_files(str(name_or_path)):
+        processor = MFuserImageProcessor.from_pretrained(name_or_path, **({} if size is None else {"size": size}))
     # The encoders' tokens become feature maps without a copy if channels come last.
     return model.to(device, memory_format=torch.channels_last).eval(), processor
 

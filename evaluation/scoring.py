@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from mfuser.errors import is_out_of_memory, one_line
 from mfuser.evaluation.domains import EvaluationDomain, check_classes
 from mfuser.evaluation.predictions import PredictionWriter
 from mfuser.evaluation.protocols import (
@@ -23,6 +24,7 @@ from mfuser.evaluation.protocols import (
     share_of_batches,
 )
 from mfuser.evaluation.results import DomainMetric
+from mfuser.postprocessing_mfuser import label_map_of_scores
 
 
 @torch.inference_mode()
@@ -76,7 +78,7 @@ def evaluate_domain(
     """
     options = options or EvaluationOptions()
     check_classes(model.config.id2label, domain)
-    if not domain.rows.labelled and save_predictions is None:
+    if not domain.labelled and save_predictions is None:
         raise ValueError(
             f"{domain.name}, split {domain.split}, has no labels: its predictions can be saved, not scored"
         )
@@ -103,17 +105,41 @@ def evaluate_domain(
 def score_batch(
     model, samples: list[Sample], options: EvaluationOptions, metric: DomainMetric, writer: PredictionWriter | None
 ) -> None:
-    """Segments the samples of a batch, counts them in `metric` and writes their predictions."""
+    """
+    Segments the samples of a batch, counts them in `metric` and writes their predictions.
+
+    A sample is skipped, with a reason, if it cannot be used, is smaller than a patch, exhausts the memory, has scores
+    that are not finite, or if its prediction cannot be written.
+    """
     for sample in samples:
         if sample.problem is not None:
             metric.skip(sample.row, sample.problem)
     for group in groups_of_one_size(samples):
-        pixel_values = torch.stack([sample.pixel_values for sample in group]).to(model.device, model.dtype)
-        for sample, scores in zip(group, image_scores(model, pixel_values, options), strict=True):
-            prediction = label_map_of_scores(scores, sample.size)
+        height, width = group[0].pixel_values.shape[1:]
+        smallest = round(min(height, width) * min(options.scales))
+        if smallest < model.config.patch_size:
+            problem = f"segmented at {height} x {width} pixels, a side has {smallest}; a patch has "
+            for sample in group:
+                metric.skip(sample.row, f"{problem}{model.config.patch_size}")
+            continue
+        try:
+            pixel_values = torch.stack([sample.pixel_values for sample in group]).to(model.device, model.dtype)
+            scores = image_scores(model, pixel_values, options)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            for sample in group:
+                metric.skip(sample.row, f"{height} x {width} pixels, {len(group)} at once: {one_line(error)}")
+            continue
+        for sample, each in zip(group, scores, strict=True):
+            try:
+                prediction = label_map_of_scores(each, sample.size)
+                if writer is not None:
+                    writer.write(sample.row, prediction)
+            except (OSError, ValueError) as error:
+                metric.skip(sample.row, one_line(error))
+                continue
             metric.update(sample, prediction)
-            if writer is not None:
-                writer.write(sample.row, prediction)
 
 
 def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) -> torch.Tensor:
@@ -121,34 +147,3 @@ def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) 
     if options.augmented:
         return model.augmented_scores(pixel_values, scales=options.scales, flip=options.flip)
     return model(pixel_values=pixel_values).logits
-
-
-def label_map_of_scores(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """
-    The best class of each pixel, after the scores are resized bilinearly.
-
-    The classes are resized one by one, so that a 22-megapixel image of Mapillary takes three maps of its size instead
-    of nineteen. Of equal scores the first wins, as in `argmax`.
-
-    Args:
-        scores (`torch.Tensor` of shape `(num_labels, height, width)`):
-            The scores of an image.
-        size (`tuple[int, int]`):
-            (height, width) of the result.
-
-    Returns:
-        `torch.Tensor` of shape `size`, uint8: Class ids.
-    """
-    if scores.shape[1:] == size:
-        return scores.argmax(dim=0).to(torch.uint8)
-    planes = (_resized(plane, size) for plane in scores.float())
-    best, classes = next(planes), torch.zeros(size, dtype=torch.uint8, device=scores.device)
-    for index, plane in enumerate(planes, start=1):
-        classes.masked_fill_(plane > best, index)
-        torch.maximum(best, plane, out=best)
-    return classes
-
-
-def _resized(plane: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    resized = torch.nn.functional.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)
-    return resized[0, 0]

@@ -11,6 +11,9 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Protocol
+
+from mfuser.errors import CommandError, is_expected, one_line
 
 COMMANDS = {
     "segment": ("segment", "segment images with a trained model"),
@@ -26,37 +29,14 @@ TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "yaml")  # installed 
 DEBUG = "--debug"
 FAILED, INTERRUPTED = 2, 130  # exit codes
 
-# Errors that input can cause, besides those of the libraries in `is_expected`.
-EXPECTED_ERRORS = (OSError, ValueError, ImportError, MemoryError)
-# Errors of libraries that derive from none of these. The libraries are imported by whatever raises them.
-EXPECTED_LIBRARY_ERRORS = (
-    ("safetensors", "SafetensorError"),
-    ("yaml", "YAMLError"),
-    ("huggingface_hub.errors", "StrictDataclassError"),
-    ("datasets.exceptions", "DatasetsError"),
-    ("torch", "OutOfMemoryError"),
-)
 
-Main = Callable[[list[str] | None], int]
+class Main(Protocol):
+    """The `main` of a command, or one that reports errors."""
+
+    def __call__(self, arguments: list[str] | None = None, /) -> int: ...
 
 
-class CommandError(Exception):
-    """A condition that ends a command with one line although no argument and no file is wrong."""
-
-
-def is_expected(error: BaseException) -> bool:
-    """Whether input, or the machine, can cause an error, so that its message suffices; other errors are bugs."""
-    if isinstance(error, (*EXPECTED_ERRORS, CommandError)):
-        return True
-    loaded = ((sys.modules.get(module), name) for module, name in EXPECTED_LIBRARY_ERRORS)
-    return isinstance(error, tuple(getattr(module, name) for module, name in loaded if module is not None))
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, without line breaks; its type if it has no message."""
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}".rstrip(": ")
-    return " ".join(str(error).split()) or type(error).__name__
+__all__ = ["CommandError", "main", "reports_errors", "usage"]
 
 
 def reports_errors(command: str) -> Callable[[Main], Main]:

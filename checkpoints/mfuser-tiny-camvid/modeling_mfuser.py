@@ -37,7 +37,7 @@ from .outputs_mfuser import (
     MFuserModelOutput,
     selected_states,
 )
-from .pretrained_mfuser import load_pretrained_encoders, load_towers
+from .pretrained_mfuser import check_finite, load_pretrained_encoders, load_towers
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
 from .weights_cache_mfuser import WeightsCache
@@ -232,6 +232,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
     ):
         """
         See [`ModelWithFrozenEncoders.from_pretrained`]. Frozen encoders are frozen again; loading unfreezes them.
+        Weights that are not finite are an error.
 
         Other classes are given by `class_names`, or by `id2label` or `config` with `ignore_mismatched_sizes=True`. A
         warning names the origin of each, see `replace_classes`. The model is then meant to be fine-tuned; with
@@ -249,6 +250,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
         requested = requested_classes(cls.config_class, path, kwargs, *new)
         loaded = super().from_pretrained(path, *args, **kwargs)
         model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
+        check_finite(model, "the checkpoint" if path is None else str(path))
         model.base_model.freeze_unused_parameters()
         if model.config.freeze_encoders:
             model.freeze_encoders()
