@@ -1,20 +1,37 @@
 """Confidences are calibrated probabilities where a model was calibrated, and the figures about them are right."""
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from colour_scorer import pixels_and_labels, write_dataset
+from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from tiny_models import tiny_batch, tiny_config, tiny_model
 
-from mfuser import MFuserConfig
+from mfuser import MFuserConfig, MFuserImageProcessor
 from mfuser.class_names_mfuser import replace_classes
 from mfuser.confidence_mfuser import SMALLEST_SCORE, confidence_map
-from mfuser.evaluation.confidence import STEPS, ConfidenceHistogram
+from mfuser.evaluation import reliability_diagram
+from mfuser.evaluation.confidence import STEPS, ConfidenceHistogram, DomainConfidence
+from mfuser.evaluation.domains import open_domain
+from mfuser.evaluation.protocols import EvaluationOptions, Sample
+from mfuser.evaluation.scoring import evaluate_domain
+from mfuser.scripts import evaluate
 
 CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "bias": 1.25}
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 # The confidence of the model
@@ -159,3 +176,108 @@ def test_confidences_outside_0_to_1_are_refused(confidence):
         histogram_of(confidence, np.zeros(2, dtype=int), np.zeros(2, dtype=int))
     with pytest.raises(ValueError, match="they must be equal"):
         histogram_of([0.5], np.zeros(2, dtype=int), np.zeros(2, dtype=int))
+
+
+# mfuser evaluate
+
+
+def test_evaluation_measures_the_confidences_of_the_model(tmp_path):
+    rows = list(pixels_and_labels(3, sizes=((64, 80),)))
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows, ["fog", "fog", "rain"]))
+    model, processor = tiny_model(confidence_calibration=CALIBRATION), MFuserImageProcessor()
+    plain = evaluate_domain(model, processor, domain, progress=False)
+    result = evaluate_domain(
+        model, processor, domain, EvaluationOptions(batch_size=2), progress=False, confidence=True
+    )
+    figures = result.pop("confidence")
+    assert result == plain
+    expected = {"uncalibrated": ConfidenceHistogram(4), "calibrated": ConfidenceHistogram(4)}
+    for image, label in rows:
+        scores = model(**processor(image, return_tensors="pt")).logits
+        for name, calibration in (("uncalibrated", None), ("calibrated", CALIBRATION)):
+            confidence = confidence_map(scores, calibration)
+            expected[name].update(confidence, scores.argmax(1), torch.from_numpy(label)[None])
+    for name, histogram in expected.items():
+        assert figures[name]["pooled"]["ece"] == pytest.approx(histogram.compute()["ece"], abs=1e-3)
+        assert figures[name]["pooled"]["coverage"][0]["mean_iou"] == plain["pooled"]["mean_iou"]
+        assert list(figures[name]["conditions"]) == ["fog", "rain"]
+        pixels = [
+            sum(each["pixels"] for each in scores["reliability"]) for scores in figures[name]["conditions"].values()
+        ]
+        assert pixels == [
+            (np.stack([label for _, label in rows[part]]) != 255).sum() for part in (slice(2), slice(2, 3))
+        ]
+    assert figures["calibrated"]["pooled"]["ece"] != figures["uncalibrated"]["pooled"]["ece"]
+
+
+def test_confidences_are_resized_to_the_size_of_the_label():
+    domain = SimpleNamespace(
+        rows=SimpleNamespace(conditions=[None]), conditions=[None], id2label=dict.fromkeys(range(4))
+    )
+    confidences = DomainConfidence(domain, tiny_model())
+    scores = torch.rand(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    label = torch.zeros(12, 24, dtype=torch.uint8)
+    confidences.update(Sample(0, torch.empty(0), label, (12, 24), None), scores, label)
+    expected = torch.nn.functional.interpolate(confidence_map(scores[None])[None], (12, 24), mode="bilinear")
+    figures = confidences.result([0])["uncalibrated"]["pooled"]
+    assert figures["mean_confidence"] == pytest.approx(expected.mean().item(), abs=1e-3)
+
+
+def test_confidences_are_not_measured_with_test_time_augmentation(tmp_path):
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1)))
+    with pytest.raises(ValueError, match="without test-time augmentation"):
+        evaluate_domain(tiny_model(), MFuserImageProcessor(), domain, EvaluationOptions(flip=True), confidence=True)
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def test_the_command_reports_confidences_and_draws_them(tmp_path, saved_model, capsys):
+    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(2))
+    output, diagrams = tmp_path / "report.json", tmp_path / "diagrams"
+    arguments = ["--model", saved_model, "--domains", f"mine:validation={source.parent}", "--output", output]
+    arguments += ["--workers", 0, "--device", "cpu"]
+    assert evaluate.main([str(each) for each in (*arguments, "--reliability-diagrams", diagrams)]) == 0
+    figures = json.loads(output.read_text())["domains"]["mine:validation"]["confidence"]
+    assert list(figures) == ["uncalibrated"]
+    printed = next(line for line in capsys.readouterr().out.splitlines() if "uncalibrated" in line)
+    expected = [figures["uncalibrated"]["pooled"][name] for name in ("ece", "auroc", "aupr")]
+    expected += [at["mean_iou"] for at in figures["uncalibrated"]["pooled"]["coverage"]]
+    assert printed.split()[2:] == [f"{100 * value:.2f}" for value in expected]
+    with Image.open(diagrams / "mine-validation.png") as image:
+        assert image.format == "PNG" and min(image.size) > 200
+    assert evaluate.main([str(each) for each in (*arguments, "--confidence", "--flip")]) == 2
+    assert "without test-time augmentation" in capsys.readouterr().err
+
+
+def test_two_processes_give_exactly_the_figures_of_one(tmp_path, saved_model):
+    rows = list(pixels_and_labels(5))
+    source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow", "snow", "rain"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    for number, command in ((1, [sys.executable, "-m"]), (2, launch)):
+        arguments = "--model", saved_model, "--domains", f"mine={source}", "--output", tmp_path / f"{number}.json"
+        finished = subprocess.run(
+            [*command, "mfuser.scripts.evaluate", *map(str, arguments), "--workers=0", "--device=cpu", "--confidence"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
+    assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2)
+    assert one["domains"]["mine"]["confidence"] == two["domains"]["mine"]["confidence"]
+
+
+def test_without_matplotlib_the_command_says_so_before_it_works(tmp_path, saved_model, capsys, monkeypatch):
+    monkeypatch.setattr(reliability_diagram, "Figure", None)
+    monkeypatch.setattr(evaluate, "evaluate_domain", lambda *_, **__: pytest.fail("segmented"))
+    source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))
+    arguments = ["--model", saved_model, "--domains", f"mine={source}", "--reliability-diagrams", tmp_path]
+    assert evaluate.main(list(map(str, arguments))) == 2
+    assert 'pip install "mfuser[report]"' in capsys.readouterr().err
