@@ -24,6 +24,7 @@ from mfuser.evaluation.protocols import (
     share_of_batches,
 )
 from mfuser.evaluation.results import DomainMetric
+from mfuser.postprocessing_mfuser import label_map_of_scores
 
 
 @torch.inference_mode()
@@ -150,34 +151,3 @@ def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) 
     if options.augmented:
         return model.augmented_scores(pixel_values, scales=options.scales, flip=options.flip)
     return model(pixel_values=pixel_values).logits
-
-
-def label_map_of_scores(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """
-    The best class of each pixel, after the scores are resized bilinearly.
-
-    The classes are resized one by one, so that a 22-megapixel image of Mapillary takes three maps of its size instead
-    of nineteen. Of equal scores the first wins, as in `argmax`.
-
-    Args:
-        scores (`torch.Tensor` of shape `(num_labels, height, width)`):
-            The scores of an image.
-        size (`tuple[int, int]`):
-            (height, width) of the result.
-
-    Returns:
-        `torch.Tensor` of shape `size`, uint8: Class ids.
-    """
-    if scores.shape[1:] == size:
-        return scores.argmax(dim=0).to(torch.uint8)
-    planes = (_resized(plane, size) for plane in scores.float())
-    best, classes = next(planes), torch.zeros(size, dtype=torch.uint8, device=scores.device)
-    for index, plane in enumerate(planes, start=1):
-        classes.masked_fill_(plane > best, index)
-        torch.maximum(best, plane, out=best)
-    return classes
-
-
-def _resized(plane: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    resized = torch.nn.functional.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)
-    return resized[0, 0]

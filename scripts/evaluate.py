@@ -36,6 +36,7 @@ from mfuser.evaluation.report import shortfalls, summary
 from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
 from mfuser.files import sha256, write_text
 from mfuser.loading import load_for_inference
+from mfuser.scripts import cli
 
 # How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -189,7 +190,7 @@ def check_processes(parsed: argparse.Namespace, accelerator: Accelerator) -> Non
     """Raises an error if the processes were started separately, or would share one device."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
-        raise RuntimeError(
+        raise cli.CommandError(
             f"{started} processes were started, but {accelerator.num_processes} are connected; on CPUs, add "
             "--device cpu"
         )
@@ -303,18 +304,15 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     return report
 
 
+@cli.reports_errors("evaluate")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     # Unless cpu=True is passed, Accelerate does not connect the processes on a machine without an accelerator.
     cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
     # The precision is that of --dtype, not that of an Accelerate configuration on this machine.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    try:
-        parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        report = evaluate(parsed, accelerator)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"mfuser evaluate: {error}", file=sys.stderr)
-        return 2
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    report = evaluate(parsed, accelerator)
     if accelerator.is_main_process:
         print(summary(report))
         print(f"written to {parsed.output}")
