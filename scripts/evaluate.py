@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of an MFuser model")
     parser.add_argument(
-        "--domains", required=True, nargs="+", type=_domain, metavar="NAME[:SPLIT]=SOURCE", help="see above"
+        "--domains", required=True, nargs="+", type=domain_argument, metavar="NAME[:SPLIT]=SOURCE", help="see above"
     )
     parser.add_argument(
         "--protocol",
@@ -150,7 +150,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _domain(text: str) -> tuple[str, str, str | None, str]:
+def domain_argument(text: str) -> tuple[str, str, str | None, str]:
     """(title, domain, split, source) of NAME[:SPLIT]=SOURCE."""
     title, equals, source = text.partition("=")
     name, colon, split = title.partition(":")
