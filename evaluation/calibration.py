@@ -142,7 +142,8 @@ def sample_pixels(
         for name in views:
             view = sample.pixel_values
             if name != UNDISTORTED:
-                image = DISTORTIONS[name](view.numpy() * std + mean, rng.uniform(), rng).clip(0, 1)
+                image = (view.numpy() * std + mean).clip(0, 1)  # rounding could make a black pixel negative
+                image = DISTORTIONS[name](image, rng.uniform(), rng).clip(0, 1)
                 view = torch.from_numpy((image - mean) / std).float()
             scores = model(pixel_values=view[None].to(model.device, model.dtype)).logits
             drawn = known[torch.from_numpy(rng.integers(len(known), size=pixels))]
