@@ -27,6 +27,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
 }  # fmt: skip
+JPEG_LIMIT = 65_500  # pixels on a side
 SOURCE = "Source"  # text of a label PNG: a hash of the path of its image
 
 DESCRIPTION = """Segments images. For each image, it writes into the output folder
@@ -175,9 +176,12 @@ def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path],
     return images, problems
 
 
-def result_files(results: Path) -> tuple[Path, Path]:
-    """The label image and the overlay of an image."""
-    return results.with_name(f"{results.name}_labels.png"), results.with_name(f"{results.name}_overlay.jpg")
+def result_files(results: Path) -> tuple[Path, Path, Path]:
+    """The label image, the overlay and the confidence of an image."""
+    labels, overlay, confidence = (
+        f"{results.name}_{kind}" for kind in ("labels.png", "overlay.jpg", "confidence.png")
+    )
+    return results.with_name(labels), results.with_name(overlay), results.with_name(confidence)
 
 
 def _source(path: Path) -> str:
@@ -186,14 +190,17 @@ def _source(path: Path) -> str:
 
 def _is_free(results: Path, path: Path) -> bool:
     """Whether the results of an image may be written to `results`: nothing is there, or earlier results of it."""
-    labels, overlay = result_files(results)
+    labels, *others = result_files(results)
     try:
         if not labels.exists():
-            return not overlay.exists()
+            return not any(file.exists() for file in others)
+    except OSError:
+        return True  # writing will fail too, and say why
+    try:
         with Image.open(labels) as image:
             return image.info.get(SOURCE) == _source(path)
-    except Exception as error:  # not a label image
-        return isinstance(error, OSError) and error.errno is not None  # writing will fail, and say why
+    except Exception:  # not a label image
+        return False
 
 
 @torch.inference_mode()
@@ -327,16 +334,20 @@ def write_results(
     confidence: np.ndarray | None = None,
 ) -> None:
     """Writes the label image, the overlay and, if there is one, the confidence of the image in `path`."""
+    height, width = label_map.shape
+    if max(height, width) > JPEG_LIMIT:
+        raise ValueError(
+            f"it has {width} x {height} pixels; the overlay, a JPEG, can have at most {JPEG_LIMIT} on a side"
+        )
     make_folder(results.parent)
-    labels, overlay = result_files(results)
+    labels, overlay, grey = result_files(results)
     text = PngImagePlugin.PngInfo()
     text.add_text(SOURCE, _source(path))
     write_image(labels, palettes.label_image(label_map, colours), pnginfo=text)
     picture = palettes.overlay(Image.fromarray(image.transpose(1, 2, 0)), label_map, colours, alpha)
     write_image(overlay, picture, quality=95)
     if confidence is not None:
-        grey = Image.fromarray((255 * confidence).round().astype(np.uint8))
-        write_image(results.with_name(f"{results.name}_confidence.png"), grey)
+        write_image(grey, Image.fromarray((255 * confidence).round().astype(np.uint8)))
 
 
 @cli.reports_errors("segment")
