@@ -421,7 +421,7 @@ class MFuserImageProcessor(PilBackend):
         else:
             input_sizes = [logits_size] * len(logits)
 
-        confidences = None
+        confidences: list[torch.Tensor] = []
         if return_confidence or unknown_threshold is not None:
             confidences = resized_confidences(outputs, input_sizes, target_sizes)
         results = []

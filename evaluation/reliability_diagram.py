@@ -7,14 +7,14 @@ from mfuser.evaluation.confidence import CALIBRATION_BINS
 from mfuser.files import atomic_writer
 
 try:
-    from matplotlib.figure import Figure
+    from matplotlib import figure as matplotlib_figure
 except ImportError:
-    Figure = None
+    matplotlib_figure = None
 
 
 def require_matplotlib() -> None:
     """Raises `ImportError` if matplotlib is not installed."""
-    if Figure is None:
+    if matplotlib_figure is None:
         raise ImportError('reliability diagrams need the package matplotlib: pip install "mfuser[report]"')
 
 
@@ -34,7 +34,7 @@ def reliability_figure(panels: dict[str, dict[str, Any]]):
     """
     require_matplotlib()
     width = 1 / CALIBRATION_BINS
-    figure = Figure(figsize=(3.4 * len(panels), 4.2), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(3.4 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     for (title, scores), accuracy, share in zip(panels.items(), *axes, strict=True):
         bins = scores["reliability"]

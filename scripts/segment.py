@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -264,9 +265,10 @@ def segment_with_confidence(
     """
     inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
     outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
-    (result,) = processor.post_process_semantic_segmentation(
+    results: list[Any] = processor.post_process_semantic_segmentation(
         outputs, inputs=inputs, return_confidence=True, unknown_threshold=unknown_threshold
     )
+    result = results[0]
     return result["segmentation"].cpu().numpy(), result["confidence"].cpu().numpy()
 
 

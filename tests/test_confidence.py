@@ -371,7 +371,7 @@ def test_two_processes_give_exactly_the_figures_of_one(tmp_path, saved_model):
 
 
 def test_without_matplotlib_the_command_says_so_before_it_works(tmp_path, saved_model, capsys, monkeypatch):
-    monkeypatch.setattr(reliability_diagram, "Figure", None)
+    monkeypatch.setattr(reliability_diagram, "matplotlib_figure", None)
     monkeypatch.setattr(evaluate, "evaluate_domain", lambda *_, **__: pytest.fail("segmented"))
     source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))
     arguments = ["--model", saved_model, "--domains", f"mine={source}", "--reliability-diagrams", tmp_path]
