@@ -9,7 +9,7 @@ from mfuser.files import atomic_writer
 try:
     from matplotlib import figure as matplotlib_figure
 except ImportError:
-    matplotlib_figure = None
+    matplotlib_figure = None  # type: ignore[assignment]
 
 
 def require_matplotlib() -> None:
