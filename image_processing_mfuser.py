@@ -198,6 +198,10 @@ class MFuserImageProcessor(PilBackend):
                 raise ValueError(f"`{name}` is {size}; every length must be at least 1 pixel.")
             if size is not None and not all(isinstance(length, int) for length in size.values()):
                 raise ValueError(f"`{name}` is {size}; every length must be an integer.")
+        size = kwargs["size"]
+        if size is not None and set(dict(size)) == {"longest_edge"}:
+            # The same size, in a form that Transformers' example scripts can read.
+            kwargs["size"] = SizeDict(shortest_edge=size.longest_edge, longest_edge=size.longest_edge)
         return kwargs
 
     def _validate_preprocess_kwargs(self, **kwargs):

@@ -6,20 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.errors import one_line
 from mfuser.files import read_json
+from mfuser.frozen_encoders_mfuser import recorded_encoders, saved_weights
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.pretrained_mfuser import load_pretrained_encoders, load_towers
-
-# Beside weights that were saved without the frozen encoders: the folder or Hub id of each encoder.
-ENCODERS_FILE = "encoders.json"
 
 
 def load_model(
@@ -28,8 +23,7 @@ def load_model(
     """
     Loads a saved model, in eval mode on the CPU.
 
-    A model that was saved with `save_trainable_only` is loaded on top of the pretrained encoders that its
-    `encoders.json` names.
+    A model that was saved without its encoders is loaded on top of those that its `encoders.json` names.
 
     Args:
         name_or_path (`str` or `Path`):
@@ -43,9 +37,9 @@ def load_model(
         [`MFuserForSemanticSegmentation`]: The model.
 
     Raises:
-        OSError: If there is no such model.
-        ValueError: If it is not an MFuser model, a file of it is damaged, weights are missing or of another shape, or
-            weights are not finite.
+        OSError: If there is no such model, or an encoder that it was saved without cannot be found.
+        ValueError: If it is not an MFuser model, a file of it is damaged, weights are missing, of another shape or not
+            finite, or an encoder is not the recorded one.
     """
     name_or_path = str(name_or_path)
     with _naming_damaged_files(name_or_path):
@@ -79,9 +73,6 @@ def _load_model(name_or_path: str, dtype: str | torch.dtype, config_fields: dict
         raise ValueError(f"{name_or_path} holds no model: its config.json is missing or names no model type.")
     if model_type != "mfuser":
         raise ValueError(f"{name_or_path} holds a model of type {model_type!r}, not 'mfuser'.")
-    encoders = saved_encoders(name_or_path)
-    if encoders is not None:
-        return _load_on_encoders(name_or_path, encoders, dtype, config_fields)
     # Weights of another shape are reported below, unless the caller asks for other classes.
     other_classes = {"id2label", "num_labels", "config"} & set(config_fields)
     model, report = MFuserForSemanticSegmentation.from_pretrained(
@@ -134,26 +125,8 @@ def load_for_inference(
 
 def saved_encoders(name_or_path: str | Path) -> dict[str, str] | None:
     """Folder or Hub id of the `vfm` and `vlm` that a model was saved without; `None` for a model saved whole."""
-    file = Path(name_or_path, ENCODERS_FILE)
-    if not Path(name_or_path).is_dir():
-        try:
-            file = Path(hf_hub_download(str(name_or_path), ENCODERS_FILE))
-        except EntryNotFoundError:
-            return None
-    return read_json(file) if file.is_file() else None
-
-
-def _load_on_encoders(
-    folder: str, encoders: Mapping[str, str], dtype: str | torch.dtype, config_fields: dict
-) -> MFuserForSemanticSegmentation:
-    config = MFuserConfig.from_pretrained(folder, **config_fields)
-    model = MFuserForSemanticSegmentation(config)  # in float32, in which the encoders are resampled
-    load_towers(model.mfuser, load_pretrained_encoders(encoders["vfm"], encoders["vlm"]))
-    restore_weights(model, folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    if dtype in (torch.float32, "float32", None):
-        return model.eval()
-    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
+    entries = recorded_encoders(name_or_path)
+    return None if entries is None else {key: entry["name_or_path"] for key, entry in entries.items()}
 
 
 def read_weights(
@@ -179,8 +152,10 @@ def read_weights(
     Raises:
         ValueError: If weights that are not frozen are missing, or if weights are unexpected or of another shape.
     """
+    if folder is not None:
+        state_dict = saved_weights(folder)
     loaded, report = type(model).from_pretrained(
-        folder,
+        None,
         state_dict=state_dict,
         config=copy.deepcopy(model.config),
         dtype=torch.float32,
@@ -205,4 +180,4 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
     model.load_state_dict(read_weights(model, folder))
 
 
-__all__ = ["ENCODERS_FILE", "load_for_inference", "load_model", "read_weights", "restore_weights", "saved_encoders"]
+__all__ = ["load_for_inference", "load_model", "read_weights", "restore_weights", "saved_encoders"]

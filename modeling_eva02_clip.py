@@ -138,8 +138,10 @@ class Eva02ClipVisionEmbeddings(nn.Module):
 
     def interpolate_position_embedding(self, grid_height: int, grid_width: int) -> torch.Tensor:
         """Returns position embeddings (1 + grid_height * grid_width, hidden_size), resampled to the grid if needed."""
-        table = self.position_embedding.weight
-        if (grid_height, grid_width) == (self.grid_size, self.grid_size):
+        rows = torch.arange(self.grid_size**2 + 1, device=self.class_embedding.device)
+        table = self.position_embedding(rows)  # called as a module, for Accelerate's hooks
+        # An exported graph would be bound to either case; resampling to the same grid changes nothing.
+        if not torch.compiler.is_exporting() and (grid_height, grid_width) == (self.grid_size, self.grid_size):
             return table
         grid = table[1:].unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]
         # Bicubic interpolation is too inaccurate in half precision.
@@ -262,6 +264,10 @@ class Eva02ClipPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Eva02ClipVisionLayer, "attentions": Eva02ClipVisionAttention}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # see `MFuserPreTrainedModel.is_custom_code`
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -302,9 +308,9 @@ class Eva02ClipVisionModel(Eva02ClipPreTrainedModel):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def rotary_embedding(self, grid_height: int, grid_width: int) -> torch.Tensor:
+    def rotary_embedding(self, grid_height: int, grid_width: int, device=None) -> torch.Tensor:
         """Returns the `rotary` argument of the layers for a grid of patches, see [`rotary_table`]."""
-        return rotary_table(grid_height, grid_width, self.config, self.device)
+        return rotary_table(grid_height, grid_width, self.config, self.device if device is None else device)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -336,6 +342,10 @@ class Eva02ClipTextModel(CLIPTextModel):
 
     config: Eva02ClipTextConfig
     base_model_prefix = "text_model"
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # see `MFuserPreTrainedModel.is_custom_code`
 
 
 class Eva02ClipModel(Eva02ClipPreTrainedModel):

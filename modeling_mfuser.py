@@ -12,12 +12,12 @@ Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -28,10 +28,16 @@ from .class_names_mfuser import CITYSCAPES_CLASSES, give_classes, requested_clas
 from .confidence_mfuser import confidence_map
 from .configuration_mfuser import MFuserConfig
 from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
+from .frozen_encoders_mfuser import ModelWithFrozenEncoders
 from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
 from .layers_mfuser import MFuserAttention, MFuserDepthwiseConv, MFuserMLP
 from .loss_mfuser import MFuserLoss
-from .outputs_mfuser import MFuserEncoderOutput, MFuserForSemanticSegmentationOutput, MFuserModelOutput
+from .outputs_mfuser import (
+    MFuserEncoderOutput,
+    MFuserForSemanticSegmentationOutput,
+    MFuserModelOutput,
+    selected_states,
+)
 from .pretrained_mfuser import check_finite, load_pretrained_encoders, load_towers
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
@@ -64,7 +70,7 @@ class MVFuser(nn.Module):
             nn.Linear(self.time_step_rank, half, bias=False), weight=partial(init.uniform_, a=-bound, b=bound)
         )
         self.dt_bias = nn.Parameter(torch.empty(half))
-        self.A_log = nn.Parameter(torch.empty(half, self.state_size))
+        self.A_log = nn.Parameter(torch.empty(half, self.state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(half))
         self.norm = nn.RMSNorm(half, eps=1e-5)
         self.out_proj = nn.Linear(half, hidden_size, bias=False)
@@ -118,10 +124,11 @@ class MFuserFusionLayer(GradientCheckpointingLayer):
         Args:
             vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`): Tokens of the vision foundation model.
             vlm_states (`torch.Tensor` of shape `(B, L, D)`): Tokens of the vision-language model.
-            run_vfm, run_vlm (`Callable`): The layers of each encoder before this MVFuser. They are arguments so that
-                gradient checkpointing recomputes them together with the MVFuser.
+            run_vfm, run_vlm (`Callable`): The layers of each frozen encoder before this MVFuser. They are arguments so
+                that gradient checkpointing recomputes them together with the MVFuser.
         """
-        vfm_states, vlm_states = run_vfm(vfm_states), run_vlm(vlm_states)
+        device = vfm_states.device  # the layers of the encoders may be on others
+        vfm_states, vlm_states = run_vfm(vfm_states).to(device), run_vlm(vlm_states).to(device)
         fused = self.mvfuser(torch.cat([self.vfm_in_proj(vfm_states), vlm_states], dim=1))  # (B, Lv + L, D)
         for_vfm, for_vlm = fused.split([vfm_states.shape[1], vlm_states.shape[1]], dim=1)
         return vfm_states + self.vfm_out_proj(for_vfm), vlm_states + for_vlm
@@ -137,7 +144,7 @@ class MTEnhancerLayer(nn.Module):
         super().__init__()
         size = config.enhancer_hidden_size
         self.self_attention_norm = nn.LayerNorm(size)
-        self.self_attention = MFuserAttention(size, config.enhancer_num_heads, qkv_bias=False)
+        self.self_attention = MFuserAttention(config, size, config.enhancer_num_heads, qkv_bias=False)
         self.mvfuser_norm = nn.LayerNorm(size)
         self.mvfuser = MVFuser(config, size)
         self.mlp_norm = nn.LayerNorm(size)
@@ -191,7 +198,7 @@ class MTEnhancer(nn.Module):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-class MFuserPreTrainedModel(PreTrainedModel):
+class MFuserPreTrainedModel(ModelWithFrozenEncoders):
     config: MFuserConfig
     base_model_prefix = "mfuser"
     main_input_name = "pixel_values"
@@ -212,9 +219,10 @@ class MFuserPreTrainedModel(PreTrainedModel):
     ]
     _keep_in_fp32_modules_strict = ["A_log"]
     _supports_sdpa = True
-    _supports_flash_attn = True
+    _supports_flash_attn = False  # the decoder's masks differ between queries; encoders alone can use it
     _supports_attention_backend = True
     _can_record_outputs = {
+        "attentions": [],  # declared by the encoders
         "vfm_hidden_states": [OutputRecorder(None, class_name="vfm"), OutputRecorder(MFuserFusionLayer, index=0)],
         "vlm_hidden_states": [OutputRecorder(None, class_name="vlm"), OutputRecorder(MFuserFusionLayer, index=1)],
     }
@@ -224,7 +232,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         cls, pretrained_model_name_or_path, *args, class_names=None, tokenizer=None, class_token_length=None, **kwargs
     ):
         """
-        See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them.
+        See [`ModelWithFrozenEncoders.from_pretrained`]. Frozen encoders are frozen again; loading unfreezes them.
         Weights that are not finite are an error.
 
         Other classes are given by `class_names`, or by `id2label` or `config` with `ignore_mismatched_sizes=True`. A
@@ -244,6 +252,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(path, *args, **kwargs)
         model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         check_finite(model, "the checkpoint" if path is None else str(path))
+        model.base_model.freeze_unused_parameters()
         if model.config.freeze_encoders:
             model.freeze_encoders()
         if requested is not None:
@@ -251,7 +260,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
-        """See [`PreTrainedModel.save_pretrained`]. The folder loads with `AutoModel` too, whichever class is saved."""
+        """See [`ModelWithFrozenEncoders.save_pretrained`]. The folder of either class loads with `AutoModel`."""
         self.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}
         super().save_pretrained(*args, **kwargs)
 
@@ -289,6 +298,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         config = encoders.model_config(list(class_names), tokenizer, **kwargs)
         model = cls(config)
         notes = load_towers(model.base_model, encoders)
+        model.encoders = {"vfm": str(vfm), "vlm": str(vlm)}
         summary = "".join(f"\n- {note}" for note in notes)
         logger.warning(
             f"MFuser was built from {vfm} and {vlm}; its fusion and decoder are newly initialised and need "
@@ -307,6 +317,15 @@ class MFuserPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.vlm.vision.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.base_model.vlm.vision.embeddings.patch_embedding = value
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # For custom code, Transformers skips modules that initialise the weights of their submodules, as the encoders'
+        # attention does. It need not: `_init_weights` leaves loaded weights as they are.
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -345,6 +364,10 @@ class MFuserModel(MFuserPreTrainedModel):
             initialised(self, stored_class_embeddings=init.trunc_normal_)
         self._class_embeddings_cache = WeightsCache()
         self.post_init()
+        for tower in (self.vfm, self.vlm):  # Transformers collects those of direct children alone
+            for encoder in tower.children():
+                self._no_split_modules.update(getattr(encoder, "_no_split_modules", ()))
+        self.freeze_unused_parameters()
         if config.freeze_encoders:
             self.freeze_encoders()
 
@@ -356,16 +379,33 @@ class MFuserModel(MFuserPreTrainedModel):
             self.vlm.eval()
         return self
 
+    def freeze_unused_parameters(self):
+        """
+        Disables the gradients of encoder parameters that no output depends on, since `DistributedDataParallel` waits
+        for every gradient: layers after the last MVFuser, mask tokens and, with CLIP, the last norm of the vision
+        foundation model.
+        """
+        last_vfm, last_vlm = self.config.layer_pairs[-1]
+        unused = [*self.vfm.layers[last_vfm:], *self.vlm.layers[last_vlm:]]
+        if not self.vlm.merges_normalised_vfm:
+            unused.append(self.vfm.final_norm)
+        for module in unused:
+            module.requires_grad_(False)
+        mask_token = getattr(self.vfm.vision.embeddings, "mask_token", None)
+        if mask_token is not None:
+            mask_token.requires_grad_(False)
+
     def class_embeddings(self) -> torch.Tensor:
         """
         Embeddings of the class names in the vision-language space, before any image -> (K, E).
 
         They are cached while no gradients are recorded, see [`WeightsCache`]; `train()` and `eval()` clear the cache.
+        Of a model with offloaded weights they are available as the output `class_embeddings` alone.
         """
         if self.prompts is None:
             return self.stored_class_embeddings
-        weights = [self.prompts, *self.vlm.parameters()]
-        return self._class_embeddings_cache.get(weights, self._encode_classes, self.config.class_token_ids)
+        sources = (self.prompts, *self.vlm.text_modules().values())
+        return self._class_embeddings_cache.get(sources, self._encode_classes, self.config.class_token_ids)
 
     @torch.no_grad()
     def store_class_embeddings(self):
@@ -390,7 +430,7 @@ class MFuserModel(MFuserPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Normalised with CLIP's mean and standard deviation.
-            kwargs: `output_vfm_hidden_states` and `output_vlm_hidden_states` (`bool`).
+            kwargs: `output_vfm_hidden_states`, `output_vlm_hidden_states` and `output_attentions` (`bool`).
         """
         grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
         vfm_states, vfm_inputs = self.vfm(pixel_values)
@@ -402,12 +442,12 @@ class MFuserModel(MFuserPreTrainedModel):
         fused_maps = []
         vfm_start, vlm_start = 0, 0
         for index, (vfm_end, vlm_end) in enumerate(self.config.layer_pairs):
-            vfm_states, vlm_states = self.fusion_layers[index](
-                vfm_states,
-                vlm_states,
-                partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs),
-                partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates),
-            )
+            run_vfm = partial(self.vfm.run_layers, range(vfm_start, vfm_end), vfm_inputs)
+            run_vlm = partial(self.vlm.run_layers, range(vlm_start, vlm_end), vlm_inputs, drop_path_rates)
+            if not self.config.freeze_encoders:  # gradient checkpointing recomputes each trained layer alone
+                vfm_states, vlm_states = run_vfm(vfm_states), run_vlm(vlm_states)
+                run_vfm = run_vlm = nn.Identity()
+            vfm_states, vlm_states = self.fusion_layers[index](vfm_states, vlm_states, run_vfm, run_vlm)
             vfm_start, vlm_start = vfm_end, vlm_end
             if index + 1 in self.config.fusion_out_layers:
                 patches = [states[:, -grid[0] * grid[1] :] for states in (vfm_states, vlm_states)]
@@ -419,7 +459,8 @@ class MFuserModel(MFuserPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         class_embeddings: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         output_feature_maps: bool = True,
     ) -> MFuserModelOutput:
         """
@@ -428,8 +469,12 @@ class MFuserModel(MFuserPreTrainedModel):
                 Normalised with CLIP's mean and standard deviation. Pixels beyond the last whole patch are ignored.
             class_embeddings (`torch.Tensor` of shape `(K, E)`, *optional*):
                 Replaces [`~MFuserModel.class_embeddings`].
-            output_hidden_states (`bool`, *optional*):
-                Whether to return the tokens of both encoders. Defaults to `config.output_hidden_states`.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return the tokens of both encoders, or the indices of those to return. Defaults to
+                `config.output_hidden_states`.
+            output_attentions (`bool`, *optional*):
+                Whether to return the attention weights of both encoders, which eager attention alone computes.
+                Defaults to `config.output_attentions`.
             output_feature_maps (`bool`, *optional*, defaults to `True`):
                 Whether to compute the feature pyramid.
         """
@@ -438,27 +483,58 @@ class MFuserModel(MFuserPreTrainedModel):
             class_embeddings = self.class_embeddings()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         encoded = self.encode(
             pixel_values,
-            output_vfm_hidden_states=output_hidden_states,
-            output_vlm_hidden_states=output_hidden_states,
+            output_vfm_hidden_states=output_hidden_states is not False,
+            output_vlm_hidden_states=output_hidden_states is not False,
+            output_attentions=output_attentions,
             return_dict=True,
         )
+        vfm_attentions, vlm_attentions = self._attentions_by_encoder(encoded.attentions)
         global_embedding, dense_embedding = self._merge(encoded.vfm_last_hidden_state, encoded.vlm_last_hidden_state)
         text = class_embeddings.expand(pixel_values.shape[0], -1, -1)
         text = self.enhancer(text, torch.cat([global_embedding, dense_embedding], dim=1))
+        dense_embedding = dense_embedding.to(text.device)
         score_map = F.normalize(text, dim=-1) @ F.normalize(dense_embedding, dim=-1).transpose(1, 2)  # (B, K, h * w)
         grid = encoded.fused_maps[0].shape[-2:]
+        feature_maps = None
+        if output_feature_maps:
+            feature_maps = tuple(level.feature_map() for level in self.pyramid(encoded.fused_maps))
         return MFuserModelOutput(
+            last_hidden_state=encoded.vlm_last_hidden_state,
+            pooler_output=global_embedding[:, 0],
             fused_maps=encoded.fused_maps,
-            feature_maps=self.pyramid(encoded.fused_maps) if output_feature_maps else None,
+            feature_maps=feature_maps,
+            class_embeddings=class_embeddings,
             global_embedding=global_embedding,
             dense_embedding=dense_embedding.transpose(1, 2).unflatten(-1, grid),
             text_embeddings=text,
             score_map=score_map.unflatten(-1, grid),
-            hidden_states=encoded.vlm_hidden_states,
-            vfm_hidden_states=encoded.vfm_hidden_states,
+            hidden_states=selected_states(encoded.vlm_hidden_states, output_hidden_states),
+            vfm_hidden_states=selected_states(encoded.vfm_hidden_states, output_hidden_states),
+            attentions=vlm_attentions,
+            vfm_attentions=vfm_attentions,
         )
+
+    def _attentions_by_encoder(self, attentions):
+        """Splits the attention weights of both encoders, which are in the order of their layers in lock-step."""
+        if attentions is None:
+            return None, None
+        if not attentions:
+            logger.warning(
+                "output_attentions needs eager attention, since other implementations do not return their weights: "
+                'call model.set_attn_implementation("eager")'
+            )
+            return (), ()
+        remaining, previous = iter(attentions), (0, 0)
+        by_encoder: tuple[list, list] = ([], [])
+        for pair in self.config.layer_pairs:
+            for collected, start, end in zip(by_encoder, previous, pair, strict=True):
+                collected += islice(remaining, end - start)
+            previous = pair
+        return tuple(map(tuple, by_encoder))
 
     def _merge(self, vfm_states: torch.Tensor, vlm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Last tokens of both encoders -> global (B, 1, E) and dense (B, h * w, E) embeddings."""
@@ -525,7 +601,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         class_mask: torch.Tensor | None = None,
         output_confidence: bool = False,
     ) -> MFuserForSemanticSegmentationOutput:
@@ -537,8 +614,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                 Normalised with CLIP's mean and standard deviation.
             labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
                 Class ids; `config.semantic_loss_ignore_index` where unknown.
-            output_hidden_states (`bool`, *optional*):
-                Whether to return the tokens of both encoders. Defaults to `config.output_hidden_states`.
+            output_hidden_states, output_attentions (*optional*):
+                See [`MFuserModel.forward`]; not available for an image segmented by windows.
             class_mask (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
                 The classes that the source of each image labels, as booleans; the loss teaches nothing about the
                 others. By default all.
@@ -554,26 +631,34 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         ```
         """
         self.mfuser.check_pixels(pixel_values)
-        class_embeddings = self.mfuser.class_embeddings()
         if not self.training and max(pixel_values.shape[-2:]) > self.config.crop_size:
-            if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
-                raise ValueError(
-                    f"output_hidden_states is not available for an image of {pixel_values.shape[-2]} x "
-                    f"{pixel_values.shape[-1]}, which is segmented by windows of {self.config.crop_size} with hidden "
-                    "states of their own: pass it crop by crop"
-                )
-            outputs = self._forward_by_windows(pixel_values, labels, class_embeddings, class_mask)
+            for name, value in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+            ):
+                if (getattr(self.config, name) if value is None else value) is not False:
+                    raise ValueError(
+                        f"{name} is not available for an image of {pixel_values.shape[-2]} x "
+                        f"{pixel_values.shape[-1]}, which is segmented by windows of {self.config.crop_size} with "
+                        "outputs of their own: pass it crop by crop"
+                    )
+            outputs = self._forward_by_windows(pixel_values, labels, class_mask)
         else:
-            outputs = self._forward_crop(pixel_values, labels, class_embeddings, output_hidden_states, class_mask)
+            features = self.mfuser(
+                pixel_values,
+                None,
+                output_hidden_states,
+                output_attentions,
+                output_feature_maps=False,
+                return_dict=True,
+            )
+            outputs = self._decode(features, pixel_values.shape[-2:], labels, class_mask)
         if output_confidence:
             outputs["confidence"] = confidence_map(outputs.logits, self.config.confidence_calibration)
         return outputs
 
-    def _forward_crop(self, pixel_values, labels, class_embeddings, output_hidden_states=None, class_mask=None):
-        features = self.mfuser(
-            pixel_values, class_embeddings, output_hidden_states, output_feature_maps=False, return_dict=True
-        )
-        levels = self.mfuser.pyramid.levels(features.fused_maps)
+    def _decode(self, features: MFuserModelOutput, size, labels, class_mask) -> MFuserForSemanticSegmentationOutput:
+        levels = self.mfuser.pyramid(features.fused_maps)
         mask_features, memory = self.pixel_decoder(levels, features.text_embeddings)
         predictions = self.decoder(features.text_embeddings, mask_features, memory)
         loss = components = None
@@ -584,16 +669,18 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         class_logits, mask_logits = predictions[-1]
         return MFuserForSemanticSegmentationOutput(
             loss=loss,
-            logits=self.segmentation_scores(class_logits, mask_logits, pixel_values.shape[-2:]),
+            logits=self.segmentation_scores(class_logits, mask_logits, size),
             class_queries_logits=class_logits,
             masks_queries_logits=mask_logits,
             score_map=features.score_map,
             hidden_states=features.hidden_states,
             vfm_hidden_states=features.vfm_hidden_states,
+            attentions=features.attentions,
+            vfm_attentions=features.vfm_attentions,
             loss_components=components,
         )
 
-    def _forward_by_windows(self, pixel_values, labels, class_embeddings, class_mask=None):
+    def _forward_by_windows(self, pixel_values, labels, class_mask):
         height, width = pixel_values.shape[-2:]
         if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
             raise ValueError(
@@ -605,9 +692,14 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             pixel_values, config.crop_size, config.patch_size, self.mfuser.pyramid.stride8.in_channels, self.dtype
         )
 
+        class_embeddings = None  # computed with the first windows, for all
+
         def segment(crops, crop_labels):
-            outputs = self._forward_crop(crops, crop_labels, class_embeddings, False, class_mask)
-            return outputs.logits, outputs.loss_components
+            nonlocal class_embeddings
+            features = self.mfuser(crops, class_embeddings, output_feature_maps=False, return_dict=True)
+            class_embeddings = features.class_embeddings
+            outputs = self._decode(features, crops.shape[-2:], crop_labels, class_mask)
+            return outputs.logits.to(pixel_values.device), outputs.loss_components
 
         windows = sliding_windows(height, width, config.crop_size, config.crop_stride)
         scores, components = average_over_windows(segment, pixel_values, labels, windows, config.num_labels, together)

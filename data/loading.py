@@ -1,8 +1,8 @@
 """Opening a dataset with an image and a label column, wherever it is, in one form."""
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ try:
 except ImportError:
     datasets = None
 
+
+logger = logging.getLogger(__name__)
 
 # Written into a prepared folder: its domain, classes and label map, and the pairs that were skipped with the reason.
 PREPARATION_FILE = "mfuser_preparation.json"
@@ -51,6 +53,7 @@ def load_domain(
     label_column: str = "label",
     id2label: dict[int, str] | str | Path | None = None,
     streaming: bool = False,
+    skip_unreadable: bool = False,
 ) -> LoadedDomain:
     """
     Opens a dataset with an image and a label column.
@@ -68,6 +71,8 @@ def load_domain(
             folder, nor if the folder or the Hub repository contains an `id2label.json`.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an `IterableDataset`, without copying or downloading the data first.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether a sampled row that cannot be read is a warning.
 
     Returns:
         `LoadedDomain`: The dataset, its class names and the record of its preparation.
@@ -81,8 +86,8 @@ def load_domain(
     dataset, split = open_columns(source, split, image_column, label_column, streaming)
     preparation = _side_file(source, PREPARATION_FILE) or {}
     names = class_names(source, id2label, preparation)
-    rows = dataset.take(1) if streaming else _first_middle_last(dataset)
-    _check_samples(rows, LabelMap.identity(len(names)), f"{source}, split {split}")
+    positions = [0] if streaming else _first_middle_last(dataset)
+    _check_samples(positions, dataset, LabelMap.identity(len(names)), f"{source}, split {split}", skip_unreadable)
     return LoadedDomain(dataset, names, preparation)
 
 
@@ -287,29 +292,27 @@ def _holds_images(feature) -> bool:
     return isinstance(feature, datasets.Image)
 
 
-def _first_middle_last(dataset) -> Iterator[dict[str, Any]]:
-    """Those three rows. If one can be decoded, others are left out: they are reported when they are read."""
-    positions = {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ()
-    rows, problems = [], []
-    for position in sorted(positions):
-        try:
-            rows.append(dataset[position])
-        except Exception as error:  # Pillow's decoders raise almost anything for damaged files
-            problems.append(error)
-    if problems and not rows:
-        raise problems[0]
-    return iter(rows)
+def _first_middle_last(dataset) -> list[int]:
+    """The positions of those three rows, fewer if the dataset has fewer."""
+    return sorted({0, len(dataset) // 2, len(dataset) - 1}) if len(dataset) else []
 
 
-def _check_samples(rows: Iterable[dict[str, Any]], label_map: LabelMap, source: str) -> None:
+def _check_samples(
+    positions: list[int], dataset: Any, label_map: LabelMap, source: str, skip_unreadable: bool
+) -> None:
     """Checks a few rows, so that wrong columns, colour labels and unnamed classes are found early."""
-    checked = 0
-    try:
-        for row in rows:
-            if row["label"] is not None and row["image"] is not None:
-                check_sizes(image_size(row["image"]), label_map(label_ids(row["label"])).shape)
-            checked += 1
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{source}: row {checked} of a few sampled rows: {error}") from error
-    if not checked:
+    if not positions:
         raise ValueError(f"{source} is empty")
+    for position in positions:
+        try:
+            row = next(iter(dataset.take(1))) if not hasattr(dataset, "__len__") else dataset[position]
+            if row["label"] is not None:
+                check_sizes(image_size(row["image"]), label_map(label_ids(row["label"])).shape)
+        except StopIteration:
+            raise ValueError(f"{source} is empty") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises errors of almost any type for damaged files
+            if not skip_unreadable:
+                raise ValueError(f"{source}: row {position}: {error}") from error
+            logger.warning("%s: row %d: %s", source, position, error)

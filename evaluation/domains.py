@@ -144,6 +144,7 @@ def open_domain(
     image_column: str = "image",
     label_column: str = "label",
     id2label: dict[int, str] | str | Path | None = None,
+    skip_unreadable: bool = False,
 ) -> EvaluationDomain:
     """
     Finds the images and labels of a domain.
@@ -162,6 +163,8 @@ def open_domain(
             The names of the two columns, if the source is not a download.
         id2label (`dict[int, str]`, `str` or `Path`, *optional*):
             The class names of an unknown dataset, see `load_domain`.
+        skip_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether a sampled row that cannot be read is a warning, see `load_domain`.
 
     Returns:
         `EvaluationDomain`: The domain.
@@ -180,7 +183,8 @@ def open_domain(
             return _open_download(title, domain, source, _pick_split(downloaded, split, source), label_map)
     if split is None:
         split = _pick_split(available_splits(source), None, source)
-    loaded = load_domain(source, split, image_column, label_column, name if domain else id2label)
+    names = name if domain else id2label
+    loaded = load_domain(source, split, image_column, label_column, names, skip_unreadable=skip_unreadable)
     return _from_dataset(title, domain, source, SPLIT_ALIASES.get(split, split), label_map, loaded)
 
 

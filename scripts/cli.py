@@ -11,6 +11,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Protocol
 
 from mfuser.errors import CommandError, is_expected, one_line
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a model on any number of domains"),
     "calibrate": ("calibrate", "fit the confidences of a model on its source"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
+    "export": ("export", "export a model to torch.export, ONNX or AOTInductor"),
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }
 
@@ -28,7 +30,12 @@ TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "yaml")  # installed 
 DEBUG = "--debug"
 FAILED, INTERRUPTED = 2, 130  # exit codes
 
-Main = Callable[[list[str] | None], int]
+
+class Main(Protocol):
+    """The `main` of a command, or one that reports errors."""
+
+    def __call__(self, arguments: list[str] | None = None, /) -> int: ...
+
 
 __all__ = ["CommandError", "main", "reports_errors", "usage"]
 

@@ -194,7 +194,8 @@ def convert_eva02_clip_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Sta
     Raises:
         ValueError: If tensors are unexpected, missing or of a wrong shape; the error lists all of them.
     """
-    converted, unknown = {}, []
+    converted: StateDict = {}
+    unknown = []
     for key, tensor in state_dict.items():
         if dropped_reason(key):
             continue

@@ -210,6 +210,7 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
             image_column=parsed.image_column,
             label_column=parsed.label_column,
             id2label=None if name in DOMAINS else parsed.id2label,
+            skip_unreadable=True,  # it is skipped and counted when it is its turn
         )
         for title, name, split, source in parsed.domains
     }

@@ -98,7 +98,7 @@ class Recorder:
         return hook
 
     def features(self, module, args, output):
-        features = module.pyramid(output.fused_maps)
+        features = [level.feature_map() for level in module.pyramid(output.fused_maps)]
         self.found |= {f"feature.{index}": feature for index, feature in enumerate(features)}
         self.found["global_embedding"] = output.global_embedding
         self.found["visual_embedding"] = output.dense_embedding

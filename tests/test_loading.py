@@ -1,40 +1,30 @@
 """Saved models are loaded whole, or on top of the encoders that they were saved without."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from tiny_models import CLASSES, FUSION, save_tiny_encoders
 
-from mfuser import MFuserForSemanticSegmentation, loading
-from mfuser.loading import ENCODERS_FILE, load_model, saved_encoders
+from mfuser import MFuserForSemanticSegmentation
+from mfuser.loading import load_model, saved_encoders
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 torch.set_num_threads(1)
-SMALL = dict(enhancer_hidden_size=32, decoder_hidden_size=64, decoder_num_heads=4, decoder_pixel_layers=1)
-SMALL |= dict(decoder_pixel_feedforward_size=64, decoder_num_layers=2, decoder_feedforward_size=64, crop_size=64)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model, and folders of it: `whole`, and `part`, saved without its encoders."""
     folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    fields = {name: value for name, value in DINOV2.items() if name != "model_type"}
-    Dinov2Model(Dinov2Config(**fields | {"image_size": 96})).save_pretrained(folder / "vfm")
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text |= dict(max_position_embeddings=16, bos_token_id=49406, eos_token_id=49407)
-    CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=24)).save_pretrained(folder / "vlm")
-    tiny_tokenizer().save_pretrained(folder / "vlm")
-    encoders = {"vfm": str(folder / "vfm"), "vlm": str(folder / "vlm")}
-    model = MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(**encoders, class_names=list(CLASSES), **SMALL)
+    encoders = save_tiny_encoders(folder)
+    model = MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(
+        **encoders, class_names=list(CLASSES), crop_size=64, **FUSION
+    )
     model.save_pretrained(folder / "whole")
     arguments = MFuserTrainingArguments(str(folder / "part"), save_trainable_only=True, use_cpu=True, report_to="none")
-    MFuserTrainer(model, arguments, encoders=encoders).save_model()
+    MFuserTrainer(model, arguments).save_model()
     return model.eval(), folder
 
 
@@ -89,23 +79,3 @@ def test_missing_weights_are_named(saved, tmp_path, kind):
     save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="mfuser.prompts"):
         load_model(tmp_path / kind)
-
-
-def test_a_model_without_encoders_and_without_their_names_is_refused(saved, tmp_path):
-    _, folder = saved
-    shutil.copytree(folder / "part", tmp_path / "part")
-    (tmp_path / "part" / ENCODERS_FILE).unlink()
-    with pytest.raises(ValueError, match="lacks .* of the model's weights, such as mfuser.vfm"):
-        load_model(tmp_path / "part")
-
-
-def test_encoders_of_a_model_on_the_hub_are_found(saved, monkeypatch):
-    _, folder = saved
-    monkeypatch.setattr(loading, "hf_hub_download", lambda repository, name: folder / repository / name)
-    assert saved_encoders("part") == json.loads((folder / "part" / ENCODERS_FILE).read_text())
-
-    def missing(repository, name):
-        raise LocalEntryNotFoundError("neither online nor cached")
-
-    monkeypatch.setattr(loading, "hf_hub_download", missing)
-    assert saved_encoders("me/whole") is None

@@ -14,14 +14,14 @@ from tiny_models import CLASSES, tiny_model
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 
 # Run by a fresh interpreter, which can import neither the package nor anything that is not a dependency of the model.
-STRANGER = """
+FRESH_PROCESS = """
 import sys
 from importlib.machinery import PathFinder
 
 BLOCKED = {"mfuser", "einops", "scipy", "datasets", "evaluate", "mamba_ssm", "causal_conv1d", "torchvision", "timm"}
 BLOCKED.add("sklearn")  # Transformers imports it where it is installed, and it needs scipy
 
-class Stranger:
+class WithoutPackages:
     finders = list(sys.meta_path)
     find_distributions = staticmethod(PathFinder.find_distributions)
 
@@ -29,7 +29,7 @@ class Stranger:
         if name.split(".")[0] not in BLOCKED:
             return next((spec for finder in self.finders if (spec := finder.find_spec(name, path, target))), None)
 
-sys.meta_path[:] = [Stranger()]
+sys.meta_path[:] = [WithoutPackages()]
 
 import json
 import numpy, torch
@@ -80,7 +80,7 @@ PAIRS = ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip", "dinov3+siglip2"]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Saves a model of each pair, and loads and saves it again in a fresh offline interpreter with empty caches."""
-    workspace = tmp_path_factory.mktemp("stranger")
+    workspace = tmp_path_factory.mktemp("fresh_process")
     pixels = np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8)
     for index, pair in enumerate(PAIRS):
         folder = workspace / f"my.model-{index}"
@@ -92,7 +92,7 @@ def folders(tmp_path_factory):
     environment |= {"HF_HOME": str(workspace / "hub"), "HF_HUB_OFFLINE": "1"}
     (workspace / "elsewhere").mkdir()
     result = subprocess.run(
-        [sys.executable, "-c", STRANGER, *(str(workspace / f"my.model-{index}") for index in range(len(PAIRS)))],
+        [sys.executable, "-c", FRESH_PROCESS, *(str(workspace / f"my.model-{index}") for index in range(len(PAIRS)))],
         cwd=workspace / "elsewhere",
         env=environment,
         capture_output=True,
@@ -103,7 +103,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def as_in_the_strangers_process():
+def as_many_threads_as_in_the_fresh_process():
     """Uses one thread, as the rounding of sums depends on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,16 +112,16 @@ def as_in_the_strangers_process():
 
 
 @pytest.fixture(params=PAIRS)
-def stranger(request, folders):
-    """(model, folder it was saved to, folder the stranger saved it to, what the stranger found)"""
+def fresh_process(request, folders):
+    """(model, folder it was saved to, folder the fresh process saved it to, what the fresh process found)"""
     folder, output = (folders / f"my.model-{PAIRS.index(request.param)}{again}" for again in ("", ".again"))
     # loaded from the file as well, because rounding depends on the memory alignment of the weights
     model = MFuserForSemanticSegmentation.from_pretrained(folder)
     return model, folder, output, torch.load(output / "found.pt")
 
 
-def test_auto_classes_give_the_same_scores_to_the_bit(stranger):
-    model, folder, _, found = stranger
+def test_auto_classes_give_the_same_scores_to_the_bit(fresh_process):
+    model, folder, _, found = fresh_process
     pixel_values = MFuserImageProcessor()(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
     assert torch.equal(found["pixel_values"], pixel_values)
     with torch.no_grad():
@@ -129,14 +129,14 @@ def test_auto_classes_give_the_same_scores_to_the_bit(stranger):
         assert torch.equal(found["score_map"], model.mfuser(pixel_values[..., :64, :64]).score_map)
 
 
-def test_the_code_is_the_folders_own(stranger):
-    _, _, _, found = stranger
+def test_the_code_is_the_folders_own(fresh_process):
+    _, _, _, found = fresh_process
     assert found["modules"] == ["transformers_modules"] * 5
     assert found["imported"] == []
 
 
-def test_the_pipeline_returns_the_classes_masks(stranger):
-    _, _, _, found = stranger
+def test_the_pipeline_returns_the_classes_masks(fresh_process):
+    _, _, _, found = fresh_process
     prediction = found["logits"].argmax(1)[0]
     expected = {CLASSES[index]: (prediction == index) for index in prediction.unique().tolist()}
     assert found["segments"].keys() == expected.keys()
@@ -144,14 +144,14 @@ def test_the_pipeline_returns_the_classes_masks(stranger):
         assert torch.equal(mask > 0, expected[name]), name
 
 
-def test_trainers_gather_logits_alone_and_encoders_stay_frozen(stranger):
-    model, _, _, found = stranger
+def test_trainers_gather_logits_alone_and_encoders_stay_frozen(fresh_process):
+    model, _, _, found = fresh_process
     assert found["gathered"] == ["logits"]
     assert found["trainable"] == [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def test_saving_what_was_loaded_copies_the_code(stranger):
-    _, folder, output, found = stranger
+def test_saving_what_was_loaded_copies_the_code(fresh_process):
+    _, folder, output, found = fresh_process
     code = {path.name: path.read_text() for path in folder.glob("*.py")}
     assert {"configuration_mfuser.py", "modeling_mfuser.py", "image_processing_mfuser.py"} <= code.keys()
     assert {path.name: path.read_text() for path in output.glob("*.py")} == code
@@ -161,8 +161,8 @@ def test_saving_what_was_loaded_copies_the_code(stranger):
     assert torch.equal(found["logits_again"], found["logits"])
 
 
-def test_what_a_stranger_saved_loads_with_the_class_itself(stranger):
-    _, _, output, found = stranger
+def test_what_a_fresh_process_saved_loads_with_the_class_itself(fresh_process):
+    _, _, output, found = fresh_process
     loaded = MFuserForSemanticSegmentation.from_pretrained(output)
     with torch.no_grad():
         assert torch.equal(loaded(found["pixel_values"]).logits, found["logits"])

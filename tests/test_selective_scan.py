@@ -298,7 +298,7 @@ def scans_in(graph):
 def test_operator_meets_the_contract_of_custom_operators(keep_states, path):
     inputs = make_inputs(2, 3, 4, 10)
     arguments = [inputs[name] for name in NAMES if name != "z"]
-    torch.library.opcheck(torch.ops.mfuser.selective_scan.default, (*arguments, True, keep_states))
+    torch.library.opcheck(scan_module._scan, (*arguments, True, keep_states))
 
 
 def test_compiled_graph_is_whole_and_gives_the_same_gradients():
@@ -320,22 +320,89 @@ def test_compiled_graph_is_whole_and_gives_the_same_gradients():
     assert all(map(torch.equal, grads, torch.autograd.grad(expected.sum(), inputs.values())))
 
 
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_exported_graph_has_one_node_for_any_batch_and_length(requires_grad):
+def export_scan(requires_grad=False):
+    """A scan exported for any batch size and length, and the inputs that it was captured with."""
     inputs = make_inputs(2, 3, 4, 10, requires_grad=requires_grad)
-    tokens = {0: torch.export.Dim("batch"), 2: torch.export.Dim("length")}
+    tokens = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     shapes = tuple(tokens if x.dim() == 3 else None for x in inputs.values())
-    program = torch.export.export(Scan(), tuple(inputs.values()), dynamic_shapes=(shapes,))
-    assert len(scans_in(program.graph)) == 1
-    others = make_inputs(3, 3, 4, 25, seed=1, requires_grad=requires_grad)
-    others = {**others, **{name: x for name, x in inputs.items() if x.dim() < 3}}
-    assert torch.equal(program.module()(*others.values()), Scan()(*others.values()))
+    return torch.export.export(Scan(), tuple(inputs.values()), dynamic_shapes=(shapes,)), inputs
+
+
+@pytest.fixture(scope="module")
+def exported_scan():
+    return export_scan()
+
+
+def other_inputs(inputs, batch, length, **options):
+    """Tokens of another batch size and length, with the parameters of `inputs`."""
+    others = make_inputs(batch, 3, 4, length, seed=1, **options)
+    return others | {name: x for name, x in inputs.items() if x.dim() < 3}
+
+
+def test_exported_graph_is_plain_operators_for_any_batch_and_length(exported_scan):
+    program, inputs = exported_scan
+    operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    assert len(operators) > 5
+    assert {operator.namespace for operator in operators} == {"aten"}
+    for batch, length in ((3, 2), (3, 25), (2, 31), (2, 32), (2, 33), (1, 500)):
+        others = other_inputs(inputs, batch, length, requires_grad=False)
+        if batch == 1:  # like any exported graph, it has been specialised to more than one
+            others = {name: x.expand(2, -1, -1) if x.dim() == 3 else x for name, x in others.items()}
+        y = program.module()(*others.values())
+        assert relative_error(y, recurrence(**others, delta_softplus=True)[0]) < 2e-6, length
+
+
+def test_exported_graph_can_be_trained():
+    program, inputs = export_scan(requires_grad=True)
+    others = other_inputs(inputs, 2, 25)
+    grads = torch.autograd.grad(program.module()(*others.values()).sum(), others.values())
+    expected = torch.autograd.grad(Scan()(*others.values()).sum(), others.values())
+    for name, grad, expected_grad in zip(others, grads, expected, strict=True):
+        assert relative_error(grad, expected_grad) < 5e-6, name
+
+
+def test_exported_graph_is_loaded_where_the_code_is_not(exported_scan, tmp_path):
+    program, inputs = exported_scan
+    others = tuple(other_inputs(inputs, 3, 40, requires_grad=False).values())
+    torch.export.save(program, tmp_path / "scan.pt2")
+    torch.save((others, Scan()(*others)), tmp_path / "values.pt")
+    code = "import sys; sys.modules['mfuser'] = None; import torch; program = torch.export.load('scan.pt2').module(); "
+    code += "inputs, y = torch.load('values.pt'); torch.testing.assert_close(program(*inputs), y)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_exported_graph_becomes_onnx(exported_scan):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    program, inputs = exported_scan
+    model = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for length in (5, 70):
+        others = other_inputs(inputs, 3, length, requires_grad=False)
+        fed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), others.values(), strict=True)}
+        y = torch.from_numpy(session.run(None, fed)[0])
+        assert relative_error(y, recurrence(**others, delta_softplus=True)[0]) < 2e-6, length
+
+
+def test_decays_near_one_stay_exact_in_an_exported_graph():
+    inputs = make_inputs(1, 3, 2, 1500, scale=1e-3, requires_grad=False)
+    inputs["u"].abs_()
+    y, last_state = scan_module._exported_scan(*without(inputs, "z").values(), True)
+    expected, expected_state = recurrence(**without(inputs, "z"), delta_softplus=True)
+    assert relative_error(y, expected) < 5e-6
+    assert relative_error(last_state, expected_state) < 5e-6
+
+
+def test_exported_graph_refuses_more_tokens_than_it_computes():
+    with pytest.raises(RuntimeError, match="takes fewer than 65536 tokens"):
+        scan_module._exported_scan(*without(make_inputs(1, 1, 1, 65536), "z").values(), True)
 
 
 def test_graph_captured_without_gradients_can_still_be_trained():
     inputs = make_inputs(1, 3, 4, 10)
     arguments = [inputs[name] for name in NAMES if name != "z"]
-    y = torch.ops.mfuser.selective_scan(*arguments, True, False)[0]
+    y = scan_module._scan(*arguments, True, False)[0]
     expected = selective_scan(**without(inputs, "z"), delta_softplus=True)
     grads = torch.autograd.grad(y.sum(), arguments)
     assert all(map(torch.equal, grads, torch.autograd.grad(expected.sum(), arguments)))
@@ -356,13 +423,27 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_two_copies_of_the_code_live_in_one_process():
+def test_two_copies_of_the_code_share_one_operator():
     copy = load_copy("selective_scan", "transformers_modules.a_model.0f3")
+    assert copy._scan is scan_module._scan and copy._scan_backward is scan_module._scan_backward
+    assert "0f3" not in str(copy._scan)
     inputs = make_inputs(1, 3, 4, 10)
     y = copy.selective_scan(**inputs)
-    copy._torch_scan = copy._torch_scan_backward = None  # each calls its own
     assert torch.equal(selective_scan(**inputs), y)
-    selective_scan(**inputs).sum().backward()
+    y.sum().backward()
+
+
+def test_copies_of_another_version_have_their_own_operator(tmp_path):
+    text = Path(scan_module.__file__).read_text().replace("_VERSION = 1", "_VERSION = 0")
+    (tmp_path / "old_scan.py").write_text(
+        text.replace("from .selective_scan_triton", "from mfuser.selective_scan_triton")
+    )
+    spec = importlib.util.spec_from_file_location("old_scan", tmp_path / "old_scan.py")
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy._scan is not scan_module._scan
+    inputs = make_inputs(1, 3, 4, 10)
+    assert torch.equal(copy.selective_scan(**inputs), selective_scan(**inputs))
 
 
 def test_decays_near_one_stay_exact_over_many_tokens():

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipel
 
 from mfuser import MFuserForSemanticSegmentation
 from mfuser.data.augmentation import TrainingAugmentation
-from mfuser.loading import load_model
+from mfuser.loading import load_model, saved_encoders
 from mfuser.scripts import cli, train
 
 torch.set_num_threads(1)
@@ -309,7 +309,7 @@ def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(re
     recipe.write_text(yaml.safe_dump(settings | {"save_trainable_only": True}))
     assert train.main([str(recipe)]) == 0
     run = tmp_path / "run"
-    assert json.loads((run / "encoders.json").read_text()) == {key: settings[key] for key in ("vfm", "vlm")}
+    assert saved_encoders(run) == {key: settings[key] for key in ("vfm", "vlm")}
     model = load_model(run)
     pretrained = Dinov2Model.from_pretrained(encoders / "vfm").state_dict()
     for name, value in model.mfuser.vfm.vision.encoder.state_dict().items():

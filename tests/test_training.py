@@ -14,7 +14,7 @@ import torch
 import yaml
 from distributed_worker import Samples, random_maps, step_and_evaluate
 from sklearn.metrics import confusion_matrix
-from tiny_models import CLASSES, tiny_batch, tiny_model
+from tiny_models import CLASSES, FUSION, save_tiny_encoders, tiny_batch, tiny_model
 from torch import nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.trainer_utils import EvalLoopOutput
@@ -31,7 +31,6 @@ from mfuser.training.optimization import PolynomialSchedule, parameter_groups
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 torch.set_num_threads(1)
-ENCODERS = {"vfm": "a-vfm", "vlm": "a-vlm"}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -284,18 +283,25 @@ def test_a_checkpoint_loads_by_itself_and_holds_its_image_processor(tmp_path):
 
 
 def test_checkpoints_without_frozen_weights_are_restored_on_top_of_the_encoders(tmp_path):
-    trainer = trainer_in(tmp_path / "part", tiny_model(), max_steps=2, save_trainable_only=True, encoders=ENCODERS)
+    encoders = save_tiny_encoders(tmp_path)
+
+    def model():
+        torch.manual_seed(0)
+        fields = dict(class_names=list(CLASSES), crop_size=64, **FUSION)
+        return MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(**encoders, **fields)
+
+    trainer = trainer_in(tmp_path / "part", model(), max_steps=2, save_trainable_only=True)
     trainer.train()
-    full = trainer_in(tmp_path / "full", tiny_model(), max_steps=2)
+    full = trainer_in(tmp_path / "full", model(), max_steps=2)
     full.train()
     sizes = [(tmp_path / kind / "checkpoint-2" / "model.safetensors").stat().st_size for kind in ("part", "full")]
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     assert 4 * trained < sizes[0] < 4 * trained * 1.1 < sizes[1]
-    fresh = tiny_model(seed=1)
-    fresh.mfuser.vfm.load_state_dict(trainer.model.mfuser.vfm.state_dict())
-    fresh.mfuser.vlm.load_state_dict(trainer.model.mfuser.vlm.state_dict())
+    fresh = model()
     restore_weights(fresh, tmp_path / "part" / "checkpoint-2")
     assert_same_weights(weights_of(fresh), weights_of(full.model))
+    loaded = MFuserForSemanticSegmentation.from_pretrained(tmp_path / "part" / "checkpoint-2")
+    assert_same_weights(weights_of(loaded), weights_of(full.model))
 
 
 def test_a_checkpoint_is_uploaded_from_its_final_folder_and_holds_the_given_arguments(tmp_path):

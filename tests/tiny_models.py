@@ -1,7 +1,7 @@
 """Small random models of every kind, shared by the tests."""
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation
 
@@ -129,6 +129,17 @@ def tiny_tokenizer(clip: bool = True) -> PreTrainedTokenizerFast:
         eos_token="<end>",
         bos_token="<start>" if clip else None,
     )
+
+
+def save_tiny_encoders(folder) -> dict[str, str]:
+    """Saves a DINOv2 and a CLIP, which need resampling, and returns their folders as `vfm` and `vlm`."""
+    torch.manual_seed(0)
+    fields = {name: value for name, value in DINOV2.items() if name != "model_type"}
+    Dinov2Model(Dinov2Config(**fields | {"image_size": 96})).save_pretrained(folder / "vfm")
+    text = TEXT | dict(max_position_embeddings=16, bos_token_id=49406, eos_token_id=49407)
+    CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=24)).save_pretrained(folder / "vlm")
+    tiny_tokenizer().save_pretrained(folder / "vlm")
+    return {"vfm": str(folder / "vfm"), "vlm": str(folder / "vlm")}
 
 
 def enable_checkpointing(model, **kwargs):

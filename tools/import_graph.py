@@ -240,7 +240,7 @@ def draw(graph: Graph, layer: Mapping[str, str]) -> str:
         frame = outer.items[name]
         left, top = frame.x - frame.width / 2, frame.y
         parts.append(
-            f'<rect class="frame" fill="{COLOURS[name]}" x="{left:.0f}" y="{top:.0f}" '
+            f'<rect class="frame" fill="{COLOURS[name]}" x="{round(left)}" y="{top:.0f}" '
             f'width="{frame.width:.0f}" height="{frame.height:.0f}"/>'
             f'<text class="title" x="{left + FRAME_PADDING:.0f}" y="{top + 22:.0f}">'
             f"{escape(TITLES.get(name, name + '/'))}</text>"

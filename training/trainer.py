@@ -1,7 +1,6 @@
 """Training on Transformers' Trainer: the published recipe, validation on the source domain, and whole checkpoints."""
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +18,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 from mfuser.data.validation import ValidationDataset
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_for_metrics
-from mfuser.files import write_text
-from mfuser.loading import ENCODERS_FILE
+from mfuser.frozen_encoders_mfuser import (
+    checked_encoders,
+    frozen_encoders,
+    weights_without_encoders,
+    write_encoders_file,
+)
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.training.checkpoints import UNFINISHED_FOLDER, accept_saved_names, publish, without_scalars
 from mfuser.training.monitoring import PREFIX, MonitorCallback, check_selection, training_state_preserved
@@ -48,7 +51,7 @@ class MFuserTrainingArguments(TrainingArguments):
             Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
             published code, or on no normalisation layer.
         save_trainable_only (`bool`, *optional*, defaults to `False`):
-            Whether checkpoints and the final model leave out the frozen weights.
+            Whether checkpoints and the final model leave out frozen encoders.
         monitor_steps (`int`, *optional*, defaults to 500):
             Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
     """
@@ -134,7 +137,8 @@ class MFuserTrainer(Trainer):
         eval_dataset ([`~mfuser.data.validation.ValidationDataset`] or a `dict` of them by name, *optional*):
             Validation images of the source domain, by which the best checkpoint is selected.
         encoders (`dict[str, str]`, *optional*):
-            Folder or Hub id of the pretrained `vfm` and `vlm`, saved beside weights that are saved without them.
+            Folder or Hub id of the pretrained `vfm` and `vlm`, for `save_trainable_only`; needed if the model was
+            loaded from a folder that holds them.
         monitored (`dict[str, Dataset]`, *optional*):
             Target domains to monitor, by name, such as [`~mfuser.training.monitoring.MonitoredDomain`].
         kwargs:
@@ -157,11 +161,15 @@ class MFuserTrainer(Trainer):
         monitored: Mapping[str, Dataset] | None = None,
         **kwargs,
     ):
-        if args.save_trainable_only and encoders is None and model.config.freeze_encoders:
-            raise ValueError(
-                "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
-                "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to false"
-            )
+        encoders, self.encoders = model.encoders or encoders, None
+        if args.save_trainable_only and frozen_encoders(model):
+            if encoders is None:
+                raise ValueError(
+                    "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
+                    "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to "
+                    "false"
+                )
+            self.encoders = checked_encoders(model, encoders)
         if train_dataset is not None:
             model.config.confidence_calibration = None  # it holds for the weights before the training
         self.monitored = dict(monitored or {})
@@ -169,7 +177,7 @@ class MFuserTrainer(Trainer):
         check_selection(args.metric_for_best_model, metrics, eval_dataset, self.monitored)
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.train_sampler, self.encoders = train_sampler, encoders
+        self.train_sampler = train_sampler
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_count = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -331,7 +339,7 @@ class MFuserTrainer(Trainer):
         """
         Saves the model, the image processor and the training arguments.
 
-        With `save_trainable_only`, frozen weights are left out and the encoders are named in `encoders.json`.
+        With `save_trainable_only`, frozen encoders are left out and named in `encoders.json`.
         """
         folder = Path(output_dir or self.args.output_dir)
         # Every process takes part in this: sharded weights are gathered.
@@ -340,11 +348,10 @@ class MFuserTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
             if self.args.save_trainable_only:
-                frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-                state_dict = {name: value for name, value in state_dict.items() if name not in frozen}
+                state_dict = weights_without_encoders(model, state_dict)
             model.save_pretrained(folder, state_dict=state_dict)
-            if self.args.save_trainable_only and self.encoders:
-                write_text(folder / ENCODERS_FILE, json.dumps(self.encoders, indent=2) + "\n")
+            if self.encoders is not None:
+                write_encoders_file(folder, self.encoders)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)

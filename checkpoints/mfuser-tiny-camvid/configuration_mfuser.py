@@ -190,6 +190,7 @@ class MFuserConfig(PreTrainedConfig):
         "score_map",
         "hidden_states",
         "vfm_hidden_states",
+        *("attentions", "vfm_attentions"),
         "loss_components",
     ]
 

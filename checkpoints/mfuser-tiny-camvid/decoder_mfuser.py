@@ -65,9 +65,8 @@ class MFuserUpsampling(nn.ConvTranspose2d):
         """
         if projection is None:
             return super().forward(maps)
-        weights = [*self.parameters(), *projection.conv.parameters()]
-        kernel, bias = self._projected_kernel.get(weights, partial(self._project_kernel, projection))
-        return F.conv_transpose2d(maps, kernel, bias, stride=self.stride)
+        kernel, bias = self._projected_kernel.get((self, projection.conv), partial(self._project_kernel, projection))
+        return F.conv_transpose2d(maps, kernel.to(maps.device), bias.to(maps.device), stride=self.stride)
 
     def _project_kernel(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
         # The kernel (C, C, 2, 2) holds maps of 2 x 2 pixels, one for each input channel, which are projected likewise.
@@ -110,12 +109,12 @@ class MFuserPyramid(nn.Module):
         )
         self.stride8 = MFuserUpsampling(channels)
 
-    def forward(self, maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Fused maps (B, Dv + D, h, w) of the four taps -> feature maps (B, Dv + D, ., .), stride 4 first."""
-        return tuple(level.feature_map() for level in self.levels(maps))
+    def train(self, mode: bool = True):
+        # Frozen as with adapters, whose files do not hold the statistics of BatchNorm, the pyramid does not change them.
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
-    def levels(self, maps: tuple[torch.Tensor, ...]) -> list[PyramidLevel]:
-        """The same four levels, each before its last upsampling."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> list[PyramidLevel]:
+        """Fused maps (B, Dv + D, h, w) of the four taps -> four levels, stride 4 first, before the last upsampling."""
         *layers, upsampling = self.stride4
         finest = maps[0]
         for layer in layers:
@@ -194,7 +193,7 @@ class MFuserDeformableAttention(nn.Module):
         weights = self.attention_weights(query).unflatten(-1, (heads, levels * points)).softmax(dim=-1)
         weights = weights.unflatten(-1, (levels, points))
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
-        by_rows = value.device.type == "cpu" and not torch.is_grad_enabled()
+        by_rows = value.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
         sample = self._sample_rows if by_rows else self._sample_maps
         return self.output_proj(sample(value, weights, offsets, centres, shapes))
 
@@ -265,7 +264,7 @@ class MFuserPixelDecoderLayer(GradientCheckpointingLayer):
         size = config.decoder_hidden_size
         self.self_attention = MFuserDeformableAttention(config)
         self.self_attention_norm = nn.LayerNorm(size)
-        self.text_attention = MFuserAttention(size, config.decoder_num_heads)
+        self.text_attention = MFuserAttention(config, size, config.decoder_num_heads)
         self.text_attention_norm = nn.LayerNorm(size)
         self.mlp = MFuserMLP([size, config.decoder_pixel_feedforward_size, size], nn.ReLU(inplace=True))
         self.mlp_norm = nn.LayerNorm(size)
@@ -380,9 +379,9 @@ class MFuserDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MFuserConfig):
         super().__init__()
         size = config.decoder_hidden_size
-        self.cross_attention = MFuserAttention(size, config.decoder_num_heads)
+        self.cross_attention = MFuserAttention(config, size, config.decoder_num_heads)
         self.cross_attention_norm = nn.LayerNorm(size)
-        self.self_attention = MFuserAttention(size, config.decoder_num_heads)
+        self.self_attention = MFuserAttention(config, size, config.decoder_num_heads)
         self.self_attention_norm = nn.LayerNorm(size)
         self.mlp = MFuserMLP([size, config.decoder_feedforward_size, size], nn.ReLU(inplace=True))
         self.mlp_norm = nn.LayerNorm(size)

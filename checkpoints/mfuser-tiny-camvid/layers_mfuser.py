@@ -7,15 +7,60 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_mfuser import MFuserConfig
 from .initialization_mfuser import fill_with_stacked_xavier, initialised
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Attention by the implementation that `module.config` names, see Transformers' attention interface.
+
+    Args:
+        module (`nn.Module`): The attention layer, with attributes `config` and `is_causal`.
+        query (`torch.Tensor` of shape `(B, heads, Lq, C / heads)`): Queries.
+        key, value (`torch.Tensor` of shape `(B, heads, Lk, C / heads)`): Keys and values.
+        mask (`torch.Tensor` of shape `(B, 1, Lq, Lk)`, *optional*): `True` where a key takes part.
+
+    Returns:
+        `tuple`: Attended values `(B, Lq, C)`, and the attention weights or `None`.
+    """
+    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    attended, weights = implementation(module, query, key, value, mask, scaling=query.shape[-1] ** -0.5)
+    return attended.flatten(2), weights
 
 
 class MFuserAttention(nn.Module):
     """Multi-head attention. Masks are `True` where a key takes part."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool = True):
+    is_causal = False
+
+    def __init__(self, config: MFuserConfig, hidden_size: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
+        self.config = config
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj = (
             initialised(
@@ -35,8 +80,8 @@ class MFuserAttention(nn.Module):
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, C / heads)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        attended, _ = attend(self, query, key, value, mask)
+        return self.o_proj(attended)
 
 
 class MFuserMLP(nn.Module):

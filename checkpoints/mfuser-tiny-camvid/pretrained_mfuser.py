@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +40,9 @@ TAP_DEPTHS = (1 / 3, 1 / 2, 2 / 3, 1)  # of the four pyramid levels, as shares o
 STRIDE_SHARE = 2 / 3  # of the crop
 
 
-def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], role: str) -> PreTrainedModel:
+def load_encoder(
+    name_or_path: str, classes: dict[str, type[PreTrainedModel]], role: str, **hub_kwargs
+) -> PreTrainedModel:
     """
     Loads a pretrained encoder in float32, as the class that its configuration names.
 
@@ -46,16 +50,19 @@ def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], r
         name_or_path (`str`): Folder or Hub id.
         classes (`dict[str, type[PreTrainedModel]]`): Accepted model types and their classes.
         role (`str`): What the encoder is used for, for error messages.
+        hub_kwargs: Arguments for the download, such as `revision`.
 
     Raises:
         ValueError: If the encoder has another type, or weights are missing or not finite.
     """
-    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)[0].get("model_type")
     if model_type not in classes:
         raise ValueError(
             f"{name_or_path} has model type {model_type!r}; the {role} must be one of {', '.join(classes)}"
         )
-    model, report = classes[model_type].from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+    model, report = classes[model_type].from_pretrained(
+        name_or_path, dtype=torch.float32, output_loading_info=True, **hub_kwargs
+    )
     if report["missing_keys"]:
         raise ValueError(
             f"{name_or_path} lacks weights of a {model_type}: {', '.join(sorted(report['missing_keys']))}"
@@ -163,11 +170,24 @@ class PretrainedEncoders:
         )
 
 
-def load_pretrained_encoders(vfm: str, vlm: str) -> PretrainedEncoders:
-    """Loads both encoders from their folders or Hub ids; raises `ValueError` for types that cannot be used."""
+def load_pretrained_encoders(
+    vfm: str, vlm: str, revisions: Mapping[str, str | None] | None = None, **hub_kwargs
+) -> PretrainedEncoders:
+    """
+    Loads both encoders.
+
+    Args:
+        vfm, vlm (`str`): Folders or Hub ids.
+        revisions (`dict[str, str]`, *optional*): The revisions of `vfm` and `vlm` on the Hub.
+        hub_kwargs: Further arguments for the download, such as `cache_dir`.
+
+    Raises:
+        ValueError: If an encoder has a type that cannot be used, or weights are missing.
+    """
+    revisions = revisions or {}
     return PretrainedEncoders(
-        load_encoder(vfm, VFM_CLASSES, "vision foundation model"),
-        load_encoder(vlm, VLM_CLASSES, "vision-language model"),
+        load_encoder(vfm, VFM_CLASSES, "vision foundation model", revision=revisions.get("vfm"), **hub_kwargs),
+        load_encoder(vlm, VLM_CLASSES, "vision-language model", revision=revisions.get("vlm"), **hub_kwargs),
         vlm_source=vlm,
     )
 
@@ -187,39 +207,64 @@ def _at_resolution(config: PreTrainedConfig, crop_size: int, patch_size: int) ->
 @torch.no_grad()
 def load_towers(model: PreTrainedModel, encoders: PretrainedEncoders) -> list[str]:
     """
-    Copies pretrained weights into the towers of an [`MFuserModel`].
-
-    Args:
-        model ([`MFuserModel`]): The model, with the configuration that [`PretrainedEncoders.model_config`] gives.
-        encoders ([`PretrainedEncoders`]): The pretrained encoders.
+    Copies pretrained weights into the towers of an [`MFuserModel`]; see [`tower_weights`].
 
     Returns:
         `list[str]`: A note for each weight that was resampled, truncated or changed.
+    """
+    weights, notes = tower_weights(model, encoders)
+    for tower in ("vfm", "vlm"):
+        start = len(tower) + 1
+        getattr(model, tower).load_state_dict(
+            {name[start:]: weight for name, weight in weights.items() if name.startswith(f"{tower}.")}
+        )
+    return notes
+
+
+@torch.no_grad()
+def tower_weights(model: Any, encoders: PretrainedEncoders) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """
+    Pretrained weights as the towers of an [`MFuserModel`] have them.
+
+    Args:
+        model ([`MFuserModel`]):
+            The model, with the configuration that [`PretrainedEncoders.model_config`] gives. Only its towers `vfm` and
+            `vlm` are used, for the names and shapes of their weights.
+        encoders ([`PretrainedEncoders`]):
+            The pretrained encoders.
+
+    Returns:
+        `tuple`: The weights by their names in `model`, and a note for each that was resampled, truncated or changed.
 
     Raises:
         ValueError: If weights do not fit; all of them are listed.
     """
-    vfm, vlm = encoders.vfm, encoders.vlm
-    notes = _load(model.vfm.vision, vfm, "vision foundation model", model.vfm.positions, model.vfm.kernel)
-    notes += _load(model.vlm.vision, vlm.vision_model, "vision-language model", model.vlm.positions, model.vlm.kernel)
-    notes += _load(model.vlm.text, vlm.text_model, "text encoder")
-    for projection in ("visual_projection", "text_projection"):
-        if hasattr(model.vlm, projection):
-            getattr(model.vlm, projection).load_state_dict(getattr(vlm, projection).state_dict())
+    vfm, vlm, towers = encoders.vfm, encoders.vlm, model.vlm
+    parts: list[tuple[str, nn.Module, nn.Module, str, Resampled | None, Resampled | None]] = [
+        ("vfm.vision", model.vfm.vision, vfm, "vision foundation model", model.vfm.positions, model.vfm.kernel),
+        ("vlm.vision", towers.vision, vlm.vision_model, "vision-language model", towers.positions, towers.kernel),
+    ]
+    if hasattr(towers, "text"):
+        parts.append(("vlm.text", towers.text, vlm.text_model, "text encoder", None, None))
+    projections = [name for name in ("visual_projection", "text_projection") if hasattr(towers, name)]
+    parts += [(f"vlm.{name}", getattr(towers, name), getattr(vlm, name), name, None, None) for name in projections]
+    weights: dict[str, torch.Tensor] = {}
+    notes: list[str] = []
+    for prefix, target, source, role, positions, kernel in parts:
+        fitted, changes = _fitted(target, source, role, positions, kernel)
+        weights |= {f"{prefix}.{name}": weight for name, weight in fitted.items()}
+        notes += changes
     if vlm.config.model_type == "clip":
-        embeddings = model.vlm.vision.embeddings
-        embeddings.position_embedding.weight[0] += embeddings.class_embedding
+        name = "vlm.vision.embeddings.position_embedding.weight"
+        weights[name] = weights[name].clone()
+        weights[name][0] += vlm.vision_model.embeddings.class_embedding
         notes.append("CLIP's class embedding was added to its position once more, as in the published code")
-    return notes
+    return weights, notes
 
 
-def _load(
-    target: nn.Module,
-    source: nn.Module,
-    role: str,
-    positions: Resampled | None = None,
-    kernel: Resampled | None = None,
-) -> list[str]:
+def _fitted(
+    target: nn.Module, source: nn.Module, role: str, positions: Resampled | None, kernel: Resampled | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     given, wanted = source.state_dict(), target.state_dict()
     notes, problems, fitted = [], [], {}
     for name, old in wanted.items():
@@ -237,12 +282,12 @@ def _load(
         if new is None or new.shape != old.shape:
             found = "is missing" if new is None else f"has shape {_shape(new)}"
             problems.append(f"{name} {found}, needs {_shape(old)}")
-        fitted[name] = new
+        else:
+            fitted[name] = new
     problems += [f"{name} is unexpected" for name in given if name not in wanted and not name.endswith("mask_token")]
     if problems:
         raise ValueError(f"weights of the {role} do not fit the model: {'; '.join(problems)}")
-    target.load_state_dict(fitted)
-    return notes
+    return fitted, notes
 
 
 def _shape(tensor: torch.Tensor) -> str:

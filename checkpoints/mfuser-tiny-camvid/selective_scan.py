@@ -9,7 +9,6 @@ computed again in backward, so that memory is O(batch * dim * length).
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ except ImportError:
 try:
     from .selective_scan_triton import TRITON_CHUNK_TOKENS, triton_scan, triton_scan_backward
 except ImportError:
-    triton_scan = None  # type: ignore[assignment]
+    triton_scan = None  # type: ignore[assignment]  # mypy expects the function
 
 __all__ = ["selective_scan", "use_hub_kernel"]
 
@@ -39,8 +38,7 @@ __all__ = ["selective_scan", "use_hub_kernel"]
 _CPU_CHUNK_BYTES = 9 << 18
 _GPU_CHUNK_BYTES = 1 << 27
 _LOG2_E = 1 / math.log(2)
-# Operators are global. A copy of this file that Transformers loads from a model's folder defines its own.
-_NAMESPACE = re.sub(r"\W", "_", __package__)
+_VERSION = 1  # of the operators, which are global: copies of this file share those of the same version
 
 
 def selective_scan(
@@ -58,8 +56,8 @@ def selective_scan(
     """Scan a sequence with input-dependent steps; signature and meaning are those of `mamba_ssm`.
 
     On CUDA the kernel of mamba_ssm runs where its compiled extension is installed or [`use_hub_kernel`] brought it,
-    else a Triton kernel; plain torch runs everywhere else. When compiled or exported, the scan is one operator, with
-    any of these kernels but mamba_ssm's.
+    else a Triton kernel; plain torch runs everywhere else. When compiled, the scan is one operator, with any of these
+    kernels but mamba_ssm's. When exported or traced, it is plain operators, which every runtime knows.
 
     Args:
         u: (batch, dim, length), the input.
@@ -90,10 +88,13 @@ def selective_scan(
     if _uses_mamba_ssm(u, A, _compute_dtype(*tensors, z)):
         y, last_state = _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:
-        keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         # The gate acts on the output before that is rounded to the dtype of u.
         u_in = u if z is None else u.to(_compute_dtype(*tensors, z))
-        y, last_state, _ = _scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            y, last_state = _exported_scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus)
+        else:
+            keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            y, last_state, _ = _scan(u_in, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
         if z is not None:
             y = (y * F.silu(z.to(y.dtype))).to(u.dtype)
     return (y, last_state.detach()) if return_last_state else y
@@ -171,6 +172,53 @@ def _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     return y.to(u.dtype), last_state
 
 
+# ------------------------------------------------------------------------------------------------ exported graphs
+_PAIRINGS, _DOUBLINGS, _EXPORTED_TOKENS = 5, 11, 2**16  # 2 ** (5 + 11)
+
+
+def _exported_scan(u, delta, A, B, C, D, delta_bias, delta_softplus):
+    """y and the last state from plain operators, as many for any length. All states are in memory at once."""
+    dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
+    length, block = u.shape[2], 2**_PAIRINGS
+    torch._check(length < _EXPORTED_TOKENS, lambda: f"an exported scan takes fewer than {_EXPORTED_TOKENS} tokens")
+    step = delta.transpose(1, 2).to(dtype)  # (batch, length, dim)
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)
+    if delta_softplus:
+        step = F.softplus(step)
+    drive, B, C = (x.transpose(1, 2).to(dtype) for x in (u, B, C))
+    # A step of 0 keeps the state. At least three blocks, because a graph would be bound to a length of 1 or 2.
+    padding = (0, 0, 0, (length // block + 3) * block - length)
+    step, drive, B, C = (F.pad(x, padding) for x in (step, drive * step, B, C))
+    decay = torch.exp(step.unsqueeze(2) * A.t().to(dtype))  # (batch, length, state, dim)
+    h = _recurrence_in_pairs(decay, drive.unsqueeze(2) * B.unsqueeze(3), _PAIRINGS)
+    y = (C.unsqueeze(2) @ h).squeeze(2)[:, :length].transpose(1, 2)
+    if D is not None:
+        y = y + u * D[:, None].to(dtype)
+    return y.to(u.dtype), h[:, -1].transpose(1, 2)
+
+
+def _recurrence_in_pairs(decay, x, pairings):
+    """h_t = decay_t h_(t-1) + x_t along dimension 1: a pair of tokens is one token of half as long a sequence."""
+    if pairings == 0:
+        return _recurrence_by_doubling(decay, x)
+    (first_decay, second_decay), (first, second) = (each.unflatten(1, (-1, 2)).unbind(2) for each in (decay, x))
+    second = _recurrence_in_pairs(first_decay * second_decay, second_decay * first + second, pairings - 1)
+    entering = torch.cat([torch.zeros_like(second[:, :1]), second[:, :-1]], dim=1)
+    return torch.stack([first_decay * entering + first, second], dim=2).flatten(1, 2)
+
+
+def _recurrence_by_doubling(decay, x):
+    """The same: every token absorbs the one before it, then two before it, and so on. Lengths stay as they are."""
+    tokens = torch.arange(x.shape[1], device=x.device)
+    for doubling in range(_DOUBLINGS):
+        present = (tokens >= 2**doubling).to(x.dtype)[:, None, None]
+        earlier = (tokens - 2**doubling).clamp(min=0)
+        x = x + decay * present * x.index_select(1, earlier)
+        decay = decay * decay.index_select(1, earlier)
+    return x
+
+
 # ------------------------------------------------------------------------------------------------ the operator
 def _implementation(u, dtype):
     """Forward, backward, and the tokens of a chunk, or None where those depend on the sizes."""
@@ -189,8 +237,7 @@ def _chunk_count(u, A, dtype):
     return (length + tokens - 1) // tokens
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
-def _scan(
+def _run_scan(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -210,8 +257,7 @@ def _scan(
     return y, last_state, states.flatten()
 
 
-@_scan.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
+def _scan_shapes(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
     (batch, dim, _), state = u.shape, A.shape[1]
     dtype = _compute_dtype(u, delta, A, B, C, D, delta_bias)
     return (
@@ -221,8 +267,7 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
-def _scan_backward(
+def _run_scan_backward(
     grad_y: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -238,13 +283,12 @@ def _scan_backward(
     _, backward, _ = _implementation(u, states.dtype)
     states = states.view(-1, u.shape[0], *A.t().shape)
     grads = backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    results = [u.new_empty(0) if x is None else grad.to(x.dtype) for x, grad in zip(inputs, grads, strict=True)]
+    pairs = zip((u, delta, A, B, C, D, delta_bias), grads, strict=True)
+    results = [u.new_empty(0) if x is None else grad.to(x.dtype) for x, grad in pairs]
     return tuple(results)  # type: ignore[return-value]  # there are seven
 
 
-@_scan_backward.register_fake
-def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states):
+def _scan_backward_shapes(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, states):
     vectors = (u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (D, delta_bias))
     return _new_like(u), _new_like(delta), A.new_empty(A.shape[::-1]).t(), _new_like(B), _new_like(C), *vectors
 
@@ -262,7 +306,21 @@ def _backward(ctx, grad_y, grad_last_state, grad_states):
     return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+def _operators():
+    """The operators of the scan and its backward, registered by the first copy of this file."""
+    names = [f"selective_scan_v{_VERSION}", f"selective_scan_backward_v{_VERSION}"]
+    if not hasattr(torch.ops.mfuser, names[0]):
+        scan, backward = (
+            torch.library.custom_op(f"mfuser::{name}", run, mutates_args=())
+            for name, run in zip(names, (_run_scan, _run_scan_backward), strict=True)
+        )
+        scan.register_fake(_scan_shapes)
+        backward.register_fake(_scan_backward_shapes)
+        scan.register_autograd(_backward, setup_context=_setup_context)
+    return [getattr(torch.ops.mfuser, name).default for name in names]
+
+
+_scan, _scan_backward = _operators()
 
 
 def _new_like(x):

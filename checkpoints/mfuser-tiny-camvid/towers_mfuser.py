@@ -9,6 +9,7 @@ Only their embeddings are replaced, where the published code resamples positions
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from .configuration_mfuser import MFuserConfig
+from .layers_mfuser import attend
 from .modeling_eva02_clip import Eva02ClipTextModel, Eva02ClipVisionModel
 
 
@@ -78,7 +80,15 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
     side = round(positions.shape[0] ** 0.5)
     if side * side != positions.shape[0]:
         raise ValueError(f"there are {positions.shape[0]} position embeddings; they must form a square grid")
-    if tuple(grid) == (side, side):
+    if torch.compiler.is_exporting():
+        if mode == "bicubic":
+            # As tensors, because an exported graph would be bound to either case.
+            rows, columns = (torch.full((), length, device=positions.device) for length in grid)
+            offset = torch.where((rows == side) & (columns == side), 0.0, offset)
+            rows, columns = (_bicubic_matrix(length, side, offset) for length in grid)
+            maps = positions.float().view(side, side, -1)
+            return torch.einsum("hg,gkc,wk->hwc", rows, maps, columns).flatten(0, 1).to(positions.dtype)
+    elif tuple(grid) == (side, side):
         return positions
     maps = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
     if offset:
@@ -87,6 +97,21 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
     else:
         maps = F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=False)
     return maps.flatten(2)[0].T.to(positions.dtype)
+
+
+def _bicubic_matrix(length: int, side: int, offset: torch.Tensor) -> torch.Tensor:
+    """Bicubic resampling of one axis as a matrix (length, side), as an exported graph takes no scale factor."""
+    position = (torch.arange(length, device=offset.device) + 0.5) * (side / (length + offset)) - 0.5
+    cell = position.floor()
+    columns = torch.arange(side, device=offset.device)
+    matrix = position.new_zeros(())
+    for tap in range(-1, 3):
+        distance = (position - cell - tap).abs()
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+        weight = torch.where(distance <= 1, near, far)[:, None]
+        matrix = matrix + weight * ((cell + tap).clamp(0, side - 1)[:, None] == columns)
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -176,8 +201,9 @@ class Dinov2Tower(nn.Module):
             hidden_states = self.layers[index](hidden_states, **layer_inputs)
         return hidden_states
 
-    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.vision.layernorm(hidden_states)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.vision.layernorm
 
 
 class Dinov2WithRegistersTower(Dinov2Tower):
@@ -209,8 +235,9 @@ class DINOv3ViTTower(Dinov2Tower):
         pixel_values = pixel_values.to(self.vision.embeddings.patch_embeddings.weight.dtype)
         return self.vision.embeddings(pixel_values), {"position_embeddings": self.vision.rope_embeddings(pixel_values)}
 
-    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.vision.norm(hidden_states)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.vision.norm
 
 
 # --- vision-language models -----------------------------------------------------------------------------------------
@@ -237,26 +264,38 @@ class VisionLanguageTower(nn.Module):
         super().__init__()
         self.drop_path_axis = config.vlm_drop_path_axis
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision.encoder.layers
+
     def run_layers(
         self, layers: range, layer_inputs: tuple, drop_path_rates: list[float], hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """Runs some of the layers on tokens (B, L, D), with stochastic depth on both branches of each layer."""
         for index in layers:
-            layer, rate = self.vision.encoder.layers[index], drop_path_rates[index]
+            layer, rate = self.layers[index], drop_path_rates[index]
             if rate == 0.0:
                 hidden_states = layer(hidden_states, *layer_inputs)
-                continue
-            attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
-            hidden_states = hidden_states + drop_path(attended, rate, self.drop_path_axis)
-            residual = layer.mlp(layer.layer_norm2(hidden_states))
-            hidden_states = hidden_states + drop_path(residual, rate, self.drop_path_axis)
+            elif layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+                run_layer = partial(self._run_layer_with_drop_path, layer, layer_inputs, rate)
+                hidden_states = layer._gradient_checkpointing_func(run_layer, hidden_states)
+            else:
+                hidden_states = self._run_layer_with_drop_path(layer, layer_inputs, rate, hidden_states)
         return hidden_states
 
+    def _run_layer_with_drop_path(self, layer, layer_inputs, rate, hidden_states):
+        attended, _ = layer.self_attn(layer.layer_norm1(hidden_states), *layer_inputs)
+        hidden_states = hidden_states + drop_path(attended, rate, self.drop_path_axis)
+        residual = layer.mlp(layer.layer_norm2(hidden_states))
+        return hidden_states + drop_path(residual, rate, self.drop_path_axis)
+
+    def text_modules(self) -> dict[str, nn.Module]:
+        """The modules that only `encode_text` needs, by name."""
+        return {name: module for name, module in self.named_children() if name in ("text", "text_projection")}
+
     def drop_text_encoder(self):
-        """Removes what only `encode_text` needs."""
-        for name in ("text", "text_projection"):
-            if hasattr(self, name):
-                delattr(self, name)
+        for name in self.text_modules():
+            delattr(self, name)
 
     def prompted_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """Token ids of class names (K, T) and context vectors (1, P, C), after the first token -> (K, P + T, C)."""
@@ -269,7 +308,7 @@ class MFuserCLIPVisionEmbeddings(CLIPVisionEmbeddings):
     """CLIP's embeddings, resampled bilinearly as in the published code (Transformers: bicubic)."""
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        positions = self.position_embedding.weight
+        positions = self.position_embedding(self.position_ids)[0]  # called as a module, for Accelerate's hooks
         grid = (height // self.patch_size, width // self.patch_size)
         return torch.cat([positions[:1], resample_grid(positions[1:], grid, "bilinear")])[None]
 
@@ -307,7 +346,8 @@ class ClipTower(VisionLanguageTower):
 
     def merge(self, hidden_states: torch.Tensor, vfm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both encoders' tokens (B, 1 + N, D) -> global (B, 1, E) and dense (B, N, E) embeddings."""
-        embeddings = self.visual_projection(self.vision.post_layernorm(hidden_states + vfm_states))
+        merged = hidden_states + vfm_states.to(hidden_states.device)
+        embeddings = self.visual_projection(self.vision.post_layernorm(merged))
         return embeddings[:, :1], embeddings[:, 1:]
 
     def encode_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -338,11 +378,40 @@ class Eva02ClipTower(ClipTower):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         grid = [side // self.vision.config.patch_size for side in pixel_values.shape[-2:]]
-        return self.vision.embeddings(pixel_values), (self.vision.rotary_embedding(*grid),)
+        hidden_states = self.vision.embeddings(pixel_values)
+        return hidden_states, (self.vision.rotary_embedding(*grid, device=hidden_states.device),)
 
     def merge(self, hidden_states: torch.Tensor, vfm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = self.visual_projection(self.vision.post_layernorm(hidden_states) + vfm_states)
+        merged = self.vision.post_layernorm(hidden_states)
+        embeddings = self.visual_projection(merged + vfm_states.to(merged.device))
         return embeddings[:, :1], embeddings[:, 1:]
+
+
+class MFuserPoolingAttention(nn.MultiheadAttention):
+    """
+    The attention of SigLIP's pooling head, by Transformers' attention interface.
+
+    It calls its output projection, whose weights `nn.MultiheadAttention` reads, so that offloaded weights are loaded
+    and adapters take part.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config.hidden_size, config.num_attention_heads, batch_first=True)
+        self.config = config
+
+    def forward(  # type: ignore[override]  # a pooling head uses no other argument
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query (B, Lq, D), key and value (B, L, D) -> (B, Lq, D), and the attention weights if they are computed."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        projected = [
+            F.linear(states, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        attended, attention_weights = attend(self, *projected)
+        return self.out_proj(attended), attention_weights
 
 
 class MFuserSiglipVisionEmbeddings(SiglipVisionEmbeddings):
@@ -350,7 +419,7 @@ class MFuserSiglipVisionEmbeddings(SiglipVisionEmbeddings):
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = (height // self.patch_size, width // self.patch_size)
-        return resample_grid(self.position_embedding.weight, grid, "bilinear")[None]
+        return resample_grid(self.position_embedding(self.position_ids)[0], grid, "bilinear")[None]
 
 
 class SiglipTower(VisionLanguageTower):
@@ -370,6 +439,7 @@ class SiglipTower(VisionLanguageTower):
     def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
         vision = SiglipVisionModel._from_config(config)
         vision.embeddings = MFuserSiglipVisionEmbeddings(config)
+        vision.head.attention = MFuserPoolingAttention(config)
         return vision
 
     @staticmethod
@@ -383,14 +453,11 @@ class SiglipTower(VisionLanguageTower):
 
     def merge(self, hidden_states: torch.Tensor, vfm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both encoders' tokens (B, N, D) -> global (B, 1, D) and dense (B, N, D) embeddings."""
-        merged = self.vision.post_layernorm(hidden_states) + vfm_states
-        probe = self.vision.head.probe.expand(merged.shape[0], -1, -1)
-        return self._pool(probe, merged), self._pool(merged, merged)
-
-    def _pool(self, query: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+        merged = self.vision.post_layernorm(hidden_states)
+        merged = merged + vfm_states.to(merged.device)
         head = self.vision.head
-        attended, _ = head.attention(query, merged, merged, need_weights=False)
-        return attended + head.mlp(head.layernorm(attended))
+        attended, _ = head.attention(merged, merged, merged)
+        return head(merged)[:, None], attended + head.mlp(head.layernorm(attended))
 
     def encode_text(self, token_ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """Class names (K, T) and context vectors (1, P, C) -> class embeddings (K, D), read at the last position."""
@@ -409,7 +476,8 @@ class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
         patches = pixel_values[..., : height * patch, : width * patch].unfold(2, patch, patch).unfold(3, patch, patch)
         patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, h * w, patch * patch * 3)
         tokens = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
-        return tokens + resample_grid(self.position_embedding.weight, (height, width), "bilinear")
+        positions = self.position_embedding(torch.arange(self.num_patches, device=tokens.device))
+        return tokens + resample_grid(positions, (height, width), "bilinear")
 
 
 class Siglip2Tower(SiglipTower):
@@ -421,6 +489,7 @@ class Siglip2Tower(SiglipTower):
     def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
         vision = Siglip2VisionModel._from_config(config)
         vision.embeddings = MFuserSiglip2VisionEmbeddings(config)
+        vision.head.attention = MFuserPoolingAttention(config)
         return vision
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:

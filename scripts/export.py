@@ -1,0 +1,225 @@
+"""`mfuser export`: writes a model as a file that runs without MFuser, with torch.export, ONNX or AOTInductor."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mfuser.files import write_text
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.loading import load_for_inference
+from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.scripts import palettes, run_artefact
+
+DESCRIPTION = """Exports a model for one window of any height and width, in batches of any size. The folder DIR then
+holds
+  model.pt2 or model.onnx   the graph and the weights; large ONNX weights are in model.onnx.data
+  artefact.json             classes, colours, normalisation, crop size and stride
+  run.py                    segments an image by sliding windows; it needs numpy, pillow and torch or onnxruntime
+Before anything is written, the scores of the exported model are compared with those of the model.
+Exit code: 0 if the artefact was written, 2 if it could not be exported or its scores differ."""
+
+FILES = {"torch-export": "model.pt2", "onnx": "model.onnx", "aoti": "model.pt2"}
+MINIMUM_PATCHES = 4  # of a side: the coarsest level of the pyramid then has at least two
+OPSET = 20
+TOLERANCE = 1e-5  # largest difference of scores, which are in [0, number of classes]
+# Sides of the windows of the check in patches, besides the crop, and batch sizes.
+CHECKED_PATCHES, CHECKED_BATCHES = (6, 9), (1, 3)
+
+
+class ExportError(Exception):
+    """An artefact that could not be exported, or that does not equal the model."""
+
+
+class Window(nn.Module):
+    """The part of a model that is exported: pixels of windows (B, 3, H, W) -> scores (B, K, H, W), or labels."""
+
+    def __init__(self, model: MFuserForSemanticSegmentation, argmax: bool):
+        super().__init__()
+        model.mfuser.store_class_embeddings()
+        self.model, self.argmax = model.requires_grad_(False).eval(), argmax
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        scores = self.model._forward_crop(pixel_values, None, self.model.mfuser.class_embeddings()).logits
+        return scores.argmax(dim=1) if self.argmax else scores
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mfuser export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of an MFuser model")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FILES,
+        help="torch-export: a program that torch loads; onnx: for ONNX Runtime and others; aoti: compiled for the "
+        "processor of this machine, which needs a C++ compiler",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--argmax", action="store_true", help="export labels instead of scores; run.py then takes one window per image"
+    )
+    return parser.parse_args(arguments)
+
+
+def capture(window: Window) -> torch.export.ExportedProgram:
+    """The graph of `window`, for any batch size, height and width."""
+    patch = window.model.config.patch_size
+    # Neither side is that of the position embeddings, and they differ: equal sizes would be taken for one size.
+    example = torch.zeros(2, 3, *((window.model.config.crop_size // patch + extra) * patch + 2 for extra in (2, 5)))
+    any_size = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        return torch.export.export(window, (example,), dynamic_shapes=(any_size,), strict=False)
+
+
+def write_torch_export(program: torch.export.ExportedProgram, path: Path):
+    torch.export.save(program, path)
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path):
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[run_artefact.INPUT],
+            output_names=[run_artefact.OUTPUT],
+            verbose=False,
+        )
+    except ModuleNotFoundError as error:
+        raise ExportError(f"--format onnx needs the package {error.name}: pip install onnx onnxscript") from error
+    exported.save(path)
+
+
+def write_aoti(program: torch.export.ExportedProgram, path: Path):
+    compiler = cpp_compiler()
+    if compiler is None:
+        raise ExportError(
+            "--format aoti needs a C++ compiler and there is none: install g++ or clang++, or name one in the "
+            "environment variable CXX"
+        )
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler of this machine, as Inductor chooses it."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+WRITERS: dict[str, Callable] = {"torch-export": write_torch_export, "onnx": write_onnx, "aoti": write_aoti}
+
+
+def description(model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, argmax: bool, kind: str):
+    """The content of artefact.json."""
+    config = model.config
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    return {
+        "format": kind,
+        "file": FILES[kind],
+        "output": "labels" if argmax else "scores",
+        "classes": names,
+        "colours": palettes.class_colours(names).tolist(),
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+        "crop_size": config.crop_size,
+        "crop_stride": config.crop_stride,
+        "minimum_side": MINIMUM_PATCHES * config.patch_size,
+    }
+
+
+def largest_difference(window: Window, folder: Path) -> float:
+    """
+    The largest difference between the scores of a model and of its artefact, over batch sizes and window sizes.
+
+    With labels instead of scores, the share of the pixels whose labels differ.
+    """
+    patch, crop = window.model.config.patch_size, window.model.config.crop_size
+    run = run_artefact.load(folder)
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for size in ((crop, crop), tuple(side * patch for side in CHECKED_PATCHES)):
+        for batch in CHECKED_BATCHES:
+            pixel_values = torch.randn(batch, 3, *size, generator=generator)
+            with torch.no_grad():
+                expected = window(pixel_values).numpy()
+            found = run(pixel_values.numpy())
+            if found.shape != expected.shape:
+                raise ExportError(f"the artefact returns shape {found.shape} where the model returns {expected.shape}")
+            difference = (found != expected).mean() if window.argmax else np.abs(found - expected).max()
+            largest = max(largest, float(difference))
+    return largest
+
+
+def export(name_or_path: str, kind: str, output: Path, argmax: bool = False) -> float:
+    """
+    Writes an artefact, after it was compared with the model.
+
+    Args:
+        name_or_path (`str`):
+            Folder or Hub id of an MFuser model.
+        kind (`str`):
+            `"torch-export"`, `"onnx"` or `"aoti"`.
+        output (`Path`):
+            Folder to write to. Files of other names in it are kept.
+        argmax (`bool`, *optional*, defaults to `False`):
+            Whether the artefact returns labels instead of scores.
+
+    Returns:
+        `float`: The largest difference of scores, or the share of different labels.
+
+    Raises:
+        ExportError: If the format needs something that is not installed, or if the artefact differs from the model.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    # In float32, in which the artefact is compared with the model.
+    model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
+    window = Window(model, argmax)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        folder = Path(temporary)
+        WRITERS[kind](capture(window), folder / FILES[kind])
+        shutil.copyfile(run_artefact.__file__, folder / "run.py")
+        write_text(
+            folder / run_artefact.DESCRIPTION_FILE,
+            json.dumps(description(model, processor, argmax, kind), indent=2) + "\n",
+        )
+        difference = largest_difference(window, folder)
+        if not difference <= TOLERANCE:  # also if it is not a number
+            raise ExportError(
+                f"the artefact differs from the model by {difference:.1e}; at most {TOLERANCE:.0e} is accepted"
+            )
+        for file in folder.iterdir():
+            os.replace(file, output / file.name)
+    return difference
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, about their own code
+            difference = export(parsed.model, parsed.format, parsed.output, parsed.argmax)
+    except (ExportError, ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"mfuser export: {error}", file=sys.stderr)
+        return 2
+    measure = "share of labels that differ" if parsed.argmax else "largest difference of scores"
+    print(f"checked against the model, batch sizes 1 and 3, two sizes: {measure} {difference:.1e}")
+    for path in sorted(parsed.output.iterdir()):
+        print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""
+Segments an image with an exported MFuser model.
+
+    python run.py IMAGE [OUTPUT]
+
+It needs numpy, pillow and the runtime: torch or onnxruntime. An image larger than the crop is segmented by sliding
+windows whose scores are averaged. OUTPUT is a palette PNG whose indices are the class ids (default: labels.png).
+`mfuser export` copies this file into the folder of the model as run.py.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+DESCRIPTION_FILE = "artefact.json"
+INPUT, OUTPUT = "pixel_values", "output"
+
+
+def describe(folder):
+    return json.loads(Path(folder, DESCRIPTION_FILE).read_text(encoding="utf-8"))
+
+
+def load(folder):
+    """Returns a function that maps pixels (B, 3, H, W), float32, to scores (B, K, H, W) or labels (B, H, W)."""
+    artefact = describe(folder)
+    file = str(Path(folder, artefact["file"]))
+    if artefact["format"] == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
+        return lambda pixels: session.run([OUTPUT], {INPUT: pixels})[0]
+    import torch
+
+    if artefact["format"] == "aoti":
+        module = torch._inductor.aoti_load_package(file)
+    else:
+        module = torch.export.load(file).module()
+
+    def run(pixels):
+        with torch.no_grad():
+            return module(torch.from_numpy(pixels)).numpy()
+
+    return run
+
+
+def normalise(image, artefact):
+    """RGB image (H, W, 3), uint8 -> pixels (1, 3, H, W), float32."""
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    pixels = (pixels - np.float32(artefact["mean"])) / np.float32(artefact["std"])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def starts(length, crop, stride):
+    """First pixels of the windows along a side; the last window is shifted back inside."""
+    count = max(math.ceil((length - crop) / stride), 0) + 1
+    return [max(min(index * stride, length - crop), 0) for index in range(count)]
+
+
+def segment(pixels, run, artefact):
+    """Pixels (1, 3, H, W) -> labels (H, W)."""
+    height, width = pixels.shape[-2:]
+    crop, stride = artefact["crop_size"], artefact["crop_stride"]
+    if min(height, width) < artefact["minimum_side"]:
+        raise ValueError(f"the image has {width} x {height} pixels; both sides must have {artefact['minimum_side']}")
+    if artefact["output"] == "labels":
+        return run(pixels)[0]
+    scores = np.zeros((len(artefact["classes"]), height, width), np.float32)
+    counts = np.zeros((height, width), np.float32)
+    for top in starts(height, crop, stride):
+        for left in starts(width, crop, stride):
+            window = (..., slice(top, top + crop), slice(left, left + crop))
+            scores[window] += run(np.ascontiguousarray(pixels[window]))[0]
+            counts[window] += 1
+    return (scores / counts).argmax(axis=0)
+
+
+def main():
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    folder = Path(__file__).resolve().parent
+    artefact = describe(folder)
+    with Image.open(sys.argv[1]) as image:
+        labels = segment(normalise(image.convert("RGB"), artefact), load(folder), artefact)
+    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+    picture.putpalette(np.uint8(artefact["colours"]).tobytes())
+    picture.save(sys.argv[2] if len(sys.argv) == 3 else "labels.png")
+    for index, count in enumerate(np.bincount(labels.ravel(), minlength=len(artefact["classes"]))):
+        if count:
+            print(f"{artefact['classes'][index]:<20} {100 * count / labels.size:6.2f} %")
+
+
+if __name__ == "__main__":
+    main()
