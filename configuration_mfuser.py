@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig
 
 from .class_names_mfuser import CITYSCAPES_CLASSES, CITYSCAPES_CLIP_TOKENS, IGNORE_INDEX, clip_token_row
+from .confidence_mfuser import check_calibration
 from .configuration_eva02_clip import SubConfig
 from .encoder_configs_mfuser import (
     CLIP_TOKENIZED,
@@ -103,6 +104,8 @@ class MFuserConfig(PreTrainedConfig):
         queries_vote_for_own_class (`bool`, *optional*, defaults to `False`):
             Whether each query contributes to the score of its own class alone, see
             [`MFuserForSemanticSegmentation.set_class_names`].
+        confidence_calibration (`dict[str, float]`, *optional*):
+            How class scores become confidences, see [`confidence_map`]; `mfuser calibrate` computes it.
         freeze_encoders (`bool`, *optional*, defaults to `True`):
             Whether the encoders, including the text encoder, are frozen and stay in evaluation mode.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -177,6 +180,7 @@ class MFuserConfig(PreTrainedConfig):
     crop_stride: int = 341
     windows_per_batch: int | None = None
     queries_vote_for_own_class: bool = False
+    confidence_calibration: dict | None = None
     freeze_encoders: bool = True
     initializer_range: float | int = 0.02
 
@@ -238,6 +242,8 @@ class MFuserConfig(PreTrainedConfig):
         self._check_text()
         self._check_decoder_and_losses()
         self.check_windows()
+        if self.confidence_calibration is not None:
+            check_calibration(self.confidence_calibration)
 
     def check_windows(self):
         """Raises `ValueError` unless the sliding windows cover every image. The model calls it for every image."""

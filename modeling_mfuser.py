@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .class_names_mfuser import CITYSCAPES_CLASSES, give_classes, requested_classes
+from .confidence_mfuser import confidence_map
 from .configuration_mfuser import MFuserConfig
 from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
 from .frozen_encoders_mfuser import ModelWithFrozenEncoders
@@ -620,6 +621,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         class_mask: torch.Tensor | None = None,
+        output_confidence: bool = False,
     ) -> MFuserForSemanticSegmentationOutput:
         """
         In evaluation mode, an image larger than `config.crop_size` is segmented by sliding windows.
@@ -634,6 +636,9 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             class_mask (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
                 The classes that the source of each image labels, as booleans; the loss teaches nothing about the
                 others. By default all.
+            output_confidence (`bool`, *optional*, defaults to `False`):
+                Whether to return the confidence of every pixel, see [`confidence_map`]. It is calibrated if
+                `config.confidence_calibration` is set.
 
         Example:
 
@@ -654,11 +659,20 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                         f"{pixel_values.shape[-1]}, which is segmented by windows of {self.config.crop_size} with "
                         "outputs of their own: pass it crop by crop"
                     )
-            return self._forward_by_windows(pixel_values, labels, class_mask)
-        features = self.mfuser(
-            pixel_values, None, output_hidden_states, output_attentions, output_feature_maps=False, return_dict=True
-        )
-        return self._decode(features, pixel_values.shape[-2:], labels, class_mask)
+            outputs = self._forward_by_windows(pixel_values, labels, class_mask)
+        else:
+            features = self.mfuser(
+                pixel_values,
+                None,
+                output_hidden_states,
+                output_attentions,
+                output_feature_maps=False,
+                return_dict=True,
+            )
+            outputs = self._decode(features, pixel_values.shape[-2:], labels, class_mask)
+        if output_confidence:
+            outputs["confidence"] = confidence_map(outputs.logits, self.config.confidence_calibration)
+        return outputs
 
     def _decode(self, features: MFuserModelOutput, size, labels, class_mask) -> MFuserForSemanticSegmentationOutput:
         levels = self.mfuser.pyramid(features.fused_maps)

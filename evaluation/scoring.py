@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mfuser.errors import is_out_of_memory, one_line
+from mfuser.evaluation.confidence import DomainConfidence
 from mfuser.evaluation.domains import EvaluationDomain, check_classes
 from mfuser.evaluation.predictions import PredictionWriter
 from mfuser.evaluation.protocols import (
@@ -36,6 +37,7 @@ def evaluate_domain(
     save_predictions: str | Path | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    confidence: bool = False,
 ) -> dict[str, Any]:
     """
     Segments every image of a domain once and scores the result.
@@ -61,6 +63,8 @@ def evaluate_domain(
             The accelerator of a run in several processes.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        confidence (`bool`, *optional*, defaults to `False`):
+            Whether to add figures about the confidences, see [`DomainConfidence.result`].
 
     Returns:
         `dict`: The result, ready for JSON. `mean_iou` (in [0, 1]; `None` without labels) is the mean over conditions
@@ -69,14 +73,17 @@ def evaluate_domain(
         `expected_images`, `unlabelled_images`, `skipped`, `segmented_at`, `domain`, `source`, `split`, `label_map` and
         `label_size` ("full" or "half") describe what was scored. Scores hold `mean_iou`, `mean_accuracy`,
         `overall_accuracy`, `per_class_iou` by name, `classes_averaged` and the `confusion_matrix` (rows: labels;
-        columns: predictions, the last column for predictions of no class).
+        columns: predictions, the last column for predictions of no class). `confidence` holds the figures about the
+        confidences, if they are requested and there are labels.
 
     Raises:
-        ValueError: If the classes of model and domain differ, the options do not fit the domain, or there is nothing
-            to score.
+        ValueError: If the classes of model and domain differ, the options do not fit the domain, there is nothing to
+            score, or confidences are requested with test-time augmentation.
         FileExistsError: If the folder for the predictions is not empty.
     """
     options = options or EvaluationOptions()
+    if confidence:
+        check_scores_are_those_of_the_model(options)
     check_classes(model.config.id2label, domain)
     if not domain.labelled and save_predictions is None:
         raise ValueError(
@@ -91,22 +98,42 @@ def evaluate_domain(
     batches = share_of_batches(len(domain.rows), options.batch_size, rank, processes)
     loader = sample_loader(ProtocolSamples(domain, processor, evaluation_size), batches, options.workers)
     metric = DomainMetric(domain, model.device)
+    confidences = DomainConfidence(domain, model) if confidence else None
     model.eval()
     images = sum(len(batch) for batch in batches)
     with tqdm(total=images, desc=domain.name, unit="image", disable=not progress or rank > 0) as bar:
         for samples in loader:
-            score_batch(model, samples, options, metric, writer)
+            score_batch(model, samples, options, metric, writer, confidences)
             bar.update(len(samples))
     if processes > 1:
         metric.reduce(accelerator)
-    return metric.result(evaluation_size, classes)
+    result = metric.result(evaluation_size, classes)
+    if confidences is not None and result["pooled"] is not None:
+        if processes > 1:
+            confidences.reduce(accelerator)
+        result["confidence"] = confidences.result(classes)
+    return result
+
+
+def check_scores_are_those_of_the_model(options: EvaluationOptions) -> None:
+    """Raises `ValueError` if scores are averaged over augmented images, for which confidences are not defined."""
+    if options.augmented:
+        raise ValueError(
+            f"flip is {options.flip} and scales is {options.scales}; confidences are defined for the scores of the "
+            "model without test-time augmentation: flip=False, scales=(1.0,)"
+        )
 
 
 def score_batch(
-    model, samples: list[Sample], options: EvaluationOptions, metric: DomainMetric, writer: PredictionWriter | None
+    model,
+    samples: list[Sample],
+    options: EvaluationOptions,
+    metric: DomainMetric,
+    writer: PredictionWriter | None,
+    confidences: DomainConfidence | None = None,
 ) -> None:
     """
-    Segments the samples of a batch, counts them in `metric` and writes their predictions.
+    Segments the samples of a batch, counts them in `metric` and `confidences`, and writes their predictions.
 
     A sample is skipped, with a reason, if it cannot be used, is smaller than a patch, exhausts the memory, has scores
     that are not finite, or if its prediction cannot be written.
@@ -140,6 +167,8 @@ def score_batch(
                 metric.skip(sample.row, one_line(error))
                 continue
             metric.update(sample, prediction)
+            if confidences is not None:
+                confidences.update(sample, each, prediction)
 
 
 def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) -> torch.Tensor:

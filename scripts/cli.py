@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": ("prepare_domain", "convert a dataset's official download to train ids in the format of `datasets`"),
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
+    "calibrate": ("calibrate", "fit the confidences of a model on its source"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
     "export": ("export", "export a model to torch.export, ONNX or AOTInductor"),
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),

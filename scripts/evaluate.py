@@ -31,8 +31,9 @@ from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.evaluation.domains import EvaluationDomain, check_classes, open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, EvaluationOptions
+from mfuser.evaluation.reliability_diagram import require_matplotlib, write_reliability_diagram
 from mfuser.evaluation.report import shortfalls, summary
-from mfuser.evaluation.scoring import evaluate_domain
+from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
 from mfuser.files import make_folder, sha256, write_text
 from mfuser.loading import load_for_inference
 from mfuser.quantization import add_quantize_argument, quantize
@@ -62,7 +63,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of an MFuser model")
     parser.add_argument(
-        "--domains", required=True, nargs="+", type=_domain, metavar="NAME[:SPLIT]=SOURCE", help="see above"
+        "--domains", required=True, nargs="+", type=domain_argument, metavar="NAME[:SPLIT]=SOURCE", help="see above"
     )
     parser.add_argument(
         "--protocol",
@@ -107,6 +108,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="write one PNG per image: labelIds for Cityscapes (as its test server expects), train ids for others",
     )
     parser.add_argument(
+        "--confidence",
+        action="store_true",
+        help="add calibration error, detection of wrong pixels, and mean IoU of the most confident pixels",
+    )
+    parser.add_argument(
+        "--reliability-diagrams",
+        type=Path,
+        metavar="DIR",
+        help="write one reliability diagram per domain as PNG; implies --confidence, needs matplotlib",
+    )
+    parser.add_argument(
         "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"
     )
     parser.add_argument(
@@ -141,7 +153,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _domain(text: str) -> tuple[str, str, str | None, str]:
+def domain_argument(text: str) -> tuple[str, str, str | None, str]:
     """(title, domain, split, source) of NAME[:SPLIT]=SOURCE."""
     title, equals, source = text.partition("=")
     name, colon, split = title.partition(":")
@@ -265,6 +277,11 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         classes=parsed.classes,
         mapillary_labels=parsed.mapillary_labels,
     )
+    with_confidence = parsed.confidence or parsed.reliability_diagrams is not None
+    if with_confidence:
+        check_scores_are_those_of_the_model(options)
+    if parsed.reliability_diagrams is not None:
+        require_matplotlib()
     check_processes(parsed, accelerator)
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
@@ -279,13 +296,17 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     report["run"]["quantization"] = parsed.quantize
     for title, domain in domains.items():
         began = time.monotonic()
-        result = evaluate_domain(model, processor, domain, options, parsed.save_predictions, accelerator)
+        result = evaluate_domain(
+            model, processor, domain, options, parsed.save_predictions, accelerator, confidence=with_confidence
+        )
         add_result(report, title, result | {"seconds": round(time.monotonic() - began, 1)}, len(domains))
         if leader:
             for line in shortfalls(title, result):
                 tqdm.write(line, file=sys.stderr)
             # Written after every domain, so that an interrupted run keeps the results it has.
             write_text(parsed.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+            if parsed.reliability_diagrams is not None and "confidence" in result:
+                write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
     return report
 
 

@@ -101,6 +101,8 @@ class MFuserForSemanticSegmentationOutput(ModelOutput):
             See [`MFuserModelOutput`].
         loss_components (`dict[str, torch.Tensor]`, *optional*):
             Every weighted loss by name; their mean over windows for an image segmented by windows.
+        confidence (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+            Estimated probability that the class of the highest score is right, in [0, 1].
     """
 
     loss: torch.Tensor | None = None
@@ -113,6 +115,7 @@ class MFuserForSemanticSegmentationOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     vfm_attentions: tuple[torch.Tensor, ...] | None = None
     loss_components: dict[str, torch.Tensor] | None = None
+    confidence: torch.Tensor | None = None
 
 
 def selected_states(states: tuple[torch.Tensor, ...] | None, selection: bool | int | list[int]):
