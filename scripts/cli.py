@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "segment": ("segment", "segment images with a trained model"),
     "prepare": ("prepare_domain", "convert a dataset's official download to train ids in the format of `datasets`"),
+    "app": ("app", "segment images on a page in the browser"),
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
