@@ -164,6 +164,7 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
                 image = gr.Image(
                     label="Image",
                     sources=["upload", "webcam", "clipboard"],
+                    webcam_options=gr.WebcamOptions(mirror=False),
                     type="filepath",
                     image_mode=None,
                     buttons=[],
@@ -202,7 +203,7 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
                 with gr.Row():
                     show_all = gr.Button("Show all classes", size="sm", elem_id="show-all")
                     hide_all = gr.Button("Hide all classes", size="sm", elem_id="hide-all")
-                with gr.Accordion("Class names", open=False):
+                with gr.Accordion("Class names", open=False, elem_id="naming"):
                     text = gr.Textbox(
                         "\n".join(names),
                         lines=6,
@@ -229,7 +230,9 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
 
         settings = [kind, opacity, threshold]
         everything = [result, class_names, overlay, legend, shown, files, status]
-        model_call = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
+        model_call = dict(
+            concurrency_id="model", concurrency_limit=1, show_progress_on=overlay, api_visibility="private"
+        )
         image.change(page.open_image, [image, class_names, *settings], everything, **model_call)
         rename = dict(fn=page.rename, inputs=[result, text, *settings], outputs=everything, **model_call)
         apply.click(**rename)

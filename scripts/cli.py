@@ -13,7 +13,8 @@ COMMANDS = {
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }
 
-TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "yaml")  # installed by the extra [train]
+# Packages that an extra installs.
+EXTRAS = {"accelerate": "train", "datasets": "train", "evaluate": "train", "yaml": "train", "gradio": "app"}
 
 
 def usage() -> str:
@@ -43,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"mfuser.scripts.{COMMANDS[arguments[0]][0]}")
     except ModuleNotFoundError as error:
-        if error.name not in TRAINING_PACKAGES:
+        if error.name not in EXTRAS:
             raise
-        print(f'mfuser {arguments[0]} needs the package {error.name}: pip install "mfuser[train]"', file=sys.stderr)
+        install = f'pip install "mfuser[{EXTRAS[error.name]}]"'
+        print(f"mfuser {arguments[0]} needs the package {error.name}: {install}", file=sys.stderr)
         return 2
     return module.main(arguments[1:])
