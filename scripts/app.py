@@ -279,6 +279,7 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
         enable_monitoring=False,
         ssr_mode=False,
         pwa=False,
+        allowed_paths=[str(EXAMPLE)],
         max_file_size=MAX_FILE_SIZE,
         state_session_capacity=MAX_SESSIONS,
         theme=gr.themes.Default(primary_hue="blue", font=FONTS),

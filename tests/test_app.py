@@ -1,9 +1,12 @@
 """Tests of `mfuser app`: what it draws and writes, and the page itself, driven in headless Chromium."""
 
+import configparser
 import copy
 import io
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import socket
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 from tiny_models import CLASSES, tiny_model, tiny_tokenizer
 
@@ -23,6 +27,7 @@ from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.scripts import app_model, app_view, cli, palettes
 from mfuser.scripts.app_model import Segmenter
 from mfuser.scripts.app_view import CONFIDENCE, SegmentedImage, View
+from mfuser.scripts.segment import DEFAULT_MODEL
 from mfuser.scripts.segment import main as segment_command
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +251,32 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == 'mfuser app needs the package gradio: pip install "mfuser[app]"\n'
 
 
+# The Space
+
+
+def test_the_space_serves_the_same_page(monkeypatch, tmp_path):
+    app = pytest.importorskip("mfuser.scripts.app", reason="gradio is not installed (the extra [app])")
+    monkeypatch.setattr(app, "main", lambda arguments: vars(app.parse_arguments(arguments)))
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(free_port()))
+    monkeypatch.delenv("MFUSER_MODEL", raising=False)
+    for model in (DEFAULT_MODEL, "someone/a-model"):
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "space" / "app.py"))
+        assert stop.value.code["model"] == str(model) and stop.value.code["host"] == "0.0.0.0"
+        monkeypatch.setenv("MFUSER_MODEL", "someone/a-model")
+
+
+def test_the_space_requires_what_the_package_requires():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = (ROOT / "space" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = [line for line in lines if line[0] not in "#-"]
+    assert listed == setup["options"]["install_requires"].split()
+    (version,) = re.findall(r"^sdk_version: (\S+)$", (ROOT / "space" / "README.md").read_text(), flags=re.MULTILINE)
+    (gradio,) = setup["options.extras_require"]["app"].split()
+    assert Requirement(gradio).specifier.contains(version)
+
+
 # The page in a browser
 
 
@@ -391,6 +422,7 @@ def command(tmp_path_factory):
         process = subprocess.Popen(
             [sys.executable, "-c", RUN, "app", "--port", str(port), "--device", "cpu"],
             env=os.environ | {"TMPDIR": str(folder)},
+            cwd=log.parent,
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
