@@ -1,9 +1,12 @@
 """Image processor of MFuser: prepares images and label maps, and turns scores into label maps."""
 
-from collections.abc import Sequence
+import difflib
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
@@ -21,6 +24,8 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, logging
 
 from .class_names_mfuser import IGNORE_INDEX
+from .images_mfuser import MFuserBatchFeature, check_range, label_array, resize, to_numpy, to_uint8_or_float32
+from .postprocessing_mfuser import check_sizes, label_map_of_scores
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +38,10 @@ SUPPORTED_SIZES = (
 )
 
 
+# What else the file of a saved image processor may hold, and what Transformers passes on when it loads one.
+SAVED_ALONG = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
+
+
 class MFuserImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # ImagesKwargs is a TypedDict
     r"""
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
@@ -41,6 +50,9 @@ class MFuserImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
     """
 
     do_reduce_labels: bool | None
+
+
+SETTINGS = frozenset({**ImagesKwargs.__annotations__, **MFuserImageProcessorKwargs.__annotations__})
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -125,11 +137,24 @@ class MFuserImageProcessor(PilBackend):
     do_reduce_labels = False
 
     def __init__(self, **kwargs: Unpack[MFuserImageProcessorKwargs]):
+        own = {name: value for name, value in kwargs.items() if name not in SAVED_ALONG and not name.startswith("_")}
+        _check_settings(own)
+        validate_typed_dict(self.valid_kwargs, own)
         super().__init__(**_resize_if_size_is_given(kwargs))
+        self._changed_in_a_call: set[str] = set()
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict, **kwargs):
+        # Any other name may be an argument of the download or of the pipeline.
+        misspelt = [name for name in kwargs if name not in SETTINGS and _nearest_setting(name)]
+        if not kwargs.get("return_unused_kwargs"):
+            _check_settings(misspelt)
         return super().from_dict(image_processor_dict, **_resize_if_size_is_given(kwargs))
+
+    def to_dict(self) -> dict:
+        settings = super().to_dict()
+        settings.pop("_changed_in_a_call", None)
+        return settings
 
     def preprocess(
         self,
@@ -150,12 +175,15 @@ class MFuserImageProcessor(PilBackend):
                 Any argument of the class, for this call only, and `return_tensors` and `input_data_format`.
 
         Returns:
-            [`BatchFeature`]: `pixel_values`, float32 of shape (B, 3, H, W), and `labels`, int64 of shape (B, H, W), if
-            label maps were passed. Lists of arrays if `return_tensors` is `None`.
+            [`MFuserBatchFeature`]: `pixel_values`, float32 of shape (B, 3, H, W), and `labels`, int64 of shape
+            (B, H, W), if label maps were passed. Lists of arrays if `return_tensors` is `None`. Its attributes
+            `image_sizes` and `input_sizes` say what was done to each image; pass it to
+            `post_process_semantic_segmentation` as `inputs`.
 
         Raises:
-            ValueError: If an image, a label map or a size is invalid.
+            ValueError: If an image, a label map or a setting is invalid.
         """
+        _check_settings(kwargs)
         return super().preprocess(images, segmentation_maps, **_resize_if_size_is_given(kwargs))
 
     def _standardize_kwargs(self, **kwargs) -> dict:
@@ -167,10 +195,17 @@ class MFuserImageProcessor(PilBackend):
                 raise ValueError(f"`{name}` is {size}; its keys must be one of {forms}.")
             if size is not None and any(length < 1 for length in size.values()):
                 raise ValueError(f"`{name}` is {size}; every length must be at least 1 pixel.")
+            if size is not None and not all(isinstance(length, int) for length in size.values()):
+                raise ValueError(f"`{name}` is {size}; every length must be an integer.")
         return kwargs
 
     def _validate_preprocess_kwargs(self, **kwargs):
         super()._validate_preprocess_kwargs(**kwargs)
+        for name, positive in (("rescale_factor", True), ("image_mean", False), ("image_std", True)):
+            value = kwargs[name]
+            values = [] if value is None else list(value) if isinstance(value, Iterable) else [value]
+            if not all(math.isfinite(each) and (each > 0 or not positive) for each in values):
+                raise ValueError(f"`{name}` is {value}; it must be finite{' and positive' if positive else ''}.")
         if kwargs["do_center_crop"]:
             raise ValueError("`do_center_crop` is True; it must be unset or False: the processor does not crop.")
         if kwargs["data_format"] not in (None, ChannelDimension.FIRST):
@@ -195,7 +230,7 @@ class MFuserImageProcessor(PilBackend):
         maps = None
         if segmentation_maps is not None:
             maps = [
-                _label_map(segmentation_map, do_reduce_labels)
+                label_array(segmentation_map, do_reduce_labels)
                 for segmentation_map in self._as_list(segmentation_maps, batch_ndim=3)
             ]
             image_sizes, map_sizes = [image.shape[1:] for image in images], [label_map.shape for label_map in maps]
@@ -205,10 +240,15 @@ class MFuserImageProcessor(PilBackend):
                     "one map per image, with the image's (height, width)."
                 )
 
+        image_sizes = [image.shape[1:] for image in images]
+        for name, value in (("do_resize", kwargs["do_resize"]), ("size", kwargs["size"]), ("pad_size", pad_size)):
+            if value != getattr(self, name):
+                self._changed_in_a_call.add(name)
         images = self._preprocess(images, **kwargs)
+        input_sizes = [image.shape[1:] for image in images]
         if maps is not None and kwargs["do_resize"]:
             size, nearest = kwargs["size"], PILImageResampling.NEAREST
-            maps = [_resize(rows, resized_size(rows.shape[0], rows.shape[1], size), nearest) for rows in maps]
+            maps = [resize(rows, resized_size(rows.shape[0], rows.shape[1], size), nearest) for rows in maps]
         if do_pad:
             images = self.pad(images, pad_size=pad_size)
             if maps is not None:
@@ -223,7 +263,7 @@ class MFuserImageProcessor(PilBackend):
         data = {"pixel_values": images}
         if maps is not None:
             data["labels"] = [label_map.astype(np.int64) for label_map in maps]
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        return MFuserBatchFeature(data, return_tensors, image_sizes=image_sizes, input_sizes=input_sizes)
 
     def _as_list(self, images: ImageInput, batch_ndim: int) -> list:
         """Returns a flat list; opens paths and URLs, and splits arrays of `batch_ndim` dimensions."""
@@ -249,8 +289,7 @@ class MFuserImageProcessor(PilBackend):
     ) -> list[np.ndarray]:
         processed = []
         for image in images:
-            if do_rescale and image.dtype != np.uint8:
-                _check_float_range(image)
+            check_range(image, do_rescale, do_normalize)
             if do_resize:
                 image = self.resize(image, size, resample)
             if do_rescale:
@@ -267,7 +306,7 @@ class MFuserImageProcessor(PilBackend):
         _, height, width = image.shape
         new_size = resized_size(height, width, size)
         resample = PILImageResampling.BILINEAR if resample is None else resample
-        return np.stack([_resize(channel, new_size, resample) for channel in image])
+        return np.stack([resize(channel, new_size, resample) for channel in image])
 
     def process_image(
         self,
@@ -293,11 +332,11 @@ class MFuserImageProcessor(PilBackend):
                 array = np.asarray(image)
             input_data_format = ChannelDimension.LAST
         else:
-            array = _to_numpy(image)
+            array = to_numpy(image)
 
         if array.size == 0 or array.ndim not in (2, 3):
             raise ValueError(f"An image has the shape {array.shape}; it must be (H, W), (H, W, C) or (C, H, W).")
-        array = _to_uint8_or_float32(array)
+        array = to_uint8_or_float32(array)
         if array.ndim == 2:
             array = array[None]
         else:
@@ -326,6 +365,7 @@ class MFuserImageProcessor(PilBackend):
         target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
         return_segmentation_scores: bool = False,
         input_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        inputs: MFuserBatchFeature | None = None,
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
         Converts the output of [`MFuserForSemanticSegmentation`] into label maps.
@@ -335,26 +375,36 @@ class MFuserImageProcessor(PilBackend):
                 Output of the model; `outputs.logits` are scores of shape (B, K, H, W) at the size of `pixel_values`.
             target_sizes (`list[tuple[int, int]]` or `torch.Tensor`, *optional*):
                 (height, width) of each label map, usually the size of the original image. Scores are resized
-                bilinearly before the argmax. By default, label maps have the size of the scores, padding included.
+                bilinearly before the argmax. By default that of the images in `inputs`, or without `inputs` the size
+                of the scores, padding included.
             return_segmentation_scores (`bool`, *optional*, defaults to `False`):
                 Whether to also return the scores.
             input_sizes (`list[tuple[int, int]]` or `torch.Tensor`, *optional*):
-                (height, width) of each image in `pixel_values` before padding. By default they are inferred from
-                `target_sizes` and the settings of this processor.
+                (height, width) of each image in `pixel_values` before padding. By default that of `inputs`; without
+                `inputs` they are inferred from `target_sizes` and the settings of this processor.
+            inputs ([`MFuserBatchFeature`], *optional*):
+                What this processor returned for the images, which records how each was resized and padded. Required
+                for a batch of several images if a call changed the size or the padding.
 
         Returns:
             `list[torch.Tensor]`: For each image a label map of shape (height, width), int64; or, if scores are
             returned, an object with `segmentation` and `segmentation_scores` of shape (K, height, width).
 
         Raises:
-            ValueError: If a size is invalid or missing, or the padding of a batch can't be inferred.
+            ValueError: If a size is invalid or missing, the padding of a batch can't be inferred, or scores are not
+                finite.
         """
         logits = outputs.logits
         logits_size = tuple(logits.shape[-2:])
+        if inputs is not None:
+            if not isinstance(inputs, MFuserBatchFeature):
+                raise ValueError(f"`inputs` is a {type(inputs).__name__}; it must be what this processor returned.")
+            target_sizes = inputs.image_sizes if target_sizes is None else target_sizes
+            input_sizes = inputs.input_sizes if input_sizes is None else input_sizes
         if target_sizes is not None:
-            target_sizes = _check_sizes("target_sizes", target_sizes, len(logits))
+            target_sizes = check_sizes("target_sizes", target_sizes, len(logits))
         if input_sizes is not None:
-            input_sizes = _check_sizes("input_sizes", input_sizes, len(logits))
+            input_sizes = check_sizes("input_sizes", input_sizes, len(logits))
             if any(height > logits_size[0] or width > logits_size[1] for height, width in input_sizes):
                 raise ValueError(f"`input_sizes` {input_sizes} must not exceed the scores' size, {logits_size}.")
         elif target_sizes is not None and self.do_pad:
@@ -364,17 +414,18 @@ class MFuserImageProcessor(PilBackend):
 
         results = []
         for index, (height, width) in enumerate(input_sizes):
-            scores = logits[index, :, :height, :width].float()
-            if target_sizes is not None and target_sizes[index] != (height, width):
+            scores = logits[index, :, :height, :width]
+            size = (height, width) if target_sizes is None else target_sizes[index]
+            if not return_segmentation_scores:
+                results.append(label_map_of_scores(scores, size).long())
+                continue
+            scores = scores.float()
+            if size != (height, width):
                 scores = torch.nn.functional.interpolate(
-                    scores[None], size=target_sizes[index], mode="bilinear", align_corners=False
+                    scores[None], size=size, mode="bilinear", align_corners=False
                 )[0]
-            segmentation = scores.argmax(dim=0)
-            if return_segmentation_scores:
-                segmentation = SemanticSegmentationPostProcessorOutput(
-                    data={"segmentation": segmentation, "segmentation_scores": scores}
-                )
-            results.append(segmentation)
+            data = {"segmentation": label_map_of_scores(scores).long(), "segmentation_scores": scores}
+            results.append(SemanticSegmentationPostProcessorOutput(data=data))
         return results
 
     def _sizes_before_padding(
@@ -384,16 +435,35 @@ class MFuserImageProcessor(PilBackend):
         sizes = [resized_size(*size, self.size) if self.do_resize else size for size in image_sizes]
         largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
         expected = largest if self.pad_size is None else (self.pad_size.height, self.pad_size.width)
-        if expected == padded_size and largest[0] <= padded_size[0] and largest[1] <= padded_size[1]:
+        same_size = len(set(image_sizes)) == 1
+        # Images of one size are padded only to a `pad_size`, whatever they were resized to.
+        relevant = {"pad_size"} if same_size and self.pad_size is None else {"do_resize", "size", "pad_size"}
+        if not self._changed_in_a_call & relevant:
+            if expected == padded_size and largest[0] <= padded_size[0] and largest[1] <= padded_size[1]:
+                return sizes
+            # The batch was prepared with other settings: images of one size were not padded.
+            if self.pad_size is None and same_size:
+                return [padded_size] * len(sizes)
+        elif set(sizes) == {padded_size}:
             return sizes
-        # the batch was prepared with other settings: images of one size were not padded
-        if self.pad_size is None and len(set(sizes)) == 1:
-            return [padded_size] * len(sizes)
         raise ValueError(
-            f"Images of the sizes {image_sizes} don't give the padded size {padded_size} with this processor's "
-            "settings, so their padding can't be inferred. Pass `input_sizes`, the (height, width) of each image in "
-            f"`pixel_values` before padding ({padded_size} for an image without padding)."
+            f"Images of the sizes {image_sizes} may have been resized and padded to {padded_size} in several ways: "
+            "pass `inputs`, the batch that this processor returned, or `input_sizes`, the (height, width) of each "
+            f"image in `pixel_values` before padding ({padded_size} for an image without padding)."
         )
+
+
+def _nearest_setting(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.75)), None)
+
+
+def _check_settings(names: Iterable[str]) -> None:
+    """Raises `ValueError` if a name is not a setting of the image processor."""
+    for name in names:
+        if name not in SETTINGS:
+            nearest = _nearest_setting(name)
+            hint = f"did you mean `{nearest}`?" if nearest else f"it has {', '.join(sorted(SETTINGS))}."
+            raise ValueError(f"MFuserImageProcessor has no setting `{name}`; {hint}")
 
 
 def _resize_if_size_is_given(kwargs: dict) -> dict:
@@ -403,95 +473,6 @@ def _resize_if_size_is_given(kwargs: dict) -> dict:
     return kwargs
 
 
-def _to_numpy(image: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        # NumPy has no bfloat16.
-        return (image.float() if image.is_floating_point() else image).numpy()
-    if isinstance(image, np.ndarray):
-        return image
-    raise ValueError(f"Got {type(image).__name__}; expected a PIL image, an array, a tensor or a flat list of these.")
-
-
-def _to_uint8_or_float32(image: np.ndarray) -> np.ndarray:
-    """Converts integers and booleans to uint8, and floating-point values to float32."""
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype == bool:
-        return image.astype(np.uint8) * 255
-    if image.dtype.kind == "f":
-        if not np.isfinite(image).all():
-            raise ValueError("The image holds NaN or infinite values; all values must be finite.")
-        return image.astype(np.float32)
-    if image.dtype.kind == "u" and image.dtype.itemsize == 2:
-        if 0 < image.max() <= 255:
-            logger.warning(
-                "A 16-bit image holds no value above 255, so it is almost black once it is scaled to 8 bits. "
-                "If it holds 8-bit values, convert it to uint8."
-            )
-        return ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    if image.dtype.kind in "iu":
-        if image.min() < 0 or image.max() > 255:
-            raise ValueError(
-                f"The image holds {image.dtype} values from {image.min()} to {image.max()}; integers must lie in "
-                "0..255, or have dtype uint16 for a 16-bit image."
-            )
-        return image.astype(np.uint8)
-    raise ValueError(f"The image has dtype {image.dtype}; it must hold integers, booleans or floating-point values.")
-
-
-def _check_float_range(image: np.ndarray):
-    low, high = image.min(), image.max()
-    if low < 0 or high > 255 or 0 < high <= 1:
-        raise ValueError(
-            f"The floating-point image holds values from {low:g} to {high:g}; with `do_rescale=True` they must lie in "
-            "0..255. Pass `do_rescale=False` for values in 0..1, and also `do_normalize=False` for normalised values."
-        )
-
-
-def _resize(array: np.ndarray, size: tuple[int, int], resample: PILImageResampling | int) -> np.ndarray:
-    """Resizes an array of shape (H, W) of uint8, int32 or float32 by PIL, which keeps these dtypes."""
-    height, width = size
-    return np.asarray(Image.fromarray(array).resize((width, height), resample))
-
-
-def _label_map(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> np.ndarray:
-    """Converts a label map to int32 of shape (H, W)."""
-    if isinstance(segmentation_map, Image.Image):
-        labels = np.asarray(segmentation_map)
-    else:
-        labels = _to_numpy(segmentation_map)
-        if labels.ndim == 3 and labels.shape[0] == 1:
-            labels = labels[0]
-    if labels.ndim != 2 or labels.size == 0:
-        raise ValueError(
-            f"A segmentation map has the shape {labels.shape}; it must have one channel. "
-            "Convert a colour-coded map to class ids first, and open a palette PNG with `PIL.Image.open`."
-        )
-    if labels.dtype.kind not in "iub":
-        raise ValueError(f"A segmentation map has dtype {labels.dtype}; it must hold integers.")
-    labels = labels.astype(np.int32)
-    if labels.min() < 0:
-        raise ValueError(
-            f"A segmentation map holds the label {labels.min()}; labels must be class ids from 0 up, or "
-            f"{IGNORE_INDEX} for ignored pixels."
-        )
-    if do_reduce_labels:
-        labels = np.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
-    return labels
-
-
-def _check_sizes(name: str, sizes: Sequence | torch.Tensor, batch_size: int) -> list[tuple[int, int]]:
-    """Converts `sizes` to a list of `batch_size` tuples (height, width)."""
-    sizes = [tuple(int(length) for length in size) for size in sizes]
-    if len(sizes) != batch_size:
-        raise ValueError(f"`{name}` holds {len(sizes)} for {batch_size} images; it must hold one size per image.")
-    for size in sizes:
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"`{name}` holds {size}; it must hold pairs (height, width) of at least 1 pixel.")
-    return sizes
-
-
-__all__ = ["MFuserImageProcessor"]
+__all__ = ["MFuserBatchFeature", "MFuserImageProcessor"]
 
 MFuserImageProcessor.register_for_auto_class()

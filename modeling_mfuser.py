@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .class_names_mfuser import CITYSCAPES_CLASSES, give_classes, requested_classes
+from .confidence_mfuser import confidence_map
 from .configuration_mfuser import MFuserConfig
 from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
 from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
@@ -524,6 +525,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         class_mask: torch.Tensor | None = None,
+        output_confidence: bool = False,
     ) -> MFuserForSemanticSegmentationOutput:
         """
         In evaluation mode, an image larger than `config.crop_size` is segmented by sliding windows.
@@ -538,6 +540,9 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             class_mask (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
                 The classes that the source of each image labels, as booleans; the loss teaches nothing about the
                 others. By default all.
+            output_confidence (`bool`, *optional*, defaults to `False`):
+                Whether to return the confidence of every pixel, see [`confidence_map`]. It is calibrated if
+                `config.confidence_calibration` is set.
 
         Example:
 
@@ -555,8 +560,12 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                     f"{pixel_values.shape[-1]}, which is segmented by windows of {self.config.crop_size} with hidden "
                     "states of their own: pass it crop by crop"
                 )
-            return self._forward_by_windows(pixel_values, labels, class_embeddings, class_mask)
-        return self._forward_crop(pixel_values, labels, class_embeddings, output_hidden_states, class_mask)
+            outputs = self._forward_by_windows(pixel_values, labels, class_embeddings, class_mask)
+        else:
+            outputs = self._forward_crop(pixel_values, labels, class_embeddings, output_hidden_states, class_mask)
+        if output_confidence:
+            outputs["confidence"] = confidence_map(outputs.logits, self.config.confidence_calibration)
+        return outputs
 
     def _forward_crop(self, pixel_values, labels, class_embeddings, output_hidden_states=None, class_mask=None):
         features = self.mfuser(

@@ -27,13 +27,38 @@ def score_table(domains: dict[str, dict[str, Any]]) -> str:
     rows += [[name, *(_class_iou(scores, name) for scores in columns.values())] for name in names]
     rows.append(["mean IoU", *(f"{100 * scores['mean_iou']:.2f}" for scores in columns.values())])
     rows.append(["images", *(str(scores["images"]) for scores in columns.values())])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_table_line(row, widths) for row in rows)
+    return _table(rows)
+
+
+def confidence_table(domains: dict[str, dict[str, Any]]) -> str:
+    """
+    A table of the figures about confidences in percent: one row per domain or condition, without and with calibration.
+
+    Args:
+        domains (`dict[str, dict]`):
+            The results of `evaluate_domain` by name, at least one of them with `confidence`.
+    """
+    rows: list[list[str]] = []
+    for title, result in domains.items():
+        for name, scores in result.get("confidence", {}).items():
+            figures = {f"{title} {condition}": each for condition, each in scores["conditions"].items()}
+            figures[f"{title} pooled" if figures else title] = scores["pooled"]
+            for label, each in figures.items():
+                shares = [f"mIoU at {100 * at['requested']:g} %" for at in each["coverage"]]
+                header = ["confidence", "", "ECE", "AUROC", "AUPR", *shares]
+                values = (each["ece"], each["auroc"], each["aupr"], *(at["mean_iou"] for at in each["coverage"]))
+                rows.append([label, name, *("-" if value is None else f"{100 * value:.2f}" for value in values)])
+    return _table([header, *rows])
 
 
 def _class_iou(scores: dict[str, Any], name: str) -> str:
     iou = scores["per_class_iou"][name] if name in scores["classes_averaged"] else None
     return "-" if iou is None else f"{100 * iou:.2f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(_table_line(row, widths) for row in rows)
 
 
 def _table_line(row: list[str], widths: list[int]) -> str:
@@ -53,6 +78,8 @@ def summary(report: dict[str, Any]) -> str:
     """
     domains = report["domains"]
     lines = [score_table(domains), ""] if any(result["pooled"] for result in domains.values()) else []
+    if any("confidence" in result for result in domains.values()):
+        lines += [confidence_table(domains), ""]
     for title, result in domains.items():
         if result["mean_iou"] is None:
             lines.append(f"{title}: {result['unlabelled_images']} images without labels, predicted only")

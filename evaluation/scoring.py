@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from mfuser.evaluation.confidence import DomainConfidence
 from mfuser.evaluation.domains import EvaluationDomain, check_classes
 from mfuser.evaluation.predictions import PredictionWriter
 from mfuser.evaluation.protocols import (
@@ -23,6 +24,7 @@ from mfuser.evaluation.protocols import (
     share_of_batches,
 )
 from mfuser.evaluation.results import DomainMetric
+from mfuser.postprocessing_mfuser import label_map_of_scores
 
 
 @torch.inference_mode()
@@ -34,6 +36,7 @@ def evaluate_domain(
     save_predictions: str | Path | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    confidence: bool = False,
 ) -> dict[str, Any]:
     """
     Segments every image of a domain once and scores the result.
@@ -59,6 +62,8 @@ def evaluate_domain(
             The accelerator of a run in several processes.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        confidence (`bool`, *optional*, defaults to `False`):
+            Whether to add figures about the confidences, see [`DomainConfidence.result`].
 
     Returns:
         `dict`: The result, ready for JSON. `mean_iou` (in [0, 1]; `None` without labels) is the mean over conditions
@@ -67,14 +72,17 @@ def evaluate_domain(
         `expected_images`, `unlabelled_images`, `skipped`, `segmented_at`, `domain`, `source`, `split`, `label_map` and
         `label_size` ("full" or "half") describe what was scored. Scores hold `mean_iou`, `mean_accuracy`,
         `overall_accuracy`, `per_class_iou` by name, `classes_averaged` and the `confusion_matrix` (rows: labels;
-        columns: predictions, the last column for predictions of no class).
+        columns: predictions, the last column for predictions of no class). `confidence` holds the figures about the
+        confidences, if they are requested and there are labels.
 
     Raises:
-        ValueError: If the classes of model and domain differ, the options do not fit the domain, or there is nothing
-            to score.
+        ValueError: If the classes of model and domain differ, the options do not fit the domain, there is nothing to
+            score, or confidences are requested with test-time augmentation.
         FileExistsError: If the folder for the predictions is not empty.
     """
     options = options or EvaluationOptions()
+    if confidence:
+        check_scores_are_those_of_the_model(options)
     check_classes(model.config.id2label, domain)
     if not domain.rows.labelled and save_predictions is None:
         raise ValueError(
@@ -89,21 +97,41 @@ def evaluate_domain(
     batches = share_of_batches(len(domain.rows), options.batch_size, rank, processes)
     loader = sample_loader(ProtocolSamples(domain, processor, evaluation_size), batches, options.workers)
     metric = DomainMetric(domain, model.device)
+    confidences = DomainConfidence(domain, model) if confidence else None
     model.eval()
     images = sum(len(batch) for batch in batches)
     with tqdm(total=images, desc=domain.name, unit="image", disable=not progress or rank > 0) as bar:
         for samples in loader:
-            score_batch(model, samples, options, metric, writer)
+            score_batch(model, samples, options, metric, writer, confidences)
             bar.update(len(samples))
     if processes > 1:
         metric.reduce(accelerator)
-    return metric.result(evaluation_size, classes)
+    result = metric.result(evaluation_size, classes)
+    if confidences is not None and result["pooled"] is not None:
+        if processes > 1:
+            confidences.reduce(accelerator)
+        result["confidence"] = confidences.result(classes)
+    return result
+
+
+def check_scores_are_those_of_the_model(options: EvaluationOptions) -> None:
+    """Raises `ValueError` if scores are averaged over augmented images, for which confidences are not defined."""
+    if options.augmented:
+        raise ValueError(
+            f"flip is {options.flip} and scales is {options.scales}; confidences are defined for the scores of the "
+            "model without test-time augmentation: flip=False, scales=(1.0,)"
+        )
 
 
 def score_batch(
-    model, samples: list[Sample], options: EvaluationOptions, metric: DomainMetric, writer: PredictionWriter | None
+    model,
+    samples: list[Sample],
+    options: EvaluationOptions,
+    metric: DomainMetric,
+    writer: PredictionWriter | None,
+    confidences: DomainConfidence | None = None,
 ) -> None:
-    """Segments the samples of a batch, counts them in `metric` and writes their predictions."""
+    """Segments the samples of a batch, counts them in `metric` and `confidences`, and writes their predictions."""
     for sample in samples:
         if sample.problem is not None:
             metric.skip(sample.row, sample.problem)
@@ -112,6 +140,8 @@ def score_batch(
         for sample, scores in zip(group, image_scores(model, pixel_values, options), strict=True):
             prediction = label_map_of_scores(scores, sample.size)
             metric.update(sample, prediction)
+            if confidences is not None:
+                confidences.update(sample, scores, prediction)
             if writer is not None:
                 writer.write(sample.row, prediction)
 
@@ -121,34 +151,3 @@ def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) 
     if options.augmented:
         return model.augmented_scores(pixel_values, scales=options.scales, flip=options.flip)
     return model(pixel_values=pixel_values).logits
-
-
-def label_map_of_scores(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """
-    The best class of each pixel, after the scores are resized bilinearly.
-
-    The classes are resized one by one, so that a 22-megapixel image of Mapillary takes three maps of its size instead
-    of nineteen. Of equal scores the first wins, as in `argmax`.
-
-    Args:
-        scores (`torch.Tensor` of shape `(num_labels, height, width)`):
-            The scores of an image.
-        size (`tuple[int, int]`):
-            (height, width) of the result.
-
-    Returns:
-        `torch.Tensor` of shape `size`, uint8: Class ids.
-    """
-    if scores.shape[1:] == size:
-        return scores.argmax(dim=0).to(torch.uint8)
-    planes = (_resized(plane, size) for plane in scores.float())
-    best, classes = next(planes), torch.zeros(size, dtype=torch.uint8, device=scores.device)
-    for index, plane in enumerate(planes, start=1):
-        classes.masked_fill_(plane > best, index)
-        torch.maximum(best, plane, out=best)
-    return classes
-
-
-def _resized(plane: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    resized = torch.nn.functional.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)
-    return resized[0, 0]

@@ -11,7 +11,7 @@ import torch
 from transformers import EvalPrediction, PreTrainedConfig
 
 from mfuser.evaluation.metrics import MeanIoU
-from mfuser.evaluation.scoring import label_map_of_scores
+from mfuser.postprocessing_mfuser import label_map_of_scores
 
 
 def preprocess_logits_for_metrics(

@@ -3,10 +3,9 @@
 import argparse
 import signal
 import socket
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -14,9 +13,12 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import torch
+from gradio.data_classes import ImageData
 from PIL import UnidentifiedImageError
 
+from mfuser.errors import is_expected, one_line
 from mfuser.loading import load_for_inference
+from mfuser.scripts import cli
 from mfuser.scripts.app_model import Segmenter, check_file_size
 from mfuser.scripts.app_view import (
     CLASSES,
@@ -27,7 +29,7 @@ from mfuser.scripts.app_view import (
     legend_html,
     write_results,
 )
-from mfuser.scripts.segment import DEFAULT_MODEL, IMAGE_ERRORS, read_image
+from mfuser.scripts.segment import DEFAULT_MODEL, available_device, read_image
 
 # Part of the repository, not of an installed package.
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "street.jpg"
@@ -93,8 +95,10 @@ class Page:
             image = read_image(Path(path), self.segmenter.processor)
         except UnidentifiedImageError:
             return self._nothing(class_names, _error(f"{Path(path).name} is not an image of a known format."))
-        except IMAGE_ERRORS as error:
-            return self._nothing(class_names, _error(f"{Path(path).name} cannot be read as an image: {error}"))
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            return self._nothing(class_names, _error(f"{Path(path).name} cannot be read: {one_line(error)}"))
         return self._segmented(Path(path).stem, image, class_names, View(kind, opacity, threshold))
 
     def rename(self, result: SegmentedImage | None, text: str, kind: str, opacity: float, threshold: float):
@@ -113,8 +117,10 @@ class Page:
         start = time.perf_counter()
         try:
             result = self.segmenter.segment(name, image, class_names)
-        except (RuntimeError, ValueError) as error:
-            return self._nothing(class_names, _error(f"{name} cannot be segmented: {error}"))
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            return self._nothing(class_names, _error(f"{name} cannot be segmented: {one_line(error)}"))
         height, width = result.labels.shape
         text = f"{name}: {width} x {height} pixels, segmented in {time.perf_counter() - start:.1f} s."
         if result.labels.shape != image.shape[1:]:
@@ -138,6 +144,11 @@ class Page:
             return NO_FILES, NO_RESULT
         paths = write_results(result, View(kind, opacity, threshold, shown))
         return gr.update(value=paths, visible=True), gr.skip()
+
+
+def _uploaded_path(payload: ImageData | None) -> str | None:
+    """Replaces `gr.Image.preprocess`, which opens the file, outside of the reach of [`Page.open_image`]'s errors."""
+    return None if payload is None else payload.path
 
 
 def build(segmenter: Segmenter, title: str) -> gr.Blocks:
@@ -172,8 +183,7 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
                     elem_id="image",
                     alt_text="The image to segment",
                 )
-                # Image.preprocess opens the file; open_image does so with errors that the page shows.
-                image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+                image.preprocess = _uploaded_path  # type: ignore[method-assign]
                 example = gr.Button("Use the example image", visible=EXAMPLE.is_file(), elem_id="example")
             with gr.Column():
                 overlay = gr.Image(
@@ -229,14 +239,22 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
                 )
 
         settings = [kind, opacity, threshold]
-        everything = [result, class_names, overlay, legend, shown, files, status]
-        model_call = dict(
-            concurrency_id="model", concurrency_limit=1, show_progress_on=overlay, api_visibility="private"
-        )
-        image.change(page.open_image, [image, class_names, *settings], everything, **model_call)
-        rename = dict(fn=page.rename, inputs=[result, text, *settings], outputs=everything, **model_call)
-        apply.click(**rename)
-        reset.click(lambda: "\n".join(names), None, text, api_visibility="private").then(**rename)
+
+        def run_model(event: Callable, fn: Callable, inputs: list):
+            event(
+                fn,
+                inputs,
+                [result, class_names, overlay, legend, shown, files, status],
+                concurrency_id="model",
+                concurrency_limit=1,
+                show_progress_on=overlay,
+                api_visibility="private",
+            )
+
+        run_model(image.change, page.open_image, [image, class_names, *settings])
+        run_model(apply.click, page.rename, [result, text, *settings])
+        restored = reset.click(lambda: "\n".join(names), None, text, api_visibility="private")
+        run_model(restored.then, page.rename, [result, text, *settings])
         gr.on(
             [kind.change, opacity.change, threshold.change, shown.change],
             page.redraw,
@@ -294,15 +312,6 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be an available device: {str(error).splitlines()[0]}"
-        ) from None
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mfuser app",
@@ -320,7 +329,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=_port, default=7860, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--device", type=_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
+    parser.add_argument("--device", type=available_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
     parsed = parser.parse_args(arguments)
     try:
         family = socket.getaddrinfo(parsed.host, parsed.port)[0][0]
@@ -341,18 +350,15 @@ def temporary_folder() -> Iterator[None]:
             tempfile.tempdir = None
 
 
+@cli.reports_errors("app")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped as a service, it ends as with Ctrl-C
-    try:
-        segmenter = Segmenter(*load_for_inference(parsed.model, device), parsed.tokenizer)
-        with temporary_folder():
-            blocks = build(segmenter, Path(parsed.model).name)
-            url = launch(blocks, parsed.host, parsed.port)
-            print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
-            blocks.block_thread()
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"mfuser app: {error}", file=sys.stderr)
-        return 2
+    segmenter = Segmenter(*load_for_inference(parsed.model, device), parsed.tokenizer)
+    with temporary_folder():
+        blocks = build(segmenter, Path(parsed.model).name)
+        url = launch(blocks, parsed.host, parsed.port)
+        print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
+        blocks.block_thread()
     return 0

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names, load_tokenizer
+from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names, label_names, load_tokenizer
+from mfuser.confidence_mfuser import resized_confidences
 from mfuser.image_processing_mfuser import MFuserImageProcessor, scaled_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.app_view import SegmentedImage
@@ -56,14 +57,9 @@ def reduced(image: np.ndarray, num_classes: int) -> np.ndarray:
     excess = image[0].size / min(MAX_PIXELS, MAX_SCORES // num_classes)
     if excess <= 1:
         return image
-    height, width = scaled_size(*image.shape[1:], excess**-0.5)
+    height, width = scaled_size(image.shape[1], image.shape[2], excess**-0.5)
     picture = Image.fromarray(image.transpose(1, 2, 0)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(picture).transpose(2, 0, 1)
-
-
-def confidence_of_scores(scores: torch.Tensor) -> torch.Tensor:
-    """The uncalibrated confidence of scores of shape (K, H, W): the share of the largest in their sum, (H, W)."""
-    return scores.amax(dim=0) / scores.sum(dim=0).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 @torch.inference_mode()
@@ -71,17 +67,17 @@ def segment(
     name: str, image: np.ndarray, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor
 ) -> SegmentedImage:
     """Segments an RGB image of shape (3, H, W)."""
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
-    outputs = model(pixel_values=pixel_values.to(model.device, model.dtype))
-    (result,) = processor.post_process_semantic_segmentation(
-        outputs, target_sizes=[image.shape[1:]], return_segmentation_scores=True
-    )
+    inputs = processor(image, return_tensors="pt")
+    outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
+    (labels,) = processor.post_process_semantic_segmentation(outputs, inputs=inputs)
+    (confidence,) = resized_confidences(outputs, inputs.input_sizes, inputs.image_sizes)
     return SegmentedImage(
         name=name,
         pixels=image.transpose(1, 2, 0),
-        labels=result.segmentation.to(torch.uint8).cpu().numpy(),
-        confidence=confidence_of_scores(result.segmentation_scores).cpu().numpy(),
-        class_names=[model.config.id2label[index] for index in range(model.config.num_labels)],
+        labels=labels.to(torch.uint8).cpu().numpy(),
+        confidence=confidence.cpu().numpy(),
+        class_names=label_names(model.config.id2label),
+        is_calibrated=model.config.confidence_calibration is not None,
     )
 
 
@@ -100,7 +96,7 @@ class Segmenter:
 
     def __init__(self, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, tokenizer=None):
         self.model, self.processor, self.tokenizer = model, processor, None
-        self.class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        self.class_names = label_names(model.config.id2label)
         check_class_count(self.class_names)
         self.names_are_fixed_because = ""
         self._named_models: OrderedDict[tuple[str, ...], MFuserForSemanticSegmentation] = OrderedDict()

@@ -51,6 +51,7 @@ class SegmentedImage:
         labels (`np.ndarray` of shape `(height, width)` and type `uint8`): Class ids.
         confidence (`np.ndarray` of shape `(height, width)` and type `float32`): Confidence, from 0 to 1.
         class_names (`list[str]`): Names of the classes.
+        is_calibrated (`bool`, *optional*, defaults to `False`): Whether the model's confidence is calibrated.
     """
 
     name: str
@@ -58,6 +59,7 @@ class SegmentedImage:
     labels: np.ndarray
     confidence: np.ndarray
     class_names: list[str]
+    is_calibrated: bool = False
     # Deleted with this object.
     folder: TemporaryDirectory = field(default_factory=lambda: TemporaryDirectory(prefix="mfuser-app-"))
 
@@ -128,7 +130,7 @@ def legend_html(result: SegmentedImage, view: View) -> str:
         '<thead><tr><th scope="col">Class</th><th scope="col">Share</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
         f"{scale if view.kind == CONFIDENCE else ''}"
-        f"<p>Mean confidence: {result.confidence.mean():.2f}</p>"
+        f"<p>Mean confidence: {result.confidence.mean():.2f}{'' if result.is_calibrated else ', not calibrated'}</p>"
     )
 
 

@@ -1,7 +1,18 @@
-"""The command `mfuser`: runs one of the scripts in this folder."""
+"""
+The command `mfuser`: runs one of the scripts in this folder, and reports errors in the same way for all of them.
 
+An error that input can cause ends a command with exit code 2 and one line on stderr, `mfuser COMMAND: MESSAGE`, which
+names the file or setting and what is accepted. `--debug`, anywhere on the command line, shows the traceback as well.
+Other exceptions are bugs and keep their traceback. Ctrl-C ends a command with exit code 130.
+"""
+
+import functools
 import importlib
 import sys
+import traceback
+from collections.abc import Callable
+
+from mfuser.errors import CommandError, is_expected, one_line
 
 COMMANDS = {
     "segment": ("segment", "segment images with a trained model"),
@@ -15,12 +26,54 @@ COMMANDS = {
 
 # Packages that an extra installs.
 EXTRAS = {"accelerate": "train", "datasets": "train", "evaluate": "train", "yaml": "train", "gradio": "app"}
+DEBUG = "--debug"
+FAILED, INTERRUPTED = 2, 130  # exit codes
+
+Main = Callable[[list[str] | None], int]
+
+__all__ = ["CommandError", "main", "reports_errors", "usage"]
+
+
+def reports_errors(command: str) -> Callable[[Main], Main]:
+    """
+    Decorator of a command's `main` that reports errors as this module describes.
+
+    Args:
+        command (`str`):
+            The name of the command, for its messages.
+    """
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def run(arguments: list[str] | None = None) -> int:
+            arguments = list(sys.argv[1:] if arguments is None else arguments)
+            debug = DEBUG in arguments
+            try:
+                return main([argument for argument in arguments if argument != DEBUG])
+            except KeyboardInterrupt:
+                print(f"mfuser {command}: interrupted", file=sys.stderr)
+                return INTERRUPTED
+            except Exception as error:
+                if not is_expected(error):
+                    raise
+                if debug:
+                    traceback.print_exc()
+                print(f"mfuser {command}: {one_line(error)}", file=sys.stderr)
+                return FAILED
+
+        return run
+
+    return decorate
 
 
 def usage() -> str:
     """The help text, which lists the commands."""
     commands = "\n".join(f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items())
-    return f"usage: mfuser COMMAND [ARGUMENTS]\n\ncommands (see mfuser COMMAND --help):\n{commands}"
+    return (
+        f"usage: mfuser COMMAND [ARGUMENTS] [{DEBUG}]\n\ncommands (see mfuser COMMAND --help):\n{commands}\n\n"
+        f"{DEBUG} shows the traceback of an error. Exit codes: 0 success, 1 some images were skipped, 2 the command "
+        "could not run, 130 interrupted."
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,12 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: The exit code. It is 2 if the command is unknown or one of its packages is not installed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] == DEBUG:
+        arguments = [*arguments[1:], DEBUG]
+    if not arguments or arguments[0] in ("-h", "--help", DEBUG):
         print(usage())
         return 0
     if arguments[0] not in COMMANDS:
         print(f"mfuser: unknown command {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
-        return 2
+        return FAILED
     try:
         module = importlib.import_module(f"mfuser.scripts.{COMMANDS[arguments[0]][0]}")
     except ModuleNotFoundError as error:
@@ -48,5 +103,5 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         install = f'pip install "mfuser[{EXTRAS[error.name]}]"'
         print(f"mfuser {arguments[0]} needs the package {error.name}: {install}", file=sys.stderr)
-        return 2
+        return FAILED
     return module.main(arguments[1:])

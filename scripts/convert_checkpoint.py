@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, SiglipModel
 
 from mfuser.class_names_mfuser import (
@@ -30,7 +29,7 @@ from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.pretrained_mfuser import load_encoder
-from mfuser.scripts import convert_eva02_clip
+from mfuser.scripts import cli, convert_eva02_clip
 from mfuser.scripts.checkpoint_names import convert_state_dict, detect_variant, dropped_reason
 from mfuser.scripts.convert_eva02_clip import (
     eva02_clip_text_config_from_state_dict,
@@ -220,6 +219,7 @@ def convert_checkpoint(
     return model.eval()
 
 
+@cli.reports_errors("convert")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mfuser convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -240,16 +240,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.checkpoint.is_file():
         parser.error(f"{options.checkpoint} is not a file")
-    try:
-        state_dict = read_state_dict(options.checkpoint)
-        if is_eva02_clip_state_dict(state_dict):
-            return convert_eva02_clip.main([str(options.checkpoint), str(options.output)])
-        known = json.loads(options.config.read_text(encoding="utf-8")) if options.config else None
-        variant = detect_variant(state_dict)
-        model = convert_checkpoint(state_dict, known, options.siglip)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"mfuser convert: {error}", file=sys.stderr)
-        return 1
+    state_dict = read_state_dict(options.checkpoint)
+    if is_eva02_clip_state_dict(state_dict):
+        return convert_eva02_clip.main([str(options.checkpoint), str(options.output)])
+    known = json.loads(options.config.read_text(encoding="utf-8")) if options.config else None
+    variant = detect_variant(state_dict)
+    model = convert_checkpoint(state_dict, known, options.siglip)
     save_converted(model, options.output, options.checkpoint.name)
     dropped = Counter(filter(None, (dropped_reason(key, variant) for key in state_dict)))
     print(f"{variant}: {len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {options.output}")

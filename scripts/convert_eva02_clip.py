@@ -20,6 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
 from mfuser.modeling_eva02_clip import Eva02ClipModel
+from mfuser.scripts import cli
 
 StateDict = dict[str, torch.Tensor]
 
@@ -410,6 +411,7 @@ def image_processor_config(image_size: int) -> dict:
     }
 
 
+@cli.reports_errors("convert")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mfuser.scripts.convert_eva02_clip", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="published file, .pt or .safetensors")

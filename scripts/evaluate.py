@@ -31,10 +31,12 @@ from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.evaluation.domains import EvaluationDomain, check_classes, open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, EvaluationOptions
+from mfuser.evaluation.reliability_diagram import require_matplotlib, write_reliability_diagram
 from mfuser.evaluation.report import shortfalls, summary
-from mfuser.evaluation.scoring import evaluate_domain
+from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
 from mfuser.files import sha256, write_text
 from mfuser.loading import load_for_inference
+from mfuser.scripts import cli
 
 # How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -102,6 +104,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="write one PNG per image: labelIds for Cityscapes (as its test server expects), train ids for others",
+    )
+    parser.add_argument(
+        "--confidence",
+        action="store_true",
+        help="add calibration error, detection of wrong pixels, and mean IoU of the most confident pixels",
+    )
+    parser.add_argument(
+        "--reliability-diagrams",
+        type=Path,
+        metavar="DIR",
+        help="write one reliability diagram per domain as PNG; implies --confidence, needs matplotlib",
     )
     parser.add_argument(
         "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"
@@ -177,7 +190,7 @@ def check_processes(parsed: argparse.Namespace, accelerator: Accelerator) -> Non
     """Raises an error if the processes were started separately, or would share one device."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
-        raise RuntimeError(
+        raise cli.CommandError(
             f"{started} processes were started, but {accelerator.num_processes} are connected; on CPUs, add "
             "--device cpu"
         )
@@ -260,6 +273,11 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         classes=parsed.classes,
         mapillary_labels=parsed.mapillary_labels,
     )
+    with_confidence = parsed.confidence or parsed.reliability_diagrams is not None
+    if with_confidence:
+        check_scores_are_those_of_the_model(options)
+    if parsed.reliability_diagrams is not None:
+        require_matplotlib()
     check_processes(parsed, accelerator)
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
@@ -272,28 +290,29 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     report = new_report(model, origin, options, accelerator)
     for title, domain in domains.items():
         began = time.monotonic()
-        result = evaluate_domain(model, processor, domain, options, parsed.save_predictions, accelerator)
+        result = evaluate_domain(
+            model, processor, domain, options, parsed.save_predictions, accelerator, confidence=with_confidence
+        )
         add_result(report, title, result | {"seconds": round(time.monotonic() - began, 1)}, len(domains))
         if leader:
             for line in shortfalls(title, result):
                 tqdm.write(line, file=sys.stderr)
             # Written after every domain, so that an interrupted run keeps the results it has.
             write_text(parsed.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+            if parsed.reliability_diagrams is not None and "confidence" in result:
+                write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
     return report
 
 
+@cli.reports_errors("evaluate")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     # Unless cpu=True is passed, Accelerate does not connect the processes on a machine without an accelerator.
     cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
     # The precision is that of --dtype, not that of an Accelerate configuration on this machine.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    try:
-        parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        report = evaluate(parsed, accelerator)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"mfuser evaluate: {error}", file=sys.stderr)
-        return 2
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    report = evaluate(parsed, accelerator)
     if accelerator.is_main_process:
         print(summary(report))
         print(f"written to {parsed.output}")

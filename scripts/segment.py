@@ -1,6 +1,7 @@
 """`mfuser segment`: segments images and writes colour overlays, label images and a legend."""
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -8,19 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
+from mfuser.errors import is_expected, one_line
+from mfuser.evaluation.large_images import label_map_by_bands
+from mfuser.files import make_folder, write_image, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.scripts import palettes
+from mfuser.postprocessing_mfuser import label_map_of_scores
+from mfuser.scripts import cli, palettes
 
 # Included in the repository, so that the command runs offline.
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser-tiny-camvid"
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# Raised by PIL, the processor and the model for an invalid image (SyntaxError: corrupt PNG files).
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+}  # fmt: skip
+SOURCE = "Source"  # text of a label PNG: a hash of the path of its image
 
 DESCRIPTION = """Segments images. For each image, it writes into the output folder
   NAME_overlay.jpg   the image, overlaid with the colours of its classes
@@ -28,6 +34,8 @@ DESCRIPTION = """Segments images. For each image, it writes into the output fold
 and once
   legend.png, legend.json   the classes with their ids and colours
 It prints the share of each class in all pixels. Classes with the name of a Cityscapes class have its colour.
+A file that cannot be read, segmented or written is named and skipped. Results of one image never replace those of
+another, also of an earlier run: they are numbered, NAME-2. Results of the same image are replaced.
 Exit code: 0 if all images were segmented, 1 if an image was skipped, 2 if the command could not run."""
 
 
@@ -60,7 +68,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--alpha", type=_fraction, default=0.5, help="opacity of the colours, from 0 to 1 (default: 0.5)"
     )
-    parser.add_argument("--device", type=_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
+    parser.add_argument("--device", type=available_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -99,7 +107,8 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _device(text: str) -> torch.device:
+def available_device(text: str) -> torch.device:
+    """The type of the argument `--device`."""
     try:
         return torch.empty(0, device=text).device
     except (AssertionError, RuntimeError) as error:
@@ -148,7 +157,7 @@ def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path],
             place = path.relative_to(given).with_suffix("") if given.is_dir() else Path(path.stem)
             numbered, number = place, 1
             # Some file systems ignore case.
-            while str(numbered).lower() in taken:
+            while str(numbered).lower() in taken or not _is_free(output / numbered, path):
                 number += 1
                 numbered = place.with_name(f"{place.name}-{number}")
             taken.add(str(numbered).lower())
@@ -156,19 +165,85 @@ def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path],
     return images, problems
 
 
+def result_files(results: Path) -> tuple[Path, Path]:
+    """The label image and the overlay of an image."""
+    return results.with_name(f"{results.name}_labels.png"), results.with_name(f"{results.name}_overlay.jpg")
+
+
+def _source(path: Path) -> str:
+    return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _is_free(results: Path, path: Path) -> bool:
+    """Whether the results of an image may be written to `results`: nothing is there, or earlier results of it."""
+    labels, overlay = result_files(results)
+    try:
+        if not labels.exists():
+            return not overlay.exists()
+        with Image.open(labels) as image:
+            return image.info.get(SOURCE) == _source(path)
+    except Exception as error:  # not a label image
+        return isinstance(error, OSError) and error.errno is not None  # writing will fail, and say why
+
+
 @torch.inference_mode()
 def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor) -> np.ndarray:
-    """Returns the class ids, of shape (H, W), of an RGB image of shape (3, H, W)."""
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
-    outputs = model(pixel_values=pixel_values.to(model.device, model.dtype))
-    (label_map,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.shape[1:]])
-    return label_map.cpu().numpy()
+    """
+    Segments an image.
+
+    Without resizing, the memory in use grows with the pixels of the image, by less than 40 bytes each, and not with
+    pixels times classes. With resizing, the scores of all classes at the size after resizing come in addition.
+
+    Args:
+        image (`np.ndarray` of shape `(3, height, width)`):
+            RGB, of uint8.
+        model ([`MFuserForSemanticSegmentation`]):
+            The model, in eval mode.
+        processor ([`MFuserImageProcessor`]):
+            Resizes and normalises the image.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`: Class ids.
+
+    Raises:
+        ValueError: If the image is smaller than a patch, or scores are not finite.
+    """
+    height, width = image.shape[1:]
+    if processor.do_resize:
+        image = processor.resize(image, processor.size, processor.resample)
+
+    def pixel_rows(rows: slice) -> torch.Tensor:
+        inputs = processor(
+            image[:, rows], do_resize=False, do_pad=False, input_data_format="channels_first", return_tensors="pt"
+        )
+        return inputs["pixel_values"].to(model.device, model.dtype)
+
+    if image.shape[1:] == (height, width):
+        labels = label_map_by_bands(model, pixel_rows, (height, width))
+    else:
+        scores = model(pixel_values=pixel_rows(slice(0, image.shape[1]))).logits[0]
+        labels = label_map_of_scores(scores, (height, width))
+    return labels.cpu().numpy()
 
 
 def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
-    """Reads an image as uint8 RGB of shape (3, H, W), rotated as its EXIF orientation says."""
-    with Image.open(path) as image:
-        pixels = processor.process_image(ImageOps.exif_transpose(image), do_convert_rgb=True)
+    """
+    Reads an image as uint8 RGB of shape (3, H, W), rotated as its EXIF orientation says.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        MemoryError: If there is too little memory.
+        ValueError: If it is not an image that can be read, for whatever reason.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # PIL's decoders raise almost anything for damaged files
+        raise ValueError(f"it is not an image that can be read: {one_line(error)}") from error
+    pixels = processor.process_image(upright, do_convert_rgb=True)
     if pixels.dtype != np.uint8:
         raise ValueError(f"its pixels have dtype {pixels.dtype} and an unknown range; save it with 8 or 16 bits")
     return pixels
@@ -187,15 +262,41 @@ def share_table(class_names: Sequence[str], counts: np.ndarray) -> str:
 
 
 def write_legend(output: Path, class_names: Sequence[str], colours: np.ndarray):
-    palettes.legend(class_names, colours).save(output / "legend.png")
+    """
+    Writes `legend.json` and `legend.png`.
+
+    Raises:
+        ValueError: If the folder holds another legend.
+    """
     entries = {
         index: {"name": name, "colour": colour}
         for index, (name, colour) in enumerate(zip(class_names, colours.tolist(), strict=True))
     }
     lines = ",\n".join(f'  "{index}": {json.dumps(entry)}' for index, entry in entries.items())
-    (output / "legend.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    text, file, picture = f"{{\n{lines}\n}}\n", output / "legend.json", output / "legend.png"
+    # The JSON is written first, so a picture alone is not from this command.
+    if picture.exists() if not file.exists() else file.read_bytes() != text.encode("utf-8"):
+        raise ValueError(
+            f"{output} holds the legend of other classes; choose another --output, so that its results keep theirs"
+        )
+    write_text(file, text)
+    write_image(picture, palettes.legend(class_names, colours))
 
 
+def write_results(
+    results: Path, path: Path, image: np.ndarray, label_map: np.ndarray, colours: np.ndarray, alpha: float
+) -> None:
+    """Writes the label image and the overlay of the image in `path`."""
+    make_folder(results.parent)
+    labels, overlay = result_files(results)
+    text = PngImagePlugin.PngInfo()
+    text.add_text(SOURCE, _source(path))
+    write_image(labels, palettes.label_image(label_map, colours), pnginfo=text)
+    picture = palettes.overlay(Image.fromarray(image.transpose(1, 2, 0)), label_map, colours, alpha)
+    write_image(overlay, picture, quality=95)
+
+
+@cli.reports_errors("segment")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     images, problems = find_images(parsed.inputs, parsed.output)
@@ -204,15 +305,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not images:
         return 1
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
-        class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-        colours = palettes.class_colours(class_names)
-        parsed.output.mkdir(parents=True, exist_ok=True)
-        write_legend(parsed.output, class_names, colours)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"mfuser segment: {error}", file=sys.stderr)
-        return 2
+    model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
+    class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    colours = palettes.class_colours(class_names)
+    make_folder(parsed.output)
+    write_legend(parsed.output, class_names, colours)
 
     counts = np.zeros(len(class_names), dtype=np.int64)
     skipped = len(problems)
@@ -220,16 +317,17 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             image = read_image(path, processor)
             label_map = segment(image, model, processor)
-        except IMAGE_ERRORS as error:
-            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            write_results(parsed.output / place, path, image, label_map, colours, parsed.alpha)
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            tqdm.write(f"skipped {path}: {one_line(error)}", file=sys.stderr)
             skipped += 1
             continue
-        counts += np.bincount(label_map.ravel(), minlength=len(class_names))
-        results = parsed.output / place
-        results.parent.mkdir(parents=True, exist_ok=True)
-        picture = palettes.overlay(Image.fromarray(image.transpose(1, 2, 0)), label_map, colours, parsed.alpha)
-        picture.save(results.with_name(f"{results.name}_overlay.jpg"), quality=95)
-        palettes.label_image(label_map, colours).save(results.with_name(f"{results.name}_labels.png"))
+        for row in label_map:  # by rows, because `bincount` copies to int64
+            counts += np.bincount(row, minlength=len(class_names))
+        if place.name != path.stem:
+            tqdm.write(f"{path}: the results are named {place}", file=sys.stderr)
 
     if counts.any():
         print(share_table(class_names, counts))

@@ -527,7 +527,7 @@ def test_files_that_cannot_be_read_are_reported_on_the_page(demonstration, tmp_p
     demonstration.upload(EXAMPLE)
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.jpg").write_bytes(EXAMPLE.read_bytes()[:5000])
-    for name, message in (("text.png", "not an image of a known format"), ("cut.jpg", "cannot be read as an image")):
+    for name, message in (("text.png", "not an image of a known format"), ("cut.jpg", "cannot be read")):
         demonstration.upload(tmp_path / name)
         assert f"{name}" in demonstration.text("#status") and message in demonstration.text("#status .error")
         assert not demonstration.all("#overlay img") and not demonstration.text("#legend")

@@ -223,7 +223,7 @@ def damaged(name):
 )
 def test_tensors_that_do_not_fit_are_listed_and_nothing_is_written(change, checkpoint, capsys):
     message = change(checkpoint.tensors)
-    assert checkpoint.convert() == 1
+    assert checkpoint.convert() == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("mfuser convert: "))
     assert message in line
     assert not checkpoint.output.exists()
@@ -239,7 +239,7 @@ class Malicious:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
     torch.save({"state_dict": {"gamma": torch.zeros(2)}, "meta": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
-    assert main([str(tmp_path / "bad.pth"), "--output", str(tmp_path / "converted")]) == 1
+    assert main([str(tmp_path / "bad.pth"), "--output", str(tmp_path / "converted")]) == 2
     printed = capsys.readouterr().err
     assert "can run code, so it is not read" in printed and len(printed.splitlines()) == 1
     assert not (tmp_path / "owned").exists() and not (tmp_path / "converted").exists()
@@ -249,14 +249,14 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
 def test_a_file_that_is_no_checkpoint_is_refused(content, name, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
-    assert main([str(tmp_path / name), "--output", str(tmp_path / "converted")]) == 1
+    assert main([str(tmp_path / name), "--output", str(tmp_path / "converted")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"mfuser convert: {tmp_path / name} ") and len(printed.splitlines()) == 1
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path, capsys):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    assert main([str(tmp_path / "list.pth"), "--output", str(tmp_path / "converted")]) == 1
+    assert main([str(tmp_path / "list.pth"), "--output", str(tmp_path / "converted")]) == 2
     assert "holds no state_dict" in capsys.readouterr().err
 
 
@@ -271,7 +271,7 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, capsys):
 )
 def test_fields_that_do_not_fit_are_refused(fields, message, checkpoint, capsys):
     checkpoint.fields |= fields
-    assert checkpoint.convert() == 1
+    assert checkpoint.convert() == 2
     assert message in capsys.readouterr().err
     assert not checkpoint.output.exists()
 
@@ -309,7 +309,7 @@ def test_siglips_scale_bias_and_tokens_come_from_the_pretrained_one(tmp_path):
 def test_without_the_pretrained_siglip_it_says_so(tmp_path, capsys):
     checkpoint = Checkpoint(tmp_path, "siglip")
     del checkpoint.fields["loss_logit_scale"]
-    assert checkpoint.convert("--siglip", str(tmp_path / "nowhere")) == 1
+    assert checkpoint.convert("--siglip", str(tmp_path / "nowhere")) == 2
     assert str(tmp_path / "nowhere") in capsys.readouterr().err
     assert not checkpoint.output.exists()
 
@@ -325,7 +325,7 @@ def test_a_published_eva02_clip_that_lacks_tensors_is_refused(tmp_path, capsys):
     tensors = {name: torch.randn(shape) for name, shape in published_shapes(64, 1, 16, 2, 64, 1, 32).items()}
     del tensors["visual.head.bias"]
     torch.save(tensors, tmp_path / "EVA02.pt")
-    assert main([str(tmp_path / "EVA02.pt"), "--output", str(tmp_path / "eva02")]) == 1
+    assert main([str(tmp_path / "EVA02.pt"), "--output", str(tmp_path / "eva02")]) == 2
     assert "tensors are missing from the checkpoint: visual_projection.bias" in capsys.readouterr().err
     assert not (tmp_path / "eva02").exists()
 

@@ -124,7 +124,7 @@ def test_16_bit_images_are_scaled_to_8_bit(processor, tmp_path):
 
 
 def test_a_16_bit_image_that_holds_8_bit_values_is_warned_of(processor, caplog):
-    logger = logging.getLogger("mfuser.image_processing_mfuser")
+    logger = logging.getLogger("mfuser.images_mfuser")
     logger.addHandler(caplog.handler)
     try:
         processor(np.full((4, 4), 256, dtype=np.uint16))

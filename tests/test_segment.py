@@ -21,7 +21,7 @@ CLASS_NAMES = ["road", "sky", "unicorn"]
 class ThresholdModel:
     """Replaces a model: the class is 0, 1 or 2 where the red channel is dark, medium or bright."""
 
-    config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)))
+    config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)), crop_size=1 << 20)
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):

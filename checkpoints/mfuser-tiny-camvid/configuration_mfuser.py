@@ -14,6 +14,7 @@ from .class_names_mfuser import (
     IGNORE_INDEX,
     clip_token_row,
 )
+from .confidence_mfuser import check_calibration
 from .configuration_eva02_clip import Eva02ClipTextConfig, Eva02ClipVisionConfig, SubConfig
 
 # The full-size CLIP variant of the paper: DINOv2-L and CLIP ViT-L/14-336, both at patch 16 on crops of 512.
@@ -165,6 +166,8 @@ class MFuserConfig(PreTrainedConfig):
         queries_vote_for_own_class (`bool`, *optional*, defaults to `False`):
             Whether each query contributes to the score of its own class alone, see
             [`MFuserForSemanticSegmentation.set_class_names`].
+        confidence_calibration (`dict[str, float]`, *optional*):
+            How class scores become confidences, see [`confidence_map`]; `mfuser calibrate` computes it.
         freeze_encoders (`bool`, *optional*, defaults to `True`):
             Whether the encoders, including the text encoder, are frozen and stay in evaluation mode.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -238,6 +241,7 @@ class MFuserConfig(PreTrainedConfig):
     crop_stride: int = 341
     windows_per_batch: int | None = None
     queries_vote_for_own_class: bool = False
+    confidence_calibration: dict | None = None
     freeze_encoders: bool = True
     initializer_range: float | int = 0.02
 
@@ -298,6 +302,8 @@ class MFuserConfig(PreTrainedConfig):
         self._check_fusion()
         self._check_text()
         self._check_decoder_and_losses()
+        if self.confidence_calibration is not None:
+            check_calibration(self.confidence_calibration)
         if self.crop_size < self.patch_size:
             raise ValueError(f"crop_size is {self.crop_size}; it must be at least patch_size ({self.patch_size})")
         if not 1 <= self.crop_stride <= self.crop_size:

@@ -83,6 +83,8 @@ class MFuserForSemanticSegmentationOutput(ModelOutput):
             See [`MFuserModelOutput`].
         loss_components (`dict[str, torch.Tensor]`, *optional*):
             Every weighted loss by name; their mean over windows for an image segmented by windows.
+        confidence (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+            Estimated probability that the class of the highest score is right, in [0, 1].
     """
 
     loss: torch.Tensor | None = None
@@ -93,3 +95,4 @@ class MFuserForSemanticSegmentationOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     vfm_hidden_states: tuple[torch.Tensor, ...] | None = None
     loss_components: dict[str, torch.Tensor] | None = None
+    confidence: torch.Tensor | None = None

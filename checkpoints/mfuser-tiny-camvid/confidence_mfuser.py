@@ -1,0 +1,118 @@
+"""
+Confidence: the estimated probability that the predicted class of a pixel is right.
+
+The scores of mask classification are no probabilities. They sum to anything from 0 to the number of classes: where no
+mask covers a pixel, all are small. Without calibration, the confidence is the share of the best class in their sum.
+With calibration, it is a logistic regression on two numbers: the logarithm of the best score (is there anything that
+the model knows?) and that of its ratio to the second best (is it ambiguous?).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .class_names_mfuser import IGNORE_INDEX
+
+FEATURES = ("log_score", "log_margin")
+CALIBRATION_KEYS = (*FEATURES, "bias")
+SMALLEST_SCORE = 1e-6  # smaller scores count as this one, so that logarithms are finite
+
+
+def check_calibration(calibration: dict[str, Any]) -> None:
+    """Raises `ValueError` unless `calibration` holds one finite number for each of `CALIBRATION_KEYS`."""
+    finite = all(type(value) in (int, float) and math.isfinite(value) for value in calibration.values())
+    if set(calibration) != set(CALIBRATION_KEYS) or not finite:
+        raise ValueError(
+            f"confidence_calibration is {calibration}; it must hold one finite number for each of "
+            f"{', '.join(CALIBRATION_KEYS)} (`mfuser calibrate` computes them)"
+        )
+
+
+def confidence_features(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Computes what the calibrated confidence depends on.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
+            Class scores of the model, not negative.
+
+    Returns:
+        `torch.Tensor` of shape `(2, batch_size, *)`: The features, in the order of `FEATURES`.
+    """
+    best = scores[:, 0].clamp(min=SMALLEST_SCORE)
+    second = torch.full_like(best, SMALLEST_SCORE)
+    for plane in scores.unbind(dim=1)[1:]:  # no copy of all planes, unlike topk
+        second = torch.maximum(second, torch.minimum(best, plane))
+        best = torch.maximum(best, plane)
+    return torch.stack([best.log(), best.log() - second.log()])
+
+
+def confidence_map(scores: torch.Tensor, calibration: dict[str, Any] | None = None) -> torch.Tensor:
+    """
+    Computes the confidence of every pixel.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
+            Class scores of the model, not negative.
+        calibration (`dict[str, float]`, *optional*):
+            `confidence_calibration` of the configuration: the weight of each feature, and the bias. By default the
+            confidence is the largest score divided by the sum of the scores.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, *)`: Values in [0, 1].
+    """
+    if calibration is None:
+        return scores.amax(dim=1) / scores.sum(dim=1).clamp(min=SMALLEST_SCORE)
+    log_score, log_margin = confidence_features(scores)
+    logit = calibration["log_score"] * log_score + calibration["log_margin"] * log_margin + calibration["bias"]
+    return logit.sigmoid()
+
+
+def resized_confidences(
+    outputs: Any, input_sizes: list[tuple[int, int]], target_sizes: list[tuple[int, int]] | None
+) -> list[torch.Tensor]:
+    """
+    The confidences of each image, without padding and at its target size.
+
+    Args:
+        outputs ([`MFuserForSemanticSegmentationOutput`]):
+            Output of the model.
+        input_sizes (`list[tuple[int, int]]`):
+            (height, width) of each image before padding.
+        target_sizes (`list[tuple[int, int]]`, *optional*):
+            (height, width) of each result; by default `input_sizes`.
+
+    Returns:
+        `list[torch.Tensor]`: Confidences of shape (height, width).
+
+    Raises:
+        ValueError: If the model was not asked for confidences.
+    """
+    confidence = getattr(outputs, "confidence", None)
+    if confidence is None:
+        raise ValueError("`outputs` hold no confidence; call the model with `output_confidence=True`.")
+    return [
+        resize_map(each[:height, :width], size)
+        for each, (height, width), size in zip(confidence, input_sizes, target_sizes or input_sizes, strict=True)
+    ]
+
+
+def resize_map(confidence: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resizes a map (height, width) bilinearly to `size`."""
+    if confidence.shape == size:
+        return confidence
+    return F.interpolate(confidence[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises `ValueError` unless a confidence can be compared with `threshold`."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"`unknown_threshold` is {threshold}; it must be between 0 and 1.")
+
+
+def mark_unknown(label_map: torch.Tensor, confidence: torch.Tensor, threshold: float) -> torch.Tensor:
+    """A copy of a label map in which pixels whose confidence is lower than `threshold` have the label 255."""
+    check_threshold(threshold)
+    return label_map.masked_fill(confidence < threshold, IGNORE_INDEX)

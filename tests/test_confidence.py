@@ -1,0 +1,283 @@
+"""Confidences are calibrated probabilities where a model was calibrated, and the figures about them are right."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from colour_scorer import pixels_and_labels, write_dataset
+from PIL import Image
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+from tiny_models import tiny_batch, tiny_config, tiny_model
+
+from mfuser import MFuserConfig, MFuserImageProcessor
+from mfuser.class_names_mfuser import replace_classes
+from mfuser.confidence_mfuser import SMALLEST_SCORE, confidence_map
+from mfuser.evaluation import reliability_diagram
+from mfuser.evaluation.confidence import STEPS, ConfidenceHistogram, DomainConfidence
+from mfuser.evaluation.domains import open_domain
+from mfuser.evaluation.protocols import EvaluationOptions, Sample
+from mfuser.evaluation.scoring import evaluate_domain
+from mfuser.scripts import evaluate
+
+CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "bias": 1.25}
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+# The confidence of the model
+
+
+def test_without_calibration_the_confidence_is_the_share_of_the_best_class():
+    scores = torch.tensor([0.6, 0.3, 0.0, 0.3]).view(1, 4, 1, 1).expand(2, 4, 3, 5)
+    assert torch.allclose(confidence_map(scores), torch.full((2, 3, 5), 0.5))
+    assert confidence_map(torch.zeros(1, 4, 2, 2)).eq(0).all()  # no score at all
+
+
+def test_with_calibration_the_confidence_is_a_logistic_regression_on_best_score_and_margin():
+    scores = torch.rand(2, 4, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    top = np.sort(scores.numpy(), axis=1)[:, ::-1]
+    logit = 0.5 * np.log(top[:, 0]) + 0.75 * np.log(top[:, 0] / top[:, 1]) + 1.25
+    np.testing.assert_allclose(confidence_map(scores, CALIBRATION), 1 / (1 + np.exp(-logit)))
+    one_class, nothing = torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 4, 2, 2)
+    margin = np.log(0.5 / SMALLEST_SCORE)
+    expected = 1 / (1 + np.exp(-(0.5 * np.log(0.5) + 0.75 * margin + 1.25)))
+    np.testing.assert_allclose(confidence_map(one_class, CALIBRATION), expected, rtol=1e-5)
+    assert confidence_map(nothing, CALIBRATION).lt(0.01).all()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 100)])
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+def test_the_model_returns_the_confidence_of_its_scores_by_crop_and_by_windows(size, calibration):
+    model = tiny_model(confidence_calibration=calibration)
+    pixel_values = tiny_batch(size)["pixel_values"]
+    with torch.no_grad():
+        outputs = model(pixel_values, output_confidence=True)
+        plain = model(pixel_values)
+        as_tuple = model(pixel_values, output_confidence=True, return_dict=False)
+    assert outputs.confidence.shape == (2, *size)
+    assert torch.equal(outputs["confidence"], confidence_map(outputs.logits, calibration))
+    assert torch.equal(as_tuple[-1], outputs.confidence)
+    assert plain.confidence is None and torch.equal(plain.logits, outputs.logits)
+
+
+def test_the_configuration_keeps_the_calibration(tmp_path):
+    tiny_config(confidence_calibration=CALIBRATION).save_pretrained(tmp_path)
+    assert MFuserConfig.from_pretrained(tmp_path).confidence_calibration == CALIBRATION
+    assert tiny_config().confidence_calibration is None
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [{}, {"log_score": 1.0}, CALIBRATION | {"bias": float("nan")}, CALIBRATION | {"slope": 1.0}],
+)
+def test_an_invalid_calibration_is_refused(calibration):
+    with pytest.raises(ValueError, match="one finite number for each of log_score, log_margin, bias"):
+        tiny_config(confidence_calibration=calibration)
+
+
+def test_other_classes_have_no_calibration():
+    model = tiny_model("dinov2+siglip", confidence_calibration=CALIBRATION)
+    model.mfuser.store_class_embeddings()
+    replace_classes(model, ["road", "sky"])
+    assert model.config.confidence_calibration is None
+
+
+# The figures
+
+
+def random_pixels(pixels=5000, classes=5, seed=0):
+    """Confidences in whole steps, so that ties of the histogram are ties of the reference, and labels they predict."""
+    rng = np.random.default_rng(seed)
+    confidence = (rng.beta(3, 1.5, pixels) * STEPS).astype(int).clip(max=STEPS - 1)
+    confidence = (confidence + 0.5) / STEPS
+    prediction = rng.integers(0, classes, pixels)
+    right = rng.random(pixels) < confidence**1.5
+    label = np.where(right, prediction, (prediction + rng.integers(1, classes, pixels)) % classes)
+    label[rng.random(pixels) < 0.1] = 255
+    return confidence, prediction, label
+
+
+def histogram_of(confidence, prediction, label, classes=5):
+    histogram = ConfidenceHistogram(classes)
+    histogram.update(*(torch.from_numpy(np.asarray(values)) for values in (confidence, prediction, label)))
+    return histogram
+
+
+def test_the_figures_equal_an_independent_computation():
+    confidence, prediction, label = random_pixels()
+    figures = histogram_of(confidence, prediction, label).compute()
+    known = label != 255
+    confidence, prediction, label = confidence[known], prediction[known], label[known]
+    wrong = prediction != label
+    assert figures["auroc"] == pytest.approx(roc_auc_score(wrong, -confidence))
+    assert figures["aupr"] == pytest.approx(average_precision_score(wrong, -confidence))
+    assert figures["accuracy"] == pytest.approx(1 - wrong.mean())
+    assert figures["mean_confidence"] == pytest.approx(confidence.mean())
+
+    ece, bins = 0, np.floor(confidence * 15).astype(int)
+    for index in range(15):
+        inside = bins == index
+        if inside.any():
+            ece += inside.mean() * abs(confidence[inside].mean() - 1 + wrong[inside].mean())
+    assert figures["ece"] == pytest.approx(ece)
+    assert 0.03 < ece < 0.3
+    assert sum(each["pixels"] for each in figures["reliability"]) == len(label)
+
+    for at, share in zip(figures["coverage"], (1.0, 0.9, 0.8), strict=True):
+        kept = confidence >= at["threshold"]
+        assert share <= kept.mean() < share + 0.01 and at["coverage"] == pytest.approx(kept.mean())
+        matrix = confusion_matrix(label[kept], prediction[kept], labels=range(5))
+        iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+        assert at["mean_iou"] == pytest.approx(iou.mean()) and at["classes"] == 5
+        assert at["accuracy"] == pytest.approx(1 - wrong[kept].mean())
+
+
+def test_the_mean_iou_at_a_coverage_is_over_the_requested_classes_that_occur():
+    confidence, prediction, label = random_pixels(classes=4)
+    figures = histogram_of(confidence, prediction, label).compute([0, 2, 4])
+    known = label != 255
+    matrix = confusion_matrix(label[known], prediction[known], labels=range(4))
+    iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+    at = figures["coverage"][0]
+    assert at["coverage"] == 1 and at["classes"] == 2 and at["mean_iou"] == pytest.approx((iou[0] + iou[2]) / 2)
+
+
+def test_areas_are_undefined_where_nothing_is_wrong_or_right():
+    label = np.zeros(10, dtype=int)
+    figures = histogram_of(np.linspace(0, 1, 10), label, label).compute()
+    assert figures["auroc"] is None and figures["aupr"] is None
+    assert histogram_of(np.linspace(0, 1, 10), label + 1, label).compute()["auroc"] is None
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        histogram_of(np.ones(3), np.zeros(3, dtype=int), np.full(3, 255)).compute()
+
+
+def test_counts_of_parts_add_up():
+    pixels = random_pixels()
+    whole, parts = histogram_of(*pixels), histogram_of(*(values[:1000] for values in pixels))
+    parts.merge(histogram_of(*(values[1000:] for values in pixels)))
+    assert torch.equal(parts.counts, whole.counts)
+    halves = SimpleNamespace(reduce=lambda counts, reduction: counts * 2)
+    assert torch.equal(whole.reduce(halves).counts, 2 * whole.counts)
+
+
+@pytest.mark.parametrize("confidence", [[0.5, float("nan")], [0.5, 1.5], [-0.1, 0.5]])
+def test_confidences_outside_0_to_1_are_refused(confidence):
+    with pytest.raises(ValueError, match=r"outside \[0, 1\] or NaN"):
+        histogram_of(confidence, np.zeros(2, dtype=int), np.zeros(2, dtype=int))
+    with pytest.raises(ValueError, match="they must be equal"):
+        histogram_of([0.5], np.zeros(2, dtype=int), np.zeros(2, dtype=int))
+
+
+# mfuser evaluate
+
+
+def test_evaluation_measures_the_confidences_of_the_model(tmp_path):
+    rows = list(pixels_and_labels(3, sizes=((64, 80),)))
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows, ["fog", "fog", "rain"]))
+    model, processor = tiny_model(confidence_calibration=CALIBRATION), MFuserImageProcessor()
+    plain = evaluate_domain(model, processor, domain, progress=False)
+    result = evaluate_domain(
+        model, processor, domain, EvaluationOptions(batch_size=2), progress=False, confidence=True
+    )
+    figures = result.pop("confidence")
+    assert result == plain
+    expected = {"uncalibrated": ConfidenceHistogram(4), "calibrated": ConfidenceHistogram(4)}
+    for image, label in rows:
+        scores = model(**processor(image, return_tensors="pt")).logits
+        for name, calibration in (("uncalibrated", None), ("calibrated", CALIBRATION)):
+            confidence = confidence_map(scores, calibration)
+            expected[name].update(confidence, scores.argmax(1), torch.from_numpy(label)[None])
+    for name, histogram in expected.items():
+        assert figures[name]["pooled"]["ece"] == pytest.approx(histogram.compute()["ece"], abs=1e-3)
+        assert figures[name]["pooled"]["coverage"][0]["mean_iou"] == plain["pooled"]["mean_iou"]
+        assert list(figures[name]["conditions"]) == ["fog", "rain"]
+        pixels = [
+            sum(each["pixels"] for each in scores["reliability"]) for scores in figures[name]["conditions"].values()
+        ]
+        assert pixels == [
+            (np.stack([label for _, label in rows[part]]) != 255).sum() for part in (slice(2), slice(2, 3))
+        ]
+    assert figures["calibrated"]["pooled"]["ece"] != figures["uncalibrated"]["pooled"]["ece"]
+
+
+def test_confidences_are_resized_to_the_size_of_the_label():
+    domain = SimpleNamespace(
+        rows=SimpleNamespace(conditions=[None]), conditions=[None], id2label=dict.fromkeys(range(4))
+    )
+    confidences = DomainConfidence(domain, tiny_model())
+    scores = torch.rand(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    label = torch.zeros(12, 24, dtype=torch.uint8)
+    confidences.update(Sample(0, torch.empty(0), label, (12, 24), None), scores, label)
+    expected = torch.nn.functional.interpolate(confidence_map(scores[None])[None], (12, 24), mode="bilinear")
+    figures = confidences.result([0])["uncalibrated"]["pooled"]
+    assert figures["mean_confidence"] == pytest.approx(expected.mean().item(), abs=1e-3)
+
+
+def test_confidences_are_not_measured_with_test_time_augmentation(tmp_path):
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1)))
+    with pytest.raises(ValueError, match="without test-time augmentation"):
+        evaluate_domain(tiny_model(), MFuserImageProcessor(), domain, EvaluationOptions(flip=True), confidence=True)
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def test_the_command_reports_confidences_and_draws_them(tmp_path, saved_model, capsys):
+    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(2))
+    output, diagrams = tmp_path / "report.json", tmp_path / "diagrams"
+    arguments = ["--model", saved_model, "--domains", f"mine:validation={source.parent}", "--output", output]
+    arguments += ["--workers", 0, "--device", "cpu"]
+    assert evaluate.main([str(each) for each in (*arguments, "--reliability-diagrams", diagrams)]) == 0
+    figures = json.loads(output.read_text())["domains"]["mine:validation"]["confidence"]
+    assert list(figures) == ["uncalibrated"]
+    printed = next(line for line in capsys.readouterr().out.splitlines() if "uncalibrated" in line)
+    expected = [figures["uncalibrated"]["pooled"][name] for name in ("ece", "auroc", "aupr")]
+    expected += [at["mean_iou"] for at in figures["uncalibrated"]["pooled"]["coverage"]]
+    assert printed.split()[2:] == [f"{100 * value:.2f}" for value in expected]
+    with Image.open(diagrams / "mine-validation.png") as image:
+        assert image.format == "PNG" and min(image.size) > 200
+    assert evaluate.main([str(each) for each in (*arguments, "--confidence", "--flip")]) == 2
+    assert "without test-time augmentation" in capsys.readouterr().err
+
+
+def test_two_processes_give_exactly_the_figures_of_one(tmp_path, saved_model):
+    rows = list(pixels_and_labels(5))
+    source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow", "snow", "rain"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    for number, command in ((1, [sys.executable, "-m"]), (2, launch)):
+        arguments = "--model", saved_model, "--domains", f"mine={source}", "--output", tmp_path / f"{number}.json"
+        finished = subprocess.run(
+            [*command, "mfuser.scripts.evaluate", *map(str, arguments), "--workers=0", "--device=cpu", "--confidence"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
+    assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2)
+    assert one["domains"]["mine"]["confidence"] == two["domains"]["mine"]["confidence"]
+
+
+def test_without_matplotlib_the_command_says_so_before_it_works(tmp_path, saved_model, capsys, monkeypatch):
+    monkeypatch.setattr(reliability_diagram, "Figure", None)
+    monkeypatch.setattr(evaluate, "evaluate_domain", lambda *_, **__: pytest.fail("segmented"))
+    source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))
+    arguments = ["--model", saved_model, "--domains", f"mine={source}", "--reliability-diagrams", tmp_path]
+    assert evaluate.main(list(map(str, arguments))) == 2
+    assert 'pip install "mfuser[report]"' in capsys.readouterr().err
