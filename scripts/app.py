@@ -195,7 +195,7 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
                     alt_text="The image, overlaid with the colours of its classes",
                     interactive=False,
                 )
-        status = gr.HTML(START, elem_id="status")
+                status = gr.HTML(START, elem_id="status")
         with gr.Row():
             with gr.Column():
                 kind = gr.Radio([CLASSES, CONFIDENCE], value=CLASSES, label="Colours show", elem_id="kind")
