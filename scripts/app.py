@@ -3,10 +3,9 @@
 import argparse
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def _error(text: str) -> str:
 
 
 START = _message("Upload an image, take one with the camera, or use the example.")
-NO_RESULT = _error("There is no result, or it is no longer kept: upload the image again.")
+NO_RESULT = _error("There is no result, or it is no longer kept: upload an image.")
 # Files are removed when the settings change, so that they never differ from what the page shows.
 NO_FILES = gr.update(value=None, visible=False)
 
@@ -134,9 +133,9 @@ class Page:
     def redraw(self, result: SegmentedImage | None, kind: str, opacity: float, threshold: float, shown: list[str]):
         """Draws a result with other settings. The model does not run."""
         if result is None:
-            return None, "", NO_FILES
+            return None, "", NO_FILES, NO_RESULT
         view = View(kind, opacity, threshold, shown)
-        return draw_preview(result, view), legend_html(result, view), NO_FILES
+        return draw_preview(result, view), legend_html(result, view), NO_FILES, gr.skip()
 
     def save(self, result: SegmentedImage | None, kind: str, opacity: float, threshold: float, shown: list[str]):
         """Writes the files to download."""
@@ -255,18 +254,24 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
         run_model(apply.click, page.rename, [result, text, *settings])
         restored = reset.click(lambda: "\n".join(names), None, text, api_visibility="private")
         run_model(restored.then, page.rename, [result, text, *settings])
-        gr.on(
-            [kind.change, opacity.change, threshold.change, shown.change],
-            page.redraw,
-            [result, *settings, shown],
-            [overlay, legend, files],
-            show_progress="hidden",
-            trigger_mode="always_last",
-            concurrency_limit=2,
-            api_visibility="private",
-        )
-        show_all.click(list, class_names, shown, api_visibility="private")
-        hide_all.click(list, None, shown, api_visibility="private")
+
+        def redraw(event: Callable, **options):
+            event(
+                page.redraw,
+                [result, *settings, shown],
+                [overlay, legend, files, status],
+                show_progress="hidden",
+                concurrency_limit=2,
+                concurrency_id="redraw",
+                api_visibility="private",
+                **options,
+            )
+
+        # Not `shown.change`, which new class names cause as well.
+        changes = [kind.change, opacity.change, threshold.change, shown.input]
+        redraw(partial(gr.on, changes), trigger_mode="always_last")
+        redraw(show_all.click(list, class_names, shown, api_visibility="private").then)
+        redraw(hide_all.click(list, None, shown, api_visibility="private").then)
         example.click(lambda: str(EXAMPLE), None, image, api_visibility="private")
         save.click(page.save, [result, *settings, shown], [files, status], api_visibility="private")
     return blocks
@@ -339,26 +344,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-@contextmanager
-def temporary_folder() -> Iterator[None]:
-    """Puts the temporary files of this process, uploads among them, into a folder that is deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix="mfuser-app-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = None
-
-
 @cli.reports_errors("app")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped as a service, it ends as with Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes uploads and results as Ctrl-C does
     segmenter = Segmenter(*load_for_inference(parsed.model, device), parsed.tokenizer)
-    with temporary_folder():
-        blocks = build(segmenter, Path(parsed.model).name)
-        url = launch(blocks, parsed.host, parsed.port)
-        print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
-        blocks.block_thread()
+    blocks = build(segmenter, Path(parsed.model).name)
+    url = launch(blocks, parsed.host, parsed.port)
+    print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
+    blocks.block_thread()
     return 0

@@ -34,8 +34,11 @@ def check_class_count(class_names: Sequence[str]):
 
 def check_file_size(path: Path):
     """Raises `ValueError` if an image file has more than `MAX_FILE_PIXELS` pixels, without decoding it."""
-    with Image.open(path) as image:
-        width, height = image.size
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error} At most {MAX_FILE_PIXELS / 1e6:.0f} million pixels are accepted.") from error
     if width * height > MAX_FILE_PIXELS:
         raise ValueError(
             f"The image has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "

@@ -135,6 +135,9 @@ def test_huge_files_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="60 x 60 pixels"):
         app_model.check_file_size(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL refuses more than twice as many by itself
+    with pytest.raises(ValueError, match="3600 pixels"):
+        app_model.check_file_size(tmp_path / "a.png")
 
 
 @pytest.fixture(scope="module")
@@ -515,7 +518,11 @@ def test_a_picture_of_the_camera_is_segmented(demonstration):
     page = demonstration
     page.remove_image()
     for button in ("Capture from camera", "Click to Access Webcam", "capture photo"):
-        wait_for(lambda name=button: page.buttons(name), button)[0].click()
+        wait_for(lambda name=button: page.buttons(name), button)
+        if button == "capture photo":
+            frame = "return document.querySelector('#image video')?.readyState >= 2"
+            wait_for(lambda: page.driver.execute_script(frame), "the camera")
+        page.buttons(button)[0].click()
     assert "segmented in" in wait_for(
         lambda: page.text("#status").startswith("image: ") and page.text("#status"), "the result"
     )
@@ -531,6 +538,9 @@ def test_files_that_cannot_be_read_are_reported_on_the_page(demonstration, tmp_p
         demonstration.upload(tmp_path / name)
         assert f"{name}" in demonstration.text("#status") and message in demonstration.text("#status .error")
         assert not demonstration.all("#overlay img") and not demonstration.text("#legend")
+    demonstration.slide("#opacity", 0.4)
+    wait_for(lambda: "There is no result" in demonstration.text("#status"), "the status")
+    demonstration.slide("#opacity", 0.5)
     demonstration.upload(EXAMPLE)
     assert "segmented in" in demonstration.text("#status")
 
