@@ -517,12 +517,11 @@ def test_the_example_image_is_at_hand(demonstration, tmp_path):
 def test_a_picture_of_the_camera_is_segmented(demonstration):
     page = demonstration
     page.remove_image()
-    for button in ("Capture from camera", "Click to Access Webcam", "capture photo"):
-        wait_for(lambda name=button: page.buttons(name), button)
-        if button == "capture photo":
-            frame = "return document.querySelector('#image video')?.readyState >= 2"
-            wait_for(lambda: page.driver.execute_script(frame), "the camera")
-        page.buttons(button)[0].click()
+    for button in ("Capture from camera", "Click to Access Webcam"):
+        wait_for(lambda name=button: page.buttons(name), button)[0].click()
+    video_has_a_frame = "return document.querySelector('#image video')?.readyState >= 2"
+    wait_for(lambda: page.driver.execute_script(video_has_a_frame), "the camera")
+    wait_for(lambda: page.buttons("capture photo"), "the button")[0].click()
     assert "segmented in" in wait_for(
         lambda: page.text("#status").startswith("image: ") and page.text("#status"), "the result"
     )
