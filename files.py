@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -100,6 +101,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         os.replace(folder, path)  # fails if anything was written to `path` in the meantime
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 

@@ -1,16 +1,19 @@
 """Loading of saved models: whole ones, and ones that were saved without their frozen encoders."""
 
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.errors import one_line
+from mfuser.files import read_json
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.pretrained_mfuser import load_pretrained_encoders, load_towers
@@ -41,9 +44,36 @@ def load_model(
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If it is not an MFuser model, or if weights are missing.
+        ValueError: If it is not an MFuser model, a file of it is damaged, weights are missing or of another shape, or
+            weights are not finite.
     """
     name_or_path = str(name_or_path)
+    with _naming_damaged_files(name_or_path):
+        return _load_model(name_or_path, dtype, config_fields)
+
+
+@contextmanager
+def _naming_damaged_files(folder: str) -> Iterator[None]:
+    """Replaces errors of libraries that do not name the file at fault."""
+    for file in Path(folder).glob("*.json") if Path(folder).is_dir() else ():
+        read_json(file)
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder}: its configuration is invalid: {one_line(error)}") from error
+    except (SafetensorError, RuntimeError) as error:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as damage:
+                raise ValueError(
+                    f"{file} is damaged or not a safetensors file ({one_line(damage)}); copy or download it again"
+                ) from error
+        raise
+
+
+def _load_model(name_or_path: str, dtype: str | torch.dtype, config_fields: dict) -> MFuserForSemanticSegmentation:
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type is None:
         raise ValueError(f"{name_or_path} holds no model: its config.json is missing or names no model type.")
@@ -52,9 +82,21 @@ def load_model(
     encoders = saved_encoders(name_or_path)
     if encoders is not None:
         return _load_on_encoders(name_or_path, encoders, dtype, config_fields)
+    # Weights of another shape are reported below, unless the caller asks for other classes.
+    other_classes = {"id2label", "num_labels", "config"} & set(config_fields)
     model, report = MFuserForSemanticSegmentation.from_pretrained(
-        name_or_path, dtype=dtype, output_loading_info=True, **config_fields
+        name_or_path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=not other_classes,
+        **config_fields,
     )
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{name_or_path}: {len(report['mismatched_keys'])} of its weights do not fit its config.json, such as "
+            f"{name} of shape {tuple(found)}, which must be {tuple(wanted)}."
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{name_or_path} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
@@ -84,7 +126,8 @@ def load_for_inference(
         `tuple`: The [`MFuserForSemanticSegmentation`] in eval mode and the [`MFuserImageProcessor`].
     """
     model = load_model(name_or_path, dtype or "auto")
-    processor = MFuserImageProcessor.from_pretrained(name_or_path, **({} if size is None else {"size": size}))
+    with _naming_damaged_files(str(name_or_path)):
+        processor = MFuserImageProcessor.from_pretrained(name_or_path, **({} if size is None else {"size": size}))
     # The encoders' tokens become feature maps without a copy if channels come last.
     return model.to(device, memory_format=torch.channels_last).eval(), processor
 
@@ -97,7 +140,7 @@ def saved_encoders(name_or_path: str | Path) -> dict[str, str] | None:
             file = Path(hf_hub_download(str(name_or_path), ENCODERS_FILE))
         except EntryNotFoundError:
             return None
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _load_on_encoders(

@@ -48,7 +48,7 @@ def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], r
         role (`str`): What the encoder is used for, for error messages.
 
     Raises:
-        ValueError: If the encoder has another type, or weights are missing.
+        ValueError: If the encoder has another type, or weights are missing or not finite.
     """
     model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     if model_type not in classes:
@@ -60,7 +60,38 @@ def load_encoder(name_or_path: str, classes: dict[str, type[PreTrainedModel]], r
         raise ValueError(
             f"{name_or_path} lacks weights of a {model_type}: {', '.join(sorted(report['missing_keys']))}"
         )
+    check_finite(model, name_or_path)
     return model.eval()
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """
+    Checks that no weight is NaN or infinite.
+
+    Args:
+        model (`nn.Module`): The model; weights on the meta device and quantised ones are not checked.
+        source (`str`): What the weights were loaded from, for the error.
+
+    Raises:
+        ValueError: If a weight is not finite, with the names of the first ones.
+    """
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        if type(tensor) is torch.Tensor and not tensor.is_meta and tensor.numel() and not _is_finite(tensor)
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"{source}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:3])}{more}; the file is "
+            "damaged or the training diverged, use another checkpoint"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # for float8
+    # `aminmax` carries NaN on to both bounds.
+    return not tensor.is_floating_point() or all(math.isfinite(bound) for bound in torch.aminmax(values))
 
 
 @dataclass(frozen=True)

@@ -288,9 +288,17 @@ def _holds_images(feature) -> bool:
 
 
 def _first_middle_last(dataset) -> Iterator[dict[str, Any]]:
-    """Those three rows, fewer if the dataset has fewer."""
+    """Those three rows. If one can be decoded, others are left out: they are reported when they are read."""
     positions = {0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else ()
-    return (dataset[position] for position in sorted(positions))
+    rows, problems = [], []
+    for position in sorted(positions):
+        try:
+            rows.append(dataset[position])
+        except Exception as error:  # Pillow's decoders raise almost anything for damaged files
+            problems.append(error)
+    if problems and not rows:
+        raise problems[0]
+    return iter(rows)
 
 
 def _check_samples(rows: Iterable[dict[str, Any]], label_map: LabelMap, source: str) -> None:
@@ -298,7 +306,7 @@ def _check_samples(rows: Iterable[dict[str, Any]], label_map: LabelMap, source: 
     checked = 0
     try:
         for row in rows:
-            if row["label"] is not None:
+            if row["label"] is not None and row["image"] is not None:
                 check_sizes(image_size(row["image"]), label_map(label_ids(row["label"])).shape)
             checked += 1
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.confidence_mfuser import confidence_map, resize_map
+from mfuser.confidence_mfuser import confidence_map, resize_maps
 from mfuser.evaluation.domains import EvaluationDomain
 from mfuser.evaluation.protocols import Sample
 
@@ -171,7 +171,7 @@ class DomainConfidence:
             return
         condition = self.row_conditions[sample.row]
         for name, calibration in self.calibrations.items():
-            confidence = resize_map(confidence_map(scores[None], calibration)[0], sample.size)
+            confidence = resize_maps(confidence_map(scores[None], calibration), sample.size)[0]
             self.histograms[name][condition].update(confidence, prediction, sample.label)
 
     def reduce(self, accelerator) -> None:

@@ -13,6 +13,7 @@ from mfuser.data.layouts import find_pairs, has_split
 from mfuser.data.loading import SPLIT_ALIASES, LoadedDomain, available_splits, load_domain, pick_split
 from mfuser.data.rows import DatasetRows, DownloadRows, Rows
 from mfuser.data.tables import CLASS_SETS, DOMAINS
+from mfuser.errors import one_line
 
 DEFAULT_SPLIT = "validation"
 
@@ -105,10 +106,34 @@ class EvaluationDomain:
         official = self.domain.conditions if self.domain else ()
         return [name for name in official if name in present] + sorted(present - set(official), key=str)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the first row has a label, which is not decoded. Benchmarks publish no labels of test splits."""
+        return bool(next(self.rows.slice(0, 1).encoded()).label)
+
     def read(self, index: int) -> LabelledImage:
-        """The image of one row and its train ids. Raises what `Rows.read` and `LabelMap` raise."""
-        image, ids = self.rows.read(index)
-        return LabelledImage(image, None if ids is None else self.label_map(ids))
+        """
+        The image of one row and its train ids.
+
+        Raises:
+            MemoryError: If there is too little memory.
+            ValueError: If the row cannot be used, for whatever reason.
+        """
+        try:
+            image, ids = self.rows.read(index)
+            return LabelledImage(image, None if ids is None else self.label_map(ids))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise almost anything for damaged files
+            raise ValueError(self._problem(index, error)) from error
+
+    def _problem(self, index: int, error: Exception) -> str:
+        try:
+            if not next(self.rows.slice(index, index + 1).encoded()).image:
+                return "the image is missing or empty"
+        except OSError:
+            pass  # the file cannot be read, which `error` says
+        return one_line(error) if isinstance(error, (OSError, ValueError)) else f"cannot be read: {one_line(error)}"
 
 
 def open_domain(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mfuser.data.domain import Domain
 from mfuser.evaluation.domains import EvaluationDomain
+from mfuser.files import write_image
 
 # The Cityscapes server finds the prediction of an image by these three parts of its name.
 _CITYSCAPES_FRAME = re.compile(r"[^/_]+_\d{6}_\d{6}(?=[_.]|$)")
@@ -33,7 +34,7 @@ class PredictionWriter:
         """Writes the prediction (height, width), uint8, of the row at that position."""
         file = self.files[row]
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self.ids[prediction.cpu().numpy()]).save(file)
+        write_image(file, Image.fromarray(self.ids[prediction.cpu().numpy()]))
 
 
 def prediction_files(domain: EvaluationDomain, folder: str | Path) -> list[Path]:

@@ -12,13 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 from mfuser.data.augmentation import ResizedWindow
 from mfuser.data.domain import EvaluationSize
 from mfuser.data.tables import CLASS_SETS, MAPILLARY
+from mfuser.errors import one_line
 from mfuser.evaluation.domains import EvaluationDomain, LabelledImage
 
 PROTOCOLS = ("P1", "P2")
 CLASSES = ("domain", "all", *CLASS_SETS)
 LABEL_SIZES = ("full", "half")
-# What Pillow raises for a file that it cannot decode (SyntaxError: broken PNGs), and the checks of a row.
-PAIR_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,12 @@ class ProtocolSamples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            row = self.domain.read(index)
-        except PAIR_ERRORS as error:
-            return Sample(index, torch.empty(0), None, (0, 0), str(error))
+            return self._prepared(index)
+        except (MemoryError, ValueError) as error:
+            return Sample(index, torch.empty(0), None, (0, 0), one_line(error))
+
+    def _prepared(self, index: int) -> Sample:
+        row = self.domain.read(index)
         target = self.evaluation_size.resized(row.image.height, row.image.width)
         image, label = _halved(row) if self.evaluation_size.halve_first else row
         pixels = np.asarray(image)

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from mfuser.errors import is_out_of_memory, one_line
 from mfuser.evaluation.confidence import DomainConfidence
 from mfuser.evaluation.domains import EvaluationDomain, check_classes
 from mfuser.evaluation.predictions import PredictionWriter
@@ -84,7 +85,7 @@ def evaluate_domain(
     if confidence:
         check_scores_are_those_of_the_model(options)
     check_classes(model.config.id2label, domain)
-    if not domain.rows.labelled and save_predictions is None:
+    if not domain.labelled and save_predictions is None:
         raise ValueError(
             f"{domain.name}, split {domain.split}, has no labels: its predictions can be saved, not scored"
         )
@@ -131,19 +132,43 @@ def score_batch(
     writer: PredictionWriter | None,
     confidences: DomainConfidence | None = None,
 ) -> None:
-    """Segments the samples of a batch, counts them in `metric` and `confidences`, and writes their predictions."""
+    """
+    Segments the samples of a batch, counts them in `metric` and `confidences`, and writes their predictions.
+
+    A sample is skipped, with a reason, if it cannot be used, is smaller than a patch, exhausts the memory, has scores
+    that are not finite, or if its prediction cannot be written.
+    """
     for sample in samples:
         if sample.problem is not None:
             metric.skip(sample.row, sample.problem)
     for group in groups_of_one_size(samples):
-        pixel_values = torch.stack([sample.pixel_values for sample in group]).to(model.device, model.dtype)
-        for sample, scores in zip(group, image_scores(model, pixel_values, options), strict=True):
-            prediction = label_map_of_scores(scores, sample.size)
+        height, width = group[0].pixel_values.shape[1:]
+        smallest = round(min(height, width) * min(options.scales))
+        if smallest < model.config.patch_size:
+            problem = f"segmented at {height} x {width} pixels, a side has {smallest}; a patch has "
+            for sample in group:
+                metric.skip(sample.row, f"{problem}{model.config.patch_size}")
+            continue
+        try:
+            pixel_values = torch.stack([sample.pixel_values for sample in group]).to(model.device, model.dtype)
+            scores = image_scores(model, pixel_values, options)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            for sample in group:
+                metric.skip(sample.row, f"{height} x {width} pixels, {len(group)} at once: {one_line(error)}")
+            continue
+        for sample, each in zip(group, scores, strict=True):
+            try:
+                prediction = label_map_of_scores(each, sample.size)
+                if writer is not None:
+                    writer.write(sample.row, prediction)
+            except (OSError, ValueError) as error:
+                metric.skip(sample.row, one_line(error))
+                continue
             metric.update(sample, prediction)
             if confidences is not None:
-                confidences.update(sample, scores, prediction)
-            if writer is not None:
-                writer.write(sample.row, prediction)
+                confidences.update(sample, each, prediction)
 
 
 def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) -> torch.Tensor:

@@ -7,14 +7,14 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names, label_names, load_tokenizer
-from mfuser.confidence_mfuser import resized_confidences
+from mfuser.class_names_mfuser import checked_class_names, label_names, load_tokenizer
+from mfuser.confidence_mfuser import UNKNOWN
 from mfuser.image_processing_mfuser import MFuserImageProcessor, scaled_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.app_view import SegmentedImage
+from mfuser.scripts.segment import segment_with_confidence
 
 # Larger files are refused before they are decoded.
 MAX_FILE_PIXELS = 2**26
@@ -25,9 +25,9 @@ MAX_NAMED_MODELS = 4
 
 def check_class_count(class_names: Sequence[str]):
     """Raises `ValueError` if there are more classes than label images have ids beside that of unknown pixels."""
-    if len(class_names) > IGNORE_INDEX:
+    if len(class_names) > UNKNOWN:
         raise ValueError(
-            f"There are {len(class_names)} classes; at most {IGNORE_INDEX} are possible, because label images have 8 "
+            f"There are {len(class_names)} classes; at most {UNKNOWN} are possible, because label images have 8 "
             "bits and one value for unknown pixels."
         )
 
@@ -63,25 +63,6 @@ def reduced(image: np.ndarray, num_classes: int) -> np.ndarray:
     height, width = scaled_size(image.shape[1], image.shape[2], excess**-0.5)
     picture = Image.fromarray(image.transpose(1, 2, 0)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(picture).transpose(2, 0, 1)
-
-
-@torch.inference_mode()
-def segment(
-    name: str, image: np.ndarray, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor
-) -> SegmentedImage:
-    """Segments an RGB image of shape (3, H, W)."""
-    inputs = processor(image, return_tensors="pt")
-    outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
-    (labels,) = processor.post_process_semantic_segmentation(outputs, inputs=inputs)
-    (confidence,) = resized_confidences(outputs, inputs.input_sizes, inputs.image_sizes)
-    return SegmentedImage(
-        name=name,
-        pixels=image.transpose(1, 2, 0),
-        labels=labels.to(torch.uint8).cpu().numpy(),
-        confidence=confidence.cpu().numpy(),
-        class_names=label_names(model.config.id2label),
-        is_calibrated=model.config.confidence_calibration is not None,
-    )
 
 
 class Segmenter:
@@ -136,7 +117,16 @@ class Segmenter:
     def segment(self, name: str, image: np.ndarray, class_names: list[str]) -> SegmentedImage:
         """Segments an RGB image of shape (3, H, W), which is reduced if it exceeds the limits of the page."""
         image = reduced(image, len(class_names))
-        return segment(name, image, self.model_with(class_names), self.processor)
+        model = self.model_with(class_names)
+        labels, confidence = segment_with_confidence(image, model, self.processor)
+        return SegmentedImage(
+            name=name,
+            pixels=image.transpose(1, 2, 0),
+            labels=labels.astype(np.uint8),
+            confidence=confidence,
+            class_names=class_names,
+            is_calibrated=model.config.confidence_calibration is not None,
+        )
 
     def parse_names(self, text: str) -> list[str]:
         """

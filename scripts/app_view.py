@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.confidence_mfuser import UNKNOWN
 from mfuser.scripts import palettes
 
 # Longer edge of the overlay on the page; the file to download has the size of the image.
@@ -64,8 +64,8 @@ class SegmentedImage:
     folder: TemporaryDirectory = field(default_factory=lambda: TemporaryDirectory(prefix="mfuser-app-"))
 
     def labels_above(self, threshold: float) -> np.ndarray:
-        """The class ids, or `IGNORE_INDEX` where the confidence is below `threshold`."""
-        return np.where(self.confidence < threshold, np.uint8(IGNORE_INDEX), self.labels)
+        """The class ids, or `UNKNOWN` where the confidence is below `threshold`."""
+        return np.where(self.confidence < threshold, np.uint8(UNKNOWN), self.labels)
 
     def shares(self, threshold: float) -> np.ndarray:
         """The share of each class id, from 0 to 255, in all pixels."""
@@ -93,7 +93,7 @@ def draw(result: SegmentedImage, view: View) -> Image.Image:
     labels = result.labels_above(view.threshold)
     if view.kind == CONFIDENCE:
         indices = (1 + result.confidence * 254).round().astype(np.uint8)
-        indices[labels == IGNORE_INDEX] = 0
+        indices[labels == UNKNOWN] = 0
         table = confidence_table()
     else:
         indices, table = labels, colour_table(result.class_names)
@@ -120,7 +120,7 @@ def legend_html(result: SegmentedImage, view: View) -> str:
         hidden = view.shown is not None and name not in view.shown
         rows.append(_legend_row(name, table[index].tolist(), shares[index], hidden))
     if view.threshold > 0:
-        rows.append(_legend_row("unknown", UNKNOWN_COLOUR, shares[IGNORE_INDEX]))
+        rows.append(_legend_row("unknown", UNKNOWN_COLOUR, shares[UNKNOWN]))
     stops = ", ".join(f"rgb{colour}" for colour in CONFIDENCE_COLOURS)
     scale = (
         f'<div class="scale">confidence 0<span style="background: linear-gradient(to right, {stops})"></span>1</div>'
@@ -146,7 +146,7 @@ def legend_entries(result: SegmentedImage, threshold: float) -> dict[str, dict]:
     """The legend as written to a file: name, colour and share of each label value."""
     names = dict(enumerate(result.class_names))
     if threshold > 0:
-        names[IGNORE_INDEX] = "unknown"
+        names[UNKNOWN] = "unknown"
     shares, table = result.shares(threshold), colour_table(result.class_names)
     return {
         str(index): {"name": name, "colour": table[index].tolist(), "share": round(float(shares[index]), 6)}

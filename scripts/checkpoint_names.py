@@ -5,7 +5,12 @@ from collections.abc import Mapping
 
 import torch
 
-from mfuser.scripts.convert_eva02_clip import convert_text_tensor, convert_vision_tensor, dropped_vision_reason
+from mfuser.scripts.convert_eva02_clip import (
+    add_tensors,
+    convert_text_tensor,
+    convert_vision_tensor,
+    dropped_vision_reason,
+)
 
 StateDict = dict[str, torch.Tensor]
 
@@ -265,9 +270,11 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], variant: str) -> 
     for key, tensor in state_dict.items():
         if dropped_reason(key, variant) is None:
             try:
-                converted |= convert_tensor(key, tensor, variant)
+                parts = convert_tensor(key, tensor, variant)
             except KeyError:
                 unknown.append(key)
+                continue
+            add_tensors(converted, parts, key)
     if unknown:
         raise ValueError(f"unexpected tensors in an MFuser checkpoint ({variant}): {', '.join(unknown)}")
     if variant == "clip":

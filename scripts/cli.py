@@ -20,6 +20,7 @@ COMMANDS = {
     "app": ("app", "segment images on a page in the browser"),
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
+    "calibrate": ("calibrate", "fit the confidences of a model on its source"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }

@@ -3,11 +3,11 @@
     mfuser convert mfuser-clip-gta.pth --output mfuser-clip-gta
 
 The output folder holds weights, configuration, image processor, code and model card. Every tensor of the checkpoint is
-converted, or dropped for a reason that is printed.
+converted, or dropped for a reason that is printed. The folder must be new or empty, and appears when it is complete.
+Exit code: 0 if the checkpoint was converted, 2 if not.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -26,6 +26,7 @@ from mfuser.class_names_mfuser import (
     clip_token_row,
 )
 from mfuser.configuration_mfuser import MFuserConfig
+from mfuser.files import atomic_folder, check_new_folder, read_json, sha256
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.pretrained_mfuser import load_encoder
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="mfuser convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="an MFuser checkpoint (.pth) or a published EVA02-CLIP (.pt)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to; it must be new or empty")
     parser.add_argument(
         "--config",
         type=Path,
@@ -240,13 +241,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.checkpoint.is_file():
         parser.error(f"{options.checkpoint} is not a file")
+    check_new_folder(options.output)
     state_dict = read_state_dict(options.checkpoint)
     if is_eva02_clip_state_dict(state_dict):
         return convert_eva02_clip.main([str(options.checkpoint), str(options.output)])
-    known = json.loads(options.config.read_text(encoding="utf-8")) if options.config else None
+    known = read_json(options.config) if options.config else None
     variant = detect_variant(state_dict)
     model = convert_checkpoint(state_dict, known, options.siglip)
-    save_converted(model, options.output, options.checkpoint.name)
+    save_converted(model, options.output, options.checkpoint)
     dropped = Counter(filter(None, (dropped_reason(key, variant) for key in state_dict)))
     print(f"{variant}: {len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {options.output}")
     for reason, number in dropped.items():
@@ -254,12 +256,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def save_converted(model: MFuserForSemanticSegmentation, folder: Path, source: str):
-    """Writes weights, configuration, image processor, code and model card."""
-    # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder
-    model.save_pretrained(folder)
-    MFuserImageProcessor().save_pretrained(folder)
-    write_model_card(folder, model.config, folder.name, f"Converted from the authors' `{source}`.")
+def save_converted(model: MFuserForSemanticSegmentation, output: Path, checkpoint: Path) -> None:
+    """Writes weights, configuration, image processor, code and model card to a new folder, at once."""
+    about = f"Converted from the authors' `{checkpoint.name}` (SHA-256 `{sha256(checkpoint)}`)."
+    with atomic_folder(output) as folder:
+        # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder
+        model.save_pretrained(folder)
+        MFuserImageProcessor().save_pretrained(folder)
+        write_model_card(folder, model.config, folder.name, about)
 
 
 if __name__ == "__main__":

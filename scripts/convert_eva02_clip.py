@@ -9,16 +9,18 @@ import json
 import pickle
 import re
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
+from mfuser.errors import one_line
+from mfuser.files import atomic_folder, check_new_folder
 from mfuser.modeling_eva02_clip import Eva02ClipModel
 from mfuser.scripts import cli
 
@@ -157,6 +159,22 @@ def is_eva02_clip_state_dict(state_dict: Mapping[str, torch.Tensor]) -> bool:
     return SIGNATURE in state_dict
 
 
+def add_tensors(converted: StateDict, parts: StateDict, key: str) -> None:
+    """
+    Adds the converted parts of the tensor `key`.
+
+    Raises:
+        ValueError: If another tensor of the checkpoint has the same name in the model and other values.
+    """
+    for name, tensor in parts.items():
+        known = converted.get(name)
+        if known is not None and (known.dtype != tensor.dtype or not torch.equal(known, tensor)):
+            raise ValueError(
+                f"{key} is in the checkpoint twice, with and without a prefix, and with different values; remove one"
+            )
+    converted.update(parts)
+
+
 def dropped_reason(key: str) -> str | None:
     """Returns the reason for which a tensor of a published checkpoint is dropped, or `None` if it is converted."""
     return dropped_vision_reason(key.removeprefix("visual.")) if key.startswith("visual.") else None
@@ -182,13 +200,15 @@ def convert_eva02_clip_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Sta
             continue
         try:
             if key in ("logit_scale", "text.logit_scale"):
-                converted["logit_scale"] = tensor
+                parts = {"logit_scale": tensor}
             elif key.startswith("visual."):
-                converted.update(convert_vision_tensor(key.removeprefix("visual."), tensor))
+                parts = convert_vision_tensor(key.removeprefix("visual."), tensor)
             else:
-                converted.update(convert_text_tensor(key.removeprefix("text."), tensor))
+                parts = convert_text_tensor(key.removeprefix("text."), tensor)
         except KeyError:
             unknown.append(key)
+            continue
+        add_tensors(converted, parts, key)
     if unknown:
         hint = ""
         if any(key.endswith("attn.qkv.weight") for key in unknown):
@@ -319,9 +339,15 @@ def read_state_dict(path: Path) -> StateDict:
         `dict[str, torch.Tensor]`: The tensors by their names.
 
     Raises:
-        ValueError: If the file is corrupt, holds other Python objects or does not hold a state dict.
+        OSError: If the file cannot be opened.
+        ValueError: If the file is corrupt, holds other Python objects or does not hold a state dict; if a tensor is
+            there twice, is not floating-point or holds NaN or infinite values.
     """
+    damaged = None
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not compare the checksums
+                damaged = archive.testzip()
         state_dict = (
             load_file(path)
             if path.suffix == ".safetensors"
@@ -333,16 +359,41 @@ def read_state_dict(path: Path) -> StateDict:
             "read; if you trust its source, load it with torch.load(..., weights_only=False) and save its state_dict. "
             f"({str(error).splitlines()[0]})"
         ) from None
-    except (EOFError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is corrupt or not a checkpoint: {error or 'unexpected end of file'}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # the readers raise almost anything for damaged files
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{path} is corrupt or not a checkpoint: {one_line(error)}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is corrupt: the checksum of {damaged} is wrong; download it again")
     for wrapper in ("model", "module", "state_dict"):
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
     if not isinstance(state_dict, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in state_dict.values()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     ):
         raise ValueError(f"{path} holds no state_dict, that is a mapping from names to tensors")
-    return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    tensors: StateDict = {}
+    for key, tensor in state_dict.items():
+        name = key.removeprefix("module.")
+        _check_tensor(path, name, tensor)
+        add_tensors(tensors, {name: tensor}, name)
+    return tensors
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises `ValueError` unless a tensor can be a weight, or is a count of batches."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"{path}: {name} is sparse or quantised; save it as a plain floating-point tensor")
+    if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{path}: {name} has dtype {dtype}; weights must be floating-point")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{path}: {name} holds NaN or infinite values; the file is damaged or the training diverged, use another "
+            "checkpoint"
+        )
 
 
 def load_eva02_clip_state_dict(path: str | Path) -> StateDict:
@@ -418,11 +469,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="folder to write to")
     options = parser.parse_args(arguments)
 
+    check_new_folder(options.output)
     state_dict = load_eva02_clip_state_dict(options.checkpoint)
     model = eva02_clip_from_state_dict(state_dict)
-    model.save_pretrained(options.output)
     processor = image_processor_config(model.config.vision_config.image_size)
-    (options.output / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    with atomic_folder(options.output) as folder:
+        model.save_pretrained(folder)
+        text = json.dumps(processor, indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     dropped = Counter(filter(None, map(dropped_reason, state_dict)))
     print(f"{len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {options.output}")

@@ -34,7 +34,7 @@ from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, Evaluat
 from mfuser.evaluation.reliability_diagram import require_matplotlib, write_reliability_diagram
 from mfuser.evaluation.report import shortfalls, summary
 from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
-from mfuser.files import sha256, write_text
+from mfuser.files import make_folder, sha256, write_text
 from mfuser.loading import load_for_inference
 from mfuser.scripts import cli
 
@@ -50,6 +50,7 @@ A domain is given as NAME=SOURCE or NAME:SPLIT=SOURCE. Without SPLIT, the valida
           or any other name for your own dataset
   SOURCE  a folder written by `mfuser prepare`, the official download (its labels are mapped on the fly), parquet
           files, or the Hub id of a dataset
+An image that cannot be read, segmented or written is named, counted and left out of the score.
 Exit code: 0 if every image was scored, 1 if one was skipped, 2 if the command could not run."""
 
 
@@ -61,7 +62,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of an MFuser model")
     parser.add_argument(
-        "--domains", required=True, nargs="+", type=_domain, metavar="NAME[:SPLIT]=SOURCE", help="see above"
+        "--domains", required=True, nargs="+", type=domain_argument, metavar="NAME[:SPLIT]=SOURCE", help="see above"
     )
     parser.add_argument(
         "--protocol",
@@ -150,7 +151,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _domain(text: str) -> tuple[str, str, str | None, str]:
+def domain_argument(text: str) -> tuple[str, str, str | None, str]:
     """(title, domain, split, source) of NAME[:SPLIT]=SOURCE."""
     title, equals, source = text.partition("=")
     name, colon, split = title.partition(":")
@@ -218,7 +219,7 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
         options.evaluation_size(domain)  # raises ValueError if the options do not fit the split
         if parsed.save_predictions is not None:
             prediction_files(domain, parsed.save_predictions)
-        elif not domain.rows.labelled:
+        elif not domain.labelled:
             raise ValueError(f"{domain.name}: its split {domain.split} has no labels; give --save-predictions DIR")
     return domains
 
@@ -311,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
     # The precision is that of --dtype, not that of an Accelerate configuration on this machine.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parsed.output.parent)
     report = evaluate(parsed, accelerator)
     if accelerator.is_main_process:
         print(summary(report))

@@ -114,15 +114,15 @@ def overlay(image: Image.Image, label_map: np.ndarray, colours: np.ndarray, alph
     return Image.blend(image, Image.fromarray(colours[label_map]), alpha)
 
 
-def legend(class_names: Sequence[str], colours: np.ndarray, rows: int = 20) -> Image.Image:
+def legend(classes: dict[int, str], colours: np.ndarray, rows: int = 20) -> Image.Image:
     """
     Draws the colour, id and name of every class.
 
     Args:
-        class_names (`Sequence[str]`):
-            Names of the classes.
-        colours (`np.ndarray` of shape `(num_classes, 3)`):
-            RGB colours of the classes.
+        classes (`dict[int, str]`):
+            Names of the classes by id.
+        colours (`np.ndarray` of shape `(ids, 3)`):
+            RGB colours by id.
         rows (`int`, *optional*, defaults to 20):
             Largest number of classes in a column.
 
@@ -131,12 +131,12 @@ def legend(class_names: Sequence[str], colours: np.ndarray, rows: int = 20) -> I
     """
     font = ImageFont.load_default(size=16)
     line, swatch, margin = 26, 36, 10
-    texts = [f"{index}  {name}" for index, name in enumerate(class_names)]
+    texts = [f"{index}  {name}" for index, name in classes.items()]
     column = swatch + round(max(font.getlength(text) for text in texts)) + 3 * margin
     columns = -(-len(texts) // rows)
     picture = Image.new("RGB", (columns * column + margin, min(len(texts), rows) * line + 2 * margin), "white")
     draw = ImageDraw.Draw(picture)
-    for index, (text, colour) in enumerate(zip(texts, colours, strict=True)):
+    for index, (text, colour) in enumerate(zip(texts, colours[list(classes)], strict=True)):
         left, top = margin + index // rows * column, margin + index % rows * line
         draw.rectangle((left, top + 3, left + swatch, top + line - 4), fill=tuple(colour.tolist()), outline="black")
         draw.text((left + swatch + margin, top + line // 2), text, fill="black", font=font, anchor="lm")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
+from mfuser.confidence_mfuser import UNKNOWN, check_threshold
 from mfuser.errors import is_expected, one_line
 from mfuser.evaluation.large_images import label_map_by_bands
 from mfuser.files import make_folder, write_image, write_text
@@ -26,11 +27,13 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
 }  # fmt: skip
+JPEG_LIMIT = 65_500  # pixels on a side
 SOURCE = "Source"  # text of a label PNG: a hash of the path of its image
 
 DESCRIPTION = """Segments images. For each image, it writes into the output folder
   NAME_overlay.jpg   the image, overlaid with the colours of its classes
   NAME_labels.png    a palette PNG whose indices are the class ids
+  NAME_confidence.png   with --confidence: the confidence of each pixel, from 0 (black) to 1 (white)
 and once
   legend.png, legend.json   the classes with their ids and colours
 It prints the share of each class in all pixels. Classes with the name of a Cityscapes class have its colour.
@@ -67,6 +70,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--alpha", type=_fraction, default=0.5, help="opacity of the colours, from 0 to 1 (default: 0.5)"
+    )
+    parser.add_argument(
+        "--confidence", action="store_true", help="write the confidence of each pixel as NAME_confidence.png"
+    )
+    parser.add_argument(
+        "--unknown-threshold",
+        type=_fraction,
+        metavar="T",
+        help=f"pixels of lower confidence than this get the label {UNKNOWN}, unknown, and are black in the overlay",
     )
     parser.add_argument("--device", type=available_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
     parser.add_argument(
@@ -165,9 +177,12 @@ def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path],
     return images, problems
 
 
-def result_files(results: Path) -> tuple[Path, Path]:
-    """The label image and the overlay of an image."""
-    return results.with_name(f"{results.name}_labels.png"), results.with_name(f"{results.name}_overlay.jpg")
+def result_files(results: Path) -> tuple[Path, Path, Path]:
+    """The label image, the overlay and the confidence of an image."""
+    labels, overlay, confidence = (
+        f"{results.name}_{kind}" for kind in ("labels.png", "overlay.jpg", "confidence.png")
+    )
+    return results.with_name(labels), results.with_name(overlay), results.with_name(confidence)
 
 
 def _source(path: Path) -> str:
@@ -176,14 +191,17 @@ def _source(path: Path) -> str:
 
 def _is_free(results: Path, path: Path) -> bool:
     """Whether the results of an image may be written to `results`: nothing is there, or earlier results of it."""
-    labels, overlay = result_files(results)
+    labels, *others = result_files(results)
     try:
         if not labels.exists():
-            return not overlay.exists()
+            return not any(file.exists() for file in others)
+    except OSError:
+        return True  # writing will fail too, and say why
+    try:
         with Image.open(labels) as image:
             return image.info.get(SOURCE) == _source(path)
-    except Exception as error:  # not a label image
-        return isinstance(error, OSError) and error.errno is not None  # writing will fail, and say why
+    except Exception:  # not a label image
+        return False
 
 
 @torch.inference_mode()
@@ -226,6 +244,33 @@ def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: 
     return labels.cpu().numpy()
 
 
+@torch.inference_mode()
+def segment_with_confidence(
+    image: np.ndarray,
+    model: MFuserForSemanticSegmentation,
+    processor: MFuserImageProcessor,
+    unknown_threshold: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Segments an image, in memory that grows with pixels times classes: a confidence depends on the whole image.
+
+    Args:
+        image, model, processor:
+            See [`segment`].
+        unknown_threshold (`float`, *optional*):
+            Pixels of lower confidence than this get the label 255.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Class ids and confidences, both of shape `(height, width)`.
+    """
+    inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
+    outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
+    (result,) = processor.post_process_semantic_segmentation(
+        outputs, inputs=inputs, return_confidence=True, unknown_threshold=unknown_threshold
+    )
+    return result["segmentation"].cpu().numpy(), result["confidence"].cpu().numpy()
+
+
 def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
     """
     Reads an image as uint8 RGB of shape (3, H, W), rotated as its EXIF orientation says.
@@ -261,17 +306,14 @@ def share_table(class_names: Sequence[str], counts: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def write_legend(output: Path, class_names: Sequence[str], colours: np.ndarray):
+def write_legend(output: Path, classes: dict[int, str], colours: np.ndarray):
     """
-    Writes `legend.json` and `legend.png`.
+    Writes `legend.json` and `legend.png` with the names of `classes` and their rows in `colours`.
 
     Raises:
         ValueError: If the folder holds another legend.
     """
-    entries = {
-        index: {"name": name, "colour": colour}
-        for index, (name, colour) in enumerate(zip(class_names, colours.tolist(), strict=True))
-    }
+    entries = {index: {"name": name, "colour": colours[index].tolist()} for index, name in classes.items()}
     lines = ",\n".join(f'  "{index}": {json.dumps(entry)}' for index, entry in entries.items())
     text, file, picture = f"{{\n{lines}\n}}\n", output / "legend.json", output / "legend.png"
     # The JSON is written first, so a picture alone is not from this command.
@@ -280,20 +322,33 @@ def write_legend(output: Path, class_names: Sequence[str], colours: np.ndarray):
             f"{output} holds the legend of other classes; choose another --output, so that its results keep theirs"
         )
     write_text(file, text)
-    write_image(picture, palettes.legend(class_names, colours))
+    write_image(picture, palettes.legend(classes, colours))
 
 
 def write_results(
-    results: Path, path: Path, image: np.ndarray, label_map: np.ndarray, colours: np.ndarray, alpha: float
+    results: Path,
+    path: Path,
+    image: np.ndarray,
+    label_map: np.ndarray,
+    colours: np.ndarray,
+    alpha: float,
+    confidence: np.ndarray | None = None,
 ) -> None:
-    """Writes the label image and the overlay of the image in `path`."""
+    """Writes the label image, the overlay and, if there is one, the confidence of the image in `path`."""
+    height, width = label_map.shape
+    if max(height, width) > JPEG_LIMIT:
+        raise ValueError(
+            f"it has {width} x {height} pixels; the overlay, a JPEG, can have at most {JPEG_LIMIT} on a side"
+        )
     make_folder(results.parent)
-    labels, overlay = result_files(results)
+    labels, overlay, grey = result_files(results)
     text = PngImagePlugin.PngInfo()
     text.add_text(SOURCE, _source(path))
     write_image(labels, palettes.label_image(label_map, colours), pnginfo=text)
     picture = palettes.overlay(Image.fromarray(image.transpose(1, 2, 0)), label_map, colours, alpha)
     write_image(overlay, picture, quality=95)
+    if confidence is not None:
+        write_image(grey, Image.fromarray((255 * confidence).round().astype(np.uint8)))
 
 
 @cli.reports_errors("segment")
@@ -307,17 +362,27 @@ def main(arguments: list[str] | None = None) -> int:
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
     class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    colours = palettes.class_colours(class_names)
+    colours, classes = palettes.class_colours(class_names), dict(enumerate(class_names))
+    threshold = parsed.unknown_threshold
+    if threshold is not None:
+        check_threshold(threshold, len(class_names))
+        classes[UNKNOWN] = "unknown"
+        colours = np.concatenate([colours, np.zeros((UNKNOWN + 1 - len(colours), 3), dtype=np.uint8)])
     make_folder(parsed.output)
-    write_legend(parsed.output, class_names, colours)
+    write_legend(parsed.output, classes, colours)
 
-    counts = np.zeros(len(class_names), dtype=np.int64)
+    counts = np.zeros(max(classes) + 1, dtype=np.int64)
     skipped = len(problems)
     for path, place in tqdm(images.items(), desc="segmenting", unit="image"):
         try:
             image = read_image(path, processor)
-            label_map = segment(image, model, processor)
-            write_results(parsed.output / place, path, image, label_map, colours, parsed.alpha)
+            confidence = None
+            if parsed.confidence or threshold is not None:
+                label_map, confidence = segment_with_confidence(image, model, processor, threshold)
+            else:
+                label_map = segment(image, model, processor)
+            saved = confidence if parsed.confidence else None
+            write_results(parsed.output / place, path, image, label_map, colours, parsed.alpha, saved)
         except Exception as error:
             if not is_expected(error):
                 raise
@@ -325,11 +390,11 @@ def main(arguments: list[str] | None = None) -> int:
             skipped += 1
             continue
         for row in label_map:  # by rows, because `bincount` copies to int64
-            counts += np.bincount(row, minlength=len(class_names))
+            counts += np.bincount(row, minlength=len(counts))
         if place.name != path.stem:
             tqdm.write(f"{path}: the results are named {place}", file=sys.stderr)
 
     if counts.any():
-        print(share_table(class_names, counts))
+        print(share_table(list(classes.values()), counts[list(classes)]))
     print(f"segmented: {len(images) + len(problems) - skipped}, skipped: {skipped}, results in {parsed.output}")
     return 1 if skipped else 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from colour_scorer import pixels_and_labels, write_dataset
 from PIL import Image
@@ -23,15 +25,23 @@ from mfuser.evaluation.confidence import STEPS, ConfidenceHistogram, DomainConfi
 from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.protocols import EvaluationOptions, Sample
 from mfuser.evaluation.scoring import evaluate_domain
-from mfuser.scripts import evaluate
+from mfuser.scripts import evaluate, segment
 
-CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "bias": 1.25}
+CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "class_entropy": 0.5, "bias": 1.25}
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return folder
 
 
 # The confidence of the model
@@ -43,10 +53,11 @@ def test_without_calibration_the_confidence_is_the_share_of_the_best_class():
     assert confidence_map(torch.zeros(1, 4, 2, 2)).eq(0).all()  # no score at all
 
 
-def test_with_calibration_the_confidence_is_a_logistic_regression_on_best_score_and_margin():
+def test_with_calibration_the_confidence_is_a_logistic_regression():
     scores = torch.rand(2, 4, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     top = np.sort(scores.numpy(), axis=1)[:, ::-1]
-    logit = 0.5 * np.log(top[:, 0]) + 0.75 * np.log(top[:, 0] / top[:, 1]) + 1.25
+    entropy = scipy.stats.entropy((scores / scores.sum(dim=1, keepdim=True)).mean(dim=(2, 3)), axis=1)[:, None, None]
+    logit = 0.5 * np.log(top[:, 0]) + 0.75 * np.log(top[:, 0] / top[:, 1]) + 0.5 * entropy + 1.25
     np.testing.assert_allclose(confidence_map(scores, CALIBRATION), 1 / (1 + np.exp(-logit)))
     one_class, nothing = torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 4, 2, 2)
     margin = np.log(0.5 / SMALLEST_SCORE)
@@ -81,7 +92,7 @@ def test_the_configuration_keeps_the_calibration(tmp_path):
     [{}, {"log_score": 1.0}, CALIBRATION | {"bias": float("nan")}, CALIBRATION | {"slope": 1.0}],
 )
 def test_an_invalid_calibration_is_refused(calibration):
-    with pytest.raises(ValueError, match="one finite number for each of log_score, log_margin, bias"):
+    with pytest.raises(ValueError, match="one finite number for each of log_score, log_margin, class_entropy, bias"):
         tiny_config(confidence_calibration=calibration)
 
 
@@ -178,6 +189,99 @@ def test_confidences_outside_0_to_1_are_refused(confidence):
         histogram_of([0.5], np.zeros(2, dtype=int), np.zeros(2, dtype=int))
 
 
+# The image processor and mfuser segment
+
+
+def segmented(processor, sizes=((40, 52), (48, 64)), **call):
+    """A model's outputs for images of two sizes, padded, and what the processor returned for them."""
+    model = tiny_model(confidence_calibration=CALIBRATION)
+    rng = np.random.default_rng(0)
+    inputs = processor([rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes], return_tensors="pt")
+    with torch.no_grad():
+        return model(inputs["pixel_values"], **call), inputs
+
+
+def test_the_processor_returns_confidences_without_padding_at_the_target_size():
+    processor = MFuserImageProcessor()
+    outputs, inputs = segmented(processor, output_confidence=True)
+    plain = processor.post_process_semantic_segmentation(outputs, inputs=inputs)
+    results = processor.post_process_semantic_segmentation(outputs, inputs=inputs, return_confidence=True)
+    for index, ((height, width), label_map, result) in enumerate(
+        zip(((40, 52), (48, 64)), plain, results, strict=True)
+    ):
+        assert torch.equal(result["segmentation"], label_map) and label_map.dtype == torch.int64
+        assert torch.equal(result["confidence"], outputs.confidence[index, :height, :width])
+    sizes = [(80, 104), (48, 64)]
+    results = processor.post_process_semantic_segmentation(
+        outputs, sizes, input_sizes=inputs.input_sizes, return_confidence=True, return_segmentation_scores=True
+    )
+    assert [result["confidence"].shape for result in results] == sizes
+    assert [result["segmentation_scores"].shape for result in results] == [(4, *size) for size in sizes]
+
+
+def test_pixels_below_the_threshold_are_unknown():
+    processor = MFuserImageProcessor()
+    outputs, inputs = segmented(processor, output_confidence=True)
+    threshold = outputs.confidence.median().item()
+    plain = processor.post_process_semantic_segmentation(outputs, inputs=inputs)
+    marked = processor.post_process_semantic_segmentation(outputs, inputs=inputs, unknown_threshold=threshold)
+    for index, (label_map, expected) in enumerate(zip(marked, plain, strict=True)):
+        unknown = outputs.confidence[index, : label_map.shape[0], : label_map.shape[1]] < threshold
+        assert 0 < unknown.float().mean() < 1
+        assert label_map[unknown].eq(255).all() and torch.equal(label_map[~unknown], expected[~unknown])
+    nothing = processor.post_process_semantic_segmentation(outputs, inputs=inputs, unknown_threshold=0)
+    assert all(torch.equal(*maps) for maps in zip(nothing, plain, strict=True))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_an_invalid_threshold_is_refused(threshold, capsys):
+    outputs, inputs = segmented(MFuserImageProcessor(), output_confidence=True)
+    with pytest.raises(ValueError, match="must be between 0 and 1"):
+        MFuserImageProcessor().post_process_semantic_segmentation(outputs, inputs=inputs, unknown_threshold=threshold)
+    with pytest.raises(SystemExit):
+        segment.main(["street.png", f"--unknown-threshold={threshold}"])
+    assert "must be a number between 0 and 1" in capsys.readouterr().err
+
+
+def test_confidences_must_be_requested_from_the_model():
+    outputs, inputs = segmented(MFuserImageProcessor())
+    for arguments in ({"return_confidence": True}, {"unknown_threshold": 0.5}):
+        with pytest.raises(ValueError, match="output_confidence=True"):
+            MFuserImageProcessor().post_process_semantic_segmentation(outputs, inputs=inputs, **arguments)
+
+
+def test_label_255_must_not_be_a_class():
+    outputs = SimpleNamespace(logits=torch.rand(1, 256, 2, 2), confidence=torch.rand(1, 2, 2))
+    with pytest.raises(ValueError, match="it can have at most 255"):
+        MFuserImageProcessor().post_process_semantic_segmentation(outputs, unknown_threshold=0.5)
+
+
+def test_segment_writes_confidences_and_unknown_pixels(tmp_path, saved_model, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "street.png")
+    processor = MFuserImageProcessor()
+    inputs = processor(pixels, return_tensors="pt")
+    with torch.no_grad():
+        outputs = tiny_model()(inputs["pixel_values"], output_confidence=True)
+    confidence = outputs.confidence[0].numpy()
+    threshold = float(np.median(confidence))
+    arguments = [str(tmp_path / "street.png"), "--model", str(saved_model), "--device", "cpu", "--output"]
+    assert segment.main([*arguments, str(tmp_path / "a"), "--confidence"]) == 0
+    assert segment.main([*arguments, str(tmp_path / "b"), f"--unknown-threshold={threshold}", "--alpha=1"]) == 0
+    assert segment.main([*arguments, str(tmp_path / "c")]) == 0
+    written = np.asarray(Image.open(tmp_path / "a/street_confidence.png"))
+    assert written.dtype == np.uint8 and abs(written / 255 - confidence).max() < 0.5 / 255 + 1e-4
+    assert not (tmp_path / "b/street_confidence.png").exists()
+    plain, kept, marked = (np.asarray(Image.open(tmp_path / f"{each}/street_labels.png")) for each in "cab")
+    np.testing.assert_array_equal(kept, plain)
+    unknown = marked == 255
+    assert abs(unknown.mean() - (confidence < threshold).mean()) < 1e-3
+    np.testing.assert_array_equal(marked[~unknown], plain[~unknown])
+    assert np.asarray(Image.open(tmp_path / "b/street_labels.png").convert("RGB"))[unknown].max() == 0
+    assert json.loads((tmp_path / "b/legend.json").read_text())["255"] == {"name": "unknown", "colour": [0, 0, 0]}
+    assert re.search(rf"^unknown +{100 * unknown.mean():.2f} %$", capsys.readouterr().out, flags=re.MULTILINE)
+
+
 # mfuser evaluate
 
 
@@ -227,14 +331,6 @@ def test_confidences_are_not_measured_with_test_time_augmentation(tmp_path):
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1)))
     with pytest.raises(ValueError, match="without test-time augmentation"):
         evaluate_domain(tiny_model(), MFuserImageProcessor(), domain, EvaluationOptions(flip=True), confidence=True)
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    MFuserImageProcessor().save_pretrained(folder)
-    return folder
 
 
 def test_the_command_reports_confidences_and_draws_them(tmp_path, saved_model, capsys):

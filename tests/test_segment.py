@@ -320,6 +320,6 @@ def test_other_classes_get_distinct_colours_and_always_the_same():
 def test_a_legend_has_room_for_every_class():
     names = [f"a rather long class name {index}" for index in range(45)]
     colours = palettes.class_colours(names)
-    legend = np.asarray(palettes.legend(names, colours))
+    legend = np.asarray(palettes.legend(dict(enumerate(names)), colours))
     assert all((legend == colour).all(axis=-1).any() for colour in colours)
     assert (legend[:, -5:] == 255).all() and (legend[-5:] == 255).all()

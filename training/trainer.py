@@ -162,6 +162,8 @@ class MFuserTrainer(Trainer):
                 "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
                 "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to false"
             )
+        if train_dataset is not None:
+            model.config.confidence_calibration = None  # it holds for the weights before the training
         self.monitored = dict(monitored or {})
         metrics = ["mean_iou", "overall_accuracy", *(f"iou_{name}" for name in model.config.id2label.values())]
         check_selection(args.metric_for_best_model, metrics, eval_dataset, self.monitored)

@@ -3,8 +3,9 @@ Confidence: the estimated probability that the predicted class of a pixel is rig
 
 The scores of mask classification are no probabilities. They sum to anything from 0 to the number of classes: where no
 mask covers a pixel, all are small. Without calibration, the confidence is the share of the best class in their sum.
-With calibration, it is a logistic regression on two numbers: the logarithm of the best score (is there anything that
-the model knows?) and that of its ratio to the second best (is it ambiguous?).
+With calibration, it is a logistic regression on three numbers: the logarithm of the best score (small where nothing
+that the model knows is found), the logarithm of its ratio to the second best (small where classes are ambiguous), and
+the entropy of the classes in the image (small where a model that sees an unusual image finds only a few classes).
 """
 
 import math
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 
 from .class_names_mfuser import IGNORE_INDEX
 
-FEATURES = ("log_score", "log_margin")
+UNKNOWN = IGNORE_INDEX  # the label of pixels whose confidence is too low
+FEATURES = ("log_score", "log_margin", "class_entropy")
 CALIBRATION_KEYS = (*FEATURES, "bias")
 SMALLEST_SCORE = 1e-6  # smaller scores count as this one, so that logarithms are finite
 
@@ -30,23 +32,39 @@ def check_calibration(calibration: dict[str, Any]) -> None:
         )
 
 
-def confidence_features(scores: torch.Tensor) -> torch.Tensor:
+def pixel_features(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Computes what the calibrated confidence depends on.
+    Computes the features of a pixel: the logarithm of its best score, and that of its ratio to the second best.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
             Class scores of the model, not negative.
 
     Returns:
-        `torch.Tensor` of shape `(2, batch_size, *)`: The features, in the order of `FEATURES`.
+        `tuple[torch.Tensor, torch.Tensor]`: Two tensors of shape `(batch_size, *)`.
     """
     best = scores[:, 0].clamp(min=SMALLEST_SCORE)
     second = torch.full_like(best, SMALLEST_SCORE)
     for plane in scores.unbind(dim=1)[1:]:  # no copy of all planes, unlike topk
         second = torch.maximum(second, torch.minimum(best, plane))
         best = torch.maximum(best, plane)
-    return torch.stack([best.log(), best.log() - second.log()])
+    return best.log(), best.log() - second.log()
+
+
+def class_entropy(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Computes the feature of an image: the entropy of its classes, each weighted by its share of the scores.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
+            Class scores of the model, not negative.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: From 0 for one class to log(num_labels) for all classes equally.
+    """
+    total = scores.sum(dim=1).clamp(min=SMALLEST_SCORE)
+    shares = torch.stack([(plane / total).flatten(1).mean(dim=1) for plane in scores.unbind(dim=1)], dim=1)
+    return -torch.xlogy(shares, shares).sum(dim=1)
 
 
 def confidence_map(scores: torch.Tensor, calibration: dict[str, Any] | None = None) -> torch.Tensor:
@@ -54,19 +72,20 @@ def confidence_map(scores: torch.Tensor, calibration: dict[str, Any] | None = No
     Computes the confidence of every pixel.
 
     Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
-            Class scores of the model, not negative.
+        scores (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
+            Class scores of whole images, not negative.
         calibration (`dict[str, float]`, *optional*):
             `confidence_calibration` of the configuration: the weight of each feature, and the bias. By default the
             confidence is the largest score divided by the sum of the scores.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, *)`: Values in [0, 1].
+        `torch.Tensor` of shape `(batch_size, height, width)`: Values in [0, 1].
     """
     if calibration is None:
         return scores.amax(dim=1) / scores.sum(dim=1).clamp(min=SMALLEST_SCORE)
-    log_score, log_margin = confidence_features(scores)
-    logit = calibration["log_score"] * log_score + calibration["log_margin"] * log_margin + calibration["bias"]
+    log_score, log_margin = pixel_features(scores)
+    logit = calibration["log_score"] * log_score + calibration["log_margin"] * log_margin
+    logit = logit + (calibration["class_entropy"] * class_entropy(scores) + calibration["bias"])[:, None, None]
     return logit.sigmoid()
 
 
@@ -94,25 +113,30 @@ def resized_confidences(
     if confidence is None:
         raise ValueError("`outputs` hold no confidence; call the model with `output_confidence=True`.")
     return [
-        resize_map(each[:height, :width], size)
+        resize_maps(each[None, :height, :width], size)[0]
         for each, (height, width), size in zip(confidence, input_sizes, target_sizes or input_sizes, strict=True)
     ]
 
 
-def resize_map(confidence: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes a map (height, width) bilinearly to `size`."""
-    if confidence.shape == size:
-        return confidence
-    return F.interpolate(confidence[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resizes maps (channels, height, width) bilinearly to `size`."""
+    if maps.shape[1:] == size:
+        return maps
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def check_threshold(threshold: float) -> None:
-    """Raises `ValueError` unless a confidence can be compared with `threshold`."""
+def check_threshold(threshold: float | None, num_labels: int) -> None:
+    """Raises `ValueError` unless pixels of a confidence below `threshold` can be labelled 255."""
+    if threshold is None:
+        return
     if not 0 <= threshold <= 1:
         raise ValueError(f"`unknown_threshold` is {threshold}; it must be between 0 and 1.")
+    if num_labels > UNKNOWN:
+        raise ValueError(
+            f"The model has {num_labels} classes; with `unknown_threshold`, it can have at most {UNKNOWN}."
+        )
 
 
 def mark_unknown(label_map: torch.Tensor, confidence: torch.Tensor, threshold: float) -> torch.Tensor:
     """A copy of a label map in which pixels whose confidence is lower than `threshold` have the label 255."""
-    check_threshold(threshold)
-    return label_map.masked_fill(confidence < threshold, IGNORE_INDEX)
+    return label_map.masked_fill(confidence < threshold, UNKNOWN)

@@ -24,6 +24,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, logging
 
 from .class_names_mfuser import IGNORE_INDEX
+from .confidence_mfuser import check_threshold, mark_unknown, resize_maps, resized_confidences
 from .images_mfuser import MFuserBatchFeature, check_range, label_array, resize, to_numpy, to_uint8_or_float32
 from .postprocessing_mfuser import check_sizes, label_map_of_scores
 
@@ -366,6 +367,8 @@ class MFuserImageProcessor(PilBackend):
         return_segmentation_scores: bool = False,
         input_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
         inputs: MFuserBatchFeature | None = None,
+        return_confidence: bool = False,
+        unknown_threshold: float | None = None,
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
         Converts the output of [`MFuserForSemanticSegmentation`] into label maps.
@@ -385,15 +388,21 @@ class MFuserImageProcessor(PilBackend):
             inputs ([`MFuserBatchFeature`], *optional*):
                 What this processor returned for the images, which records how each was resized and padded. Required
                 for a batch of several images if a call changed the size or the padding.
+            return_confidence (`bool`, *optional*, defaults to `False`):
+                Whether to also return the confidences, which the model gives with `output_confidence=True`.
+            unknown_threshold (`float`, *optional*):
+                Pixels of lower confidence than this are labelled 255 (unknown); needs `output_confidence=True` too.
 
         Returns:
-            `list[torch.Tensor]`: For each image a label map of shape (height, width), int64; or, if scores are
-            returned, an object with `segmentation` and `segmentation_scores` of shape (K, height, width).
+            `list[torch.Tensor]`: For each image a label map of shape (height, width), int64; or, if scores or
+            confidences are returned, an object with `segmentation`, `segmentation_scores` of shape (K, height, width)
+            and `confidence` of shape (height, width).
 
         Raises:
-            ValueError: If a size is invalid or missing, the padding of a batch can't be inferred, or scores are not
-                finite.
+            ValueError: If a size is invalid or missing, the padding of a batch can't be inferred, scores are not
+                finite, the threshold is not in [0, 1], or `outputs` lack confidences that are needed.
         """
+        check_threshold(unknown_threshold, num_labels=outputs.logits.shape[1])
         logits = outputs.logits
         logits_size = tuple(logits.shape[-2:])
         if inputs is not None:
@@ -412,20 +421,24 @@ class MFuserImageProcessor(PilBackend):
         else:
             input_sizes = [logits_size] * len(logits)
 
+        confidences = None
+        if return_confidence or unknown_threshold is not None:
+            confidences = resized_confidences(outputs, input_sizes, target_sizes)
         results = []
         for index, (height, width) in enumerate(input_sizes):
+            data = {}
             scores = logits[index, :, :height, :width]
             size = (height, width) if target_sizes is None else target_sizes[index]
-            if not return_segmentation_scores:
-                results.append(label_map_of_scores(scores, size).long())
-                continue
-            scores = scores.float()
-            if size != (height, width):
-                scores = torch.nn.functional.interpolate(
-                    scores[None], size=size, mode="bilinear", align_corners=False
-                )[0]
-            data = {"segmentation": label_map_of_scores(scores).long(), "segmentation_scores": scores}
-            results.append(SemanticSegmentationPostProcessorOutput(data=data))
+            if return_segmentation_scores:
+                scores = data["segmentation_scores"] = resize_maps(scores.float(), size)
+            data["segmentation"] = label_map_of_scores(scores, size).long()
+            if unknown_threshold is not None:
+                data["segmentation"] = mark_unknown(data["segmentation"], confidences[index], unknown_threshold)
+            if return_confidence:
+                data["confidence"] = confidences[index]
+            results.append(
+                SemanticSegmentationPostProcessorOutput(data=data) if len(data) > 1 else data["segmentation"]
+            )
         return results
 
     def _sizes_before_padding(

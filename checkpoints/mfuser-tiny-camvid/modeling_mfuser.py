@@ -32,7 +32,7 @@ from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initi
 from .layers_mfuser import MFuserAttention, MFuserDepthwiseConv, MFuserMLP
 from .loss_mfuser import MFuserLoss
 from .outputs_mfuser import MFuserEncoderOutput, MFuserForSemanticSegmentationOutput, MFuserModelOutput
-from .pretrained_mfuser import load_pretrained_encoders, load_towers
+from .pretrained_mfuser import check_finite, load_pretrained_encoders, load_towers
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
 from .weights_cache_mfuser import WeightsCache
@@ -225,6 +225,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
     ):
         """
         See [`PreTrainedModel.from_pretrained`]. Frozen encoders are frozen again, since loading unfreezes them.
+        Weights that are not finite are an error.
 
         Other classes are given by `class_names`, or by `id2label` or `config` with `ignore_mismatched_sizes=True`. A
         warning names the origin of each, see `replace_classes`. The model is then meant to be fine-tuned; with
@@ -242,6 +243,7 @@ class MFuserPreTrainedModel(PreTrainedModel):
         requested = requested_classes(cls.config_class, path, kwargs, *new)
         loaded = super().from_pretrained(path, *args, **kwargs)
         model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
+        check_finite(model, "the checkpoint" if path is None else str(path))
         if model.config.freeze_encoders:
             model.freeze_encoders()
         if requested is not None:

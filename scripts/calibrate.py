@@ -1,0 +1,141 @@
+"""
+`mfuser calibrate`: fits the confidences of a model on the validation split of its source.
+
+    mfuser calibrate --model MODEL --domain cityscapes:validation=DIR
+    mfuser calibrate --model MODEL --domain camvid:validation=DIR --output CALIBRATED_MODEL
+
+docs/confidence.md describes the method.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from mfuser.confidence_mfuser import confidence_map
+from mfuser.evaluation.calibration import UNDISTORTED, PixelSample, calibrated, fit_calibration, halves, sample_pixels
+from mfuser.evaluation.confidence import ConfidenceHistogram
+from mfuser.evaluation.domains import check_classes, open_domain
+from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
+from mfuser.files import atomic_folder, check_new_folder, read_json, write_text
+from mfuser.loading import load_for_inference
+from mfuser.scripts import cli
+from mfuser.scripts.evaluate import domain_argument, model_folder
+
+CONFIG = "config.json"
+
+DESCRIPTION = """Fits the confidences of a model, and stores the result in its config.json as confidence_calibration.
+
+Give the validation split of the source, the domain that the model was trained on. Its images are segmented as they
+are and distorted, so that confidences hold under other conditions too. Never give a domain on which confidences are
+to be measured: what is fitted on a target says nothing about other targets.
+Exit code: 0 if the model was calibrated, 2 if the command could not run."""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mfuser calibrate", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of an MFuser model")
+    parser.add_argument(
+        "--domain",
+        required=True,
+        type=domain_argument,
+        metavar="NAME[:SPLIT]=SOURCE",
+        help="the validation split of the source, as in mfuser evaluate",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="a new folder for a calibrated copy of the model (default: the config.json of --model is changed)",
+    )
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default="P2", help="image sizes, as in mfuser evaluate (default: P2)"
+    )
+    parser.add_argument("--id2label", help="class names of your own dataset: a JSON file, or the name of a domain")
+    parser.add_argument(
+        "--pixels", type=int, default=1000, help="pixels that are drawn from each view of an image (default: 1000)"
+    )
+    parser.add_argument("--distortions", type=int, default=2, help="distorted views of each image (default: 2)")
+    parser.add_argument("--device", help="e.g. cpu, cuda:1 (default: cuda if available)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: 2)")
+    parsed = parser.parse_args(arguments)
+    for name, minimum in (("pixels", 1), ("distortions", 0), ("workers", 0)):
+        if getattr(parsed, name) < minimum:
+            parser.error(f"--{name} is {getattr(parsed, name)}; it must be at least {minimum}")
+    return parsed
+
+
+def figures(samples: list[PixelSample], confidence: torch.Tensor) -> str:
+    """Calibration error and detection of wrong pixels, as cells of a table."""
+    scores, labels = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("scores", "labels"))
+    histogram = ConfidenceHistogram(scores.shape[1])
+    histogram.update(confidence, scores.argmax(dim=1), labels)
+    result = histogram.compute()
+    areas = ("    -" if result[name] is None else f"{result[name]:5.3f}" for name in ("auroc", "aupr"))
+    return "  ".join([f"{100 * result['ece']:6.2f}", *areas, f"{100 * result['accuracy']:8.2f}"])
+
+
+def before_and_after(samples: list[PixelSample]) -> str:
+    """A table of the confidences without and with calibration, which is measured on images it is not fitted to."""
+    lines = [f"{'':<25} ECE %  AUROC   AUPR  accuracy %"]
+    held_out = [(measured, calibrated(measured, fit_calibration(fitted))) for fitted, measured in halves(samples)]
+    for kind, distorted in (("undistorted", False), ("distorted", True)):
+        before = [sample for sample in samples if (sample.distortion != UNDISTORTED) is distorted]
+        if not before:
+            continue
+        uncalibrated = torch.cat([confidence_map(sample.scores[..., None, None]).flatten() for sample in before])
+        lines.append(f"{kind}, uncalibrated".ljust(24) + figures(before, uncalibrated))
+        chosen, after = [], []
+        for measured, confidence in held_out:
+            parts = confidence.split([len(sample.labels) for sample in measured])
+            for sample, part in zip(measured, parts, strict=True):
+                if (sample.distortion != UNDISTORTED) is distorted:
+                    chosen.append(sample)
+                    after.append(part)
+        lines.append(f"{kind}, calibrated".ljust(24) + figures(chosen, torch.cat(after)))
+    return "\n".join([*lines, "(each half of the images is measured by a fit to the other half)"])
+
+
+def save(folder: Path, calibration: dict[str, float], output: Path | None) -> Path:
+    """Stores a calibration in the configuration of a model, or in that of a copy, and returns the file."""
+    config = read_json(folder / CONFIG) | {"confidence_calibration": calibration}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if output is None:
+        write_text(folder / CONFIG, text)
+        return folder / CONFIG
+    with atomic_folder(output) as new:
+        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        write_text(new / CONFIG, text)
+    return output / CONFIG
+
+
+@cli.reports_errors("calibrate")
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    folder, revision = model_folder(parsed.model)
+    if parsed.output is not None:
+        check_new_folder(parsed.output)
+    elif revision is not None:
+        raise ValueError(f"{parsed.model} is a model on the Hub; give --output DIR for its calibrated copy")
+    device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, processor = load_for_inference(folder, device)
+    _, name, split, source = parsed.domain
+    domain = open_domain(name, source, split, id2label=parsed.id2label)
+    check_classes(model.config.id2label, domain)
+    if not domain.rows.labelled:
+        raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")
+    options = EvaluationOptions(protocol=parsed.protocol, workers=parsed.workers)
+    samples = list(sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions))
+    images = len({sample.row for sample in samples})
+    if images < 2:
+        raise ValueError(f"{domain.name}: {images} images with labels can be read; at least 2 are needed")
+    print(before_and_after(samples))
+    calibration = fit_calibration(samples)
+    file = save(folder, calibration, parsed.output)
+    values = ", ".join(f"{key} {value:.4f}" for key, value in calibration.items())
+    print(f"fitted to {images} images of {domain.name}: {values}\nwritten to {file}")
+    return 0

@@ -1,0 +1,185 @@
+"""`mfuser calibrate` fits confidences to the source, as they are and distorted, and stores them with the model."""
+
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from colour_scorer import pixels_and_labels, write_dataset
+from tiny_models import tiny_config, tiny_model
+
+from mfuser import MFuserImageProcessor
+from mfuser.confidence_mfuser import confidence_map
+from mfuser.evaluation.calibration import (
+    DISTORTIONS,
+    PixelSample,
+    calibrated,
+    fit_calibration,
+    fit_logistic,
+    halves,
+    sample_pixels,
+)
+from mfuser.evaluation.confidence import ConfidenceHistogram
+from mfuser.evaluation.domains import open_domain
+from mfuser.evaluation.protocols import EvaluationOptions
+from mfuser.loading import load_for_inference
+from mfuser.scripts import calibrate
+from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
+
+CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "class_entropy": 0.5, "bias": 1.25}
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def pixel_sample(row, distortion="none", pixels=400, weights=(0.8, 0.4), entropy_weight=1.5, bias=-0.5, seed=None):
+    """Pixels that are right with the probability of a known calibration."""
+    generator = torch.Generator().manual_seed(row if seed is None else seed)
+    scores = torch.rand(pixels, 4, generator=generator, dtype=torch.float64) ** 3
+    sample = PixelSample(row, distortion, scores, torch.zeros(pixels), 0.2 + 0.1 * (row % 10))
+    logit = sample.features @ torch.tensor([*weights, entropy_weight], dtype=torch.float64) + bias
+    right = torch.rand(pixels, generator=generator, dtype=torch.float64) < logit.sigmoid()
+    labels = torch.where(right, scores.argmax(1), (scores.argmax(1) + 1) % 4)
+    return sample._replace(labels=labels)
+
+
+def test_calibration_recovers_known_parameters():
+    found = fit_calibration([pixel_sample(row, pixels=4000) for row in range(40)])
+    expected = {"log_score": 0.8, "log_margin": 0.4, "class_entropy": 1.5, "bias": -0.5}
+    assert list(found) == list(expected) and found == pytest.approx(expected, abs=0.06)
+    assert tiny_config(confidence_calibration=found).confidence_calibration == found
+
+
+def test_calibration_makes_confidences_those_of_the_accuracy():
+    samples = [pixel_sample(row, pixels=2000) for row in range(20)]
+    calibration = fit_calibration(samples[:10])
+    histogram = ConfidenceHistogram(4)
+    for sample, confidence in zip(samples[10:], calibrated(samples[10:], calibration).split([2000] * 10), strict=True):
+        histogram.update(confidence, sample.scores.argmax(1), sample.labels)
+    assert histogram.compute()["ece"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("right", "words"), [(True, "all of 5 pixels are right"), (False, "none of 5 pixels are right")]
+)
+def test_calibration_needs_right_and_wrong_pixels(right, words):
+    with pytest.raises(ValueError, match=words):
+        fit_logistic(torch.rand(5, 3), torch.full((5,), right))
+
+
+def test_calibrated_figures_are_measured_on_images_that_are_not_fitted_to():
+    samples = [pixel_sample(row) for row in range(7)]
+    pairs = halves(samples)
+    for fitted, measured in pairs:
+        assert not {sample.row for sample in fitted} & {sample.row for sample in measured}
+    assert sorted(sample.row for _, measured in pairs for sample in measured) == list(range(7))
+
+
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_distortions_grow_with_their_strength(name):
+    pixels = np.random.default_rng(0).random((3, 120, 160))
+    weak, strong = (DISTORTIONS[name](pixels, strength, np.random.default_rng(1)) for strength in (0.0, 1.0))
+    np.testing.assert_allclose(weak, pixels, atol=1e-3)
+    assert strong.shape == pixels.shape and abs(strong - pixels).mean() > 0.05
+
+
+def test_samples_are_those_of_the_model_and_repeat(tmp_path):
+    rows = list(pixels_and_labels(5, sizes=((40, 56),)))
+    rows[1] = (rows[1][0], rows[1][1][:-1])  # a bad pair is skipped
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
+    model, processor = tiny_model(), MFuserImageProcessor()
+    runs = [
+        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=500, progress=False))
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert first.distortion == second.distortion and torch.equal(first.scores, second.scores)
+    assert [sample.row for sample in runs[0]] == [0, 0, 0, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert [sample.distortion == "none" for sample in runs[0]] == [True, False, False] * 4
+    sample = runs[0][0]
+    with torch.no_grad():
+        outputs = model(**processor(rows[0][0], return_tensors="pt"), output_confidence=True)
+    whole = ConfidenceHistogram(4)
+    label = torch.from_numpy(rows[0][1])[None]
+    whole.update(outputs.confidence, outputs.logits.argmax(1), label)
+    drawn = (sample.scores.argmax(1) == sample.labels).float().mean().item()
+    assert drawn == pytest.approx(whole.compute()["accuracy"], abs=0.07)
+    known = {tuple(scores) for scores in outputs.logits[0].flatten(1).T.tolist()}
+    assert all(tuple(scores) in known for scores in sample.scores.tolist())
+    confidence = calibrated([sample], CALIBRATION)
+    everywhere = confidence_map(outputs.logits, CALIBRATION)
+    assert everywhere.min() - 1e-4 <= confidence.min() and confidence.max() <= everywhere.max() + 1e-4
+
+
+def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, saved_model, capsys):
+    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(4))
+    arguments = ["--model", saved_model, "--domain", f"mine:validation={source.parent}", "--workers", 0]
+    before = {file.name: file.read_bytes() for file in saved_model.iterdir()}
+    output = tmp_path / "calibrated"
+    assert calibrate.main([str(each) for each in (*arguments, "--pixels", 50, "--output", output)]) == 0
+    assert {file.name: file.read_bytes() for file in saved_model.iterdir()} == before
+    printed = capsys.readouterr().out
+    assert "undistorted, uncalibrated" in printed and "distorted, calibrated" in printed
+    after = {file.name: file.read_bytes() for file in output.iterdir()}
+    old, new = (json.loads(files.pop("config.json")) for files in (before, after))
+    assert after == before
+    calibration = new.pop("confidence_calibration")
+    assert new == {name: value for name, value in old.items() if name != "confidence_calibration"}
+    model, processor = load_for_inference(output, torch.device("cpu"))
+    assert model.config.confidence_calibration == calibration
+    domain = open_domain("mine", source.parent, "validation")
+    assert calibration == fit_calibration(
+        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=50))
+    )
+
+    assert calibrate.main([str(each) for each in (*arguments, "--output", output)]) == 2
+    assert "is not empty; choose a new folder" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(saved_model, copy)
+    arguments[1] = copy
+    assert calibrate.main([str(each) for each in (*arguments, "--pixels", 50)]) == 0
+    assert json.loads((copy / "config.json").read_text())["confidence_calibration"] == calibration
+
+
+def test_the_command_refuses_what_it_cannot_calibrate(tmp_path, saved_model, capsys):
+    unlabelled = write_dataset(tmp_path / "test/test.parquet", pixels_and_labels(1), labelled=False)
+    one = write_dataset(tmp_path / "one/validation.parquet", pixels_and_labels(1))
+    for source, message in ((unlabelled, "has no labels"), (one, "at least 2 are needed"), ("nowhere", "nowhere")):
+        arguments = [
+            "--model",
+            saved_model,
+            "--domain",
+            f"mine={source}",
+            "--workers",
+            "0",
+            "--output",
+            tmp_path / "new",
+        ]
+        assert calibrate.main(list(map(str, arguments))) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit):
+        calibrate.main(["--model", str(saved_model), "--domain", f"mine={one}", "--pixels", "0"])
+    assert "--pixels is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_a_model_that_is_trained_loses_its_calibration(tmp_path):
+    model, dataset = tiny_model(confidence_calibration=CALIBRATION), [{"pixel_values": None, "labels": None}]
+    arguments = MFuserTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    MFuserTrainer(model, arguments, eval_dataset=dataset)
+    assert model.config.confidence_calibration == CALIBRATION
+    MFuserTrainer(model, arguments, dataset)
+    assert model.config.confidence_calibration is None
