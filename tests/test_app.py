@@ -32,7 +32,8 @@ from mfuser.scripts.segment import main as segment_command
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "street.jpg"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
+DRIVER = shutil.which("chromedriver")
 RUN = "import sys; from mfuser.scripts import cli; sys.exit(cli.main())"
 NAMES = ["street", "tree", "traffic light"]
 
@@ -633,9 +634,12 @@ def test_the_server_connects_to_no_other_machine(tiny_page):
     assert hosts <= {"127.0.0.1"}
 
 
-def test_a_stopped_server_leaves_no_files(command):
-    _, folder, process = command
-    assert any(path.is_file() for path in folder.rglob("*"))  # uploads of the tests above
+def test_a_stopped_server_leaves_no_files(browser, command):
+    address, folder, process = command
+    browser.open(address)
+    browser.upload(EXAMPLE)
+    browser.download()
+    assert {"street.jpg", "street_labels.png"} <= {path.name for path in folder.rglob("*") if path.is_file()}
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     assert [path for path in folder.rglob("*") if path.is_file()] == []
