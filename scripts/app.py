@@ -3,8 +3,10 @@
 import argparse
 import signal
 import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -344,14 +346,30 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
+@contextmanager
+def temporary_folder() -> Iterator[None]:
+    """
+    Puts the temporary files of this process, uploads among them, into a folder that is deleted at the end.
+
+    Gradio deletes its files when the server stops, but not while a visitor is connected.
+    """
+    with tempfile.TemporaryDirectory(prefix="mfuser-app-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = None
+
+
 @cli.reports_errors("app")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes uploads and results as Ctrl-C does
     segmenter = Segmenter(*load_for_inference(parsed.model, device), parsed.tokenizer)
-    blocks = build(segmenter, Path(parsed.model).name)
-    url = launch(blocks, parsed.host, parsed.port)
-    print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
-    blocks.block_thread()
+    with temporary_folder():
+        blocks = build(segmenter, Path(parsed.model).name)
+        url = launch(blocks, parsed.host, parsed.port)
+        print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
+        blocks.block_thread()
     return 0
