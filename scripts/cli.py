@@ -18,6 +18,7 @@ from mfuser.errors import CommandError, is_expected, one_line
 COMMANDS = {
     "segment": ("segment", "segment images with a trained model"),
     "prepare": ("prepare_domain", "convert a dataset's official download to train ids in the format of `datasets`"),
+    "app": ("app", "segment images on a page in the browser"),
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
     "calibrate": ("calibrate", "fit the confidences of a model on its source"),
@@ -26,7 +27,8 @@ COMMANDS = {
     "convert": ("convert_checkpoint", "convert a published checkpoint to a Transformers folder"),
 }
 
-TRAINING_PACKAGES = ("accelerate", "datasets", "evaluate", "yaml")  # installed by the extra [train]
+# Packages that an extra installs.
+EXTRAS = {"accelerate": "train", "datasets": "train", "evaluate": "train", "yaml": "train", "gradio": "app"}
 DEBUG = "--debug"
 FAILED, INTERRUPTED = 2, 130  # exit codes
 
@@ -105,8 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"mfuser.scripts.{COMMANDS[arguments[0]][0]}")
     except ModuleNotFoundError as error:
-        if error.name not in TRAINING_PACKAGES:
+        if error.name not in EXTRAS:
             raise
-        print(f'mfuser {arguments[0]} needs the package {error.name}: pip install "mfuser[train]"', file=sys.stderr)
+        install = f'pip install "mfuser[{EXTRAS[error.name]}]"'
+        print(f"mfuser {arguments[0]} needs the package {error.name}: {install}", file=sys.stderr)
         return FAILED
     return module.main(arguments[1:])

@@ -82,7 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="T",
         help=f"pixels of lower confidence than this get the label {UNKNOWN}, unknown, and are black in the overlay",
     )
-    parser.add_argument("--device", type=_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
+    parser.add_argument("--device", type=available_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -122,7 +122,8 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _device(text: str) -> torch.device:
+def available_device(text: str) -> torch.device:
+    """The type of the argument `--device`."""
     try:
         return torch.empty(0, device=text).device
     except (AssertionError, RuntimeError) as error:
