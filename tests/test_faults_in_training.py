@@ -102,6 +102,7 @@ def test_nothing_that_was_whole_is_lost(action, kind, trainer, tmp_path):
     check(ACTIONS[action], trainer, tmp_path, kind, step=23)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "full"])
 @pytest.mark.parametrize("action", ACTIONS)

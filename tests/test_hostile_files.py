@@ -356,6 +356,7 @@ def test_every_damaged_image_is_read_or_skipped_with_a_reason(model, tmp_path, c
     check_fuzzed(tmp_path / "images", tmp_path / "out", 50, 0, capfd, monkeypatch)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_thousands_of_damaged_images_are_read_or_skipped_with_a_reason(model, tmp_path, capfd, monkeypatch, seed):

@@ -330,6 +330,7 @@ def test_a_fault_at_any_change_of_a_file_loses_nothing_that_was_whole(tmp_path, 
     check_fault(tmp_path, kind, number, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["new", "grown"])
 @pytest.mark.parametrize("kind", ["kill", "full"])

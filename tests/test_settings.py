@@ -51,7 +51,7 @@ REFUSED = [
     ("model_config.vlm_config.model_type=vit", "model_type of an encoder is 'vit'; it must be one of dinov2,"),
     ("augmentation.scale=2", "augmentation has no setting 'scale'"),
     ("augmentation.flip_probabilty=1", "augmentation has no setting 'flip_probabilty'; did you mean 'flip_prob"),
-    ("validation_size.hieght=4", "validation_size has no setting 'hieght'; did you mean 'height'?"),
+    ("validation_size.heights=4", "validation_size has no setting 'heights'; did you mean 'height'?"),
     ("learning_rate=1 learning_rate.x=1", "learning_rate.x cannot be set: learning_rate is 1, which has no fields"),
     ("resume_from_checkpoint=x", "resume_from_checkpoint has no effect in mfuser train; use resume"),
     # ranges
