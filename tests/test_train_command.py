@@ -146,7 +146,7 @@ def test_a_model_whose_weights_are_incomplete_or_damaged_is_not_trained_further(
             {key: value for key, value in weights.items() if key != name},
             f"lacks 1 of the model's weights, such as {name}",
         ),
-        (weights | {name: weights[name][:2].clone()}, "does not fit"),
+        (weights | {name: weights[name][:2].clone()}, "do not fit"),
     ):
         save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
         assert train.main(further) == 2

@@ -37,7 +37,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
     _supports_sdpa = True
     _supports_flash_attn = False  # the decoder's masks differ between queries; encoders alone can use it
     _supports_attention_backend = True
-    _can_record_outputs = {"attentions": []}  # declared by the encoders
+    _can_record_outputs: dict[str, list] = {"attentions": []}  # declared by the encoders
 
     @classmethod
     def from_pretrained(

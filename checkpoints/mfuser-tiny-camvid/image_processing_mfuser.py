@@ -146,8 +146,8 @@ class MFuserImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict, **kwargs):
-        # Any other name may be an argument of the download or of the pipeline.
-        misspelt = [name for name in kwargs if name not in SETTINGS and _nearest_setting(name)]
+        # Any other name may be an argument of the download or of the pipeline, as `device_map` is.
+        misspelt = [n for n in kwargs if n not in SETTINGS and n != "device_map" and _nearest_setting(n)]
         if not kwargs.get("return_unused_kwargs"):
             _check_settings(misspelt)
         return super().from_dict(image_processor_dict, **_resize_if_size_is_given(kwargs))
