@@ -146,10 +146,20 @@ def description(model: MFuserForSemanticSegmentation, processor: MFuserImageProc
         "colours": palettes.class_colours(names).tolist(),
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),
+        "size": _limits(processor),
         "crop_size": config.crop_size,
         "crop_stride": config.crop_stride,
         "minimum_side": MINIMUM_PATCHES * config.patch_size,
     }
+
+
+def _limits(processor: MFuserImageProcessor) -> dict[str, int] | None:
+    """The size to which the processor resizes images, `None` if it does not."""
+    return (
+        {name: side for name, side in dict(processor.size).items() if side is not None}
+        if processor.do_resize
+        else None
+    )
 
 
 def largest_difference(window: Window, folder: Path) -> float:

@@ -4,7 +4,8 @@ Segments an image with an exported MFuser model.
     python run.py IMAGE [OUTPUT]
 
 It needs numpy, pillow and the runtime: torch or onnxruntime. An image larger than the crop is segmented by sliding
-windows whose scores are averaged. OUTPUT is a palette PNG whose indices are the class ids (default: labels.png).
+windows whose scores are averaged. Images are resized as by the model's image processor, and labels back to the size of
+the image. OUTPUT is a palette PNG whose indices are the class ids (default: labels.png).
 `mfuser export` copies this file into the folder of the model as run.py.
 """
 
@@ -43,6 +44,18 @@ def load(folder):
             return module(torch.from_numpy(pixels)).numpy()
 
     return run
+
+
+def model_size(width, height, limits):
+    """(width, height) to which an image is resized: the largest within the limits that keeps the aspect ratio."""
+    if not limits:
+        return width, height
+    if "height" in limits:
+        return limits["width"], limits["height"]
+    sides = {"shortest_edge": min(width, height), "longest_edge": max(width, height)}
+    sides |= {"max_height": height, "max_width": width}
+    scales = [limit / sides[name] for name, limit in limits.items()]
+    return tuple(max(int(length * min(scales) + 0.5), 1) for length in (width, height))
 
 
 def normalise(image, artefact):
@@ -84,8 +97,11 @@ def main():
     folder = Path(__file__).resolve().parent
     artefact = describe(folder)
     with Image.open(sys.argv[1]) as image:
-        labels = segment(normalise(image.convert("RGB"), artefact), load(folder), artefact)
-    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+        size = model_size(*image.size, artefact["size"])
+        resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        labels = segment(normalise(resized, artefact), load(folder), artefact)
+        picture = Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    labels = np.asarray(picture)
     picture.putpalette(np.uint8(artefact["colours"]).tobytes())
     picture.save(sys.argv[2] if len(sys.argv) == 3 else "labels.png")
     for index, count in enumerate(np.bincount(labels.ravel(), minlength=len(artefact["classes"]))):

@@ -206,4 +206,6 @@ def test_artefacts_equal_the_model(pair, tmp_path):
         labels, _ = run_elsewhere(folder, folder / "image.png", kind)
         with Image.open(folder / "image.png") as image, torch.no_grad():
             expected = model(processor(image, return_tensors="pt")["pixel_values"]).logits.argmax(1)[0].numpy()
+        # Labels of the size at which the model runs are resized to that of the image.
+        expected = np.asarray(Image.fromarray(expected.astype(np.uint8)).resize((210, 190), Image.Resampling.NEAREST))
         assert (labels == expected).mean() > 0.999, kind
