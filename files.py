@@ -96,9 +96,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         folder = workspace / path.name
         folder.mkdir()
         yield folder
-        for file in filter(Path.is_file, folder.rglob("*")):
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+        flush(folder)
         os.replace(folder, path)  # fails if anything was written to `path` in the meantime
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -110,6 +108,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Flushes the files of a folder to disk."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from mfuser.errors import CommandError
 from mfuser.files import write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.quantization import add_quantize_argument, quantize
-from mfuser.scripts import palettes, run_artefact
+from mfuser.scripts import cli, palettes, run_artefact
 
 DESCRIPTION = """Exports a model for one window of any height and width, in batches of any size. The folder DIR then
 holds
@@ -36,10 +37,6 @@ OPSET = 20
 TOLERANCE = 1e-5  # largest difference of scores, which are in [0, number of classes]
 # Sides of the windows of the check in patches, besides the crop, and batch sizes.
 CHECKED_PATCHES, CHECKED_BATCHES = (6, 9), (1, 3)
-
-
-class ExportError(Exception):
-    """An artefact that could not be exported, or that does not equal the model."""
 
 
 class Window(nn.Module):
@@ -83,13 +80,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_requirements(kind: str):
-    """Raises an `ExportError` if something that a format needs is not installed."""
+    """Raises `CommandError` if something that a format needs is not installed."""
     packages = ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" else ()
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"--format {kind} needs packages that are not installed: pip install {' '.join(missing)}")
+        raise CommandError(f"--format {kind} needs packages that are not installed: pip install {' '.join(missing)}")
     if kind == "aoti" and cpp_compiler() is None:
-        raise ExportError(
+        raise CommandError(
             "--format aoti needs a C++ compiler, and there is none: install g++ or clang++, or name one in the "
             "environment variable CXX"
         )
@@ -179,7 +176,9 @@ def largest_difference(window: Window, folder: Path) -> float:
                 expected = window(pixel_values).numpy()
             found = run(pixel_values.numpy())
             if found.shape != expected.shape:
-                raise ExportError(f"the artefact returns shape {found.shape} where the model returns {expected.shape}")
+                raise CommandError(
+                    f"the artefact returns shape {found.shape} where the model returns {expected.shape}"
+                )
             difference = (found != expected).mean() if window.argmax else np.abs(found - expected).max()
             largest = max(largest, float(difference))
     return largest
@@ -205,7 +204,7 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
         `float`: The largest difference of scores, or the share of different labels.
 
     Raises:
-        ExportError: If the format needs something that is not installed, or if the artefact differs from the model.
+        CommandError: If the format needs something that is not installed, or if the artefact differs from the model.
     """
     check_requirements(kind)
     output.mkdir(parents=True, exist_ok=True)
@@ -214,7 +213,10 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
     window = Window(quantize(model, quantization), argmax)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = Path(temporary)
-        WRITERS[kind](capture(window), folder / FILES[kind])
+        try:
+            WRITERS[kind](capture(window), folder / FILES[kind])
+        except RuntimeError as error:  # of the exporters and of the compiler
+            raise CommandError(f"the model cannot be exported to {kind}: {error}") from error
         shutil.copyfile(run_artefact.__file__, folder / "run.py")
         write_text(
             folder / run_artefact.DESCRIPTION_FILE,
@@ -222,7 +224,7 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
         )
         difference = largest_difference(window, folder)
         if not difference <= TOLERANCE:  # also if it is not a number
-            raise ExportError(
+            raise CommandError(
                 f"the artefact differs from the model by {difference:.1e}; at most {TOLERANCE:.0e} is accepted"
             )
         for file in folder.iterdir():
@@ -230,15 +232,12 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
     return difference
 
 
+@cli.reports_errors("export")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about their own code
-            difference = export(parsed.model, parsed.format, parsed.output, parsed.argmax, parsed.quantize)
-    except (ExportError, ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"mfuser export: {error}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters, about their own code
+        difference = export(parsed.model, parsed.format, parsed.output, parsed.argmax, parsed.quantize)
     measure = "share of labels that differ" if parsed.argmax else "largest difference of scores"
     print(f"checked against the model, batch sizes 1 and 3, two sizes: {measure} {difference:.1e}")
     for path in sorted(parsed.output.iterdir()):

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.trainer_utils import sort_checkpoints
 
+from mfuser.files import flush
 from mfuser.frozen_encoders_mfuser import ENCODERS_FILE
 from mfuser.loading import read_weights
 
@@ -69,13 +70,6 @@ def unfinished(folder: Path) -> Iterator[None]:
         raise OSError(f"a file in {folder} cannot be written; is the disk full? ({error})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def flush(folder: Path) -> None:
-    """Flushes the files of a folder to disk."""
-    for file in filter(Path.is_file, folder.rglob("*")):
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
 
 
 def publish(unfinished: Path, final: Path) -> None:
