@@ -1,9 +1,11 @@
-"""Code of saved models is copied into a cache of the test session, not into the user's."""
+"""Fixtures of several test files. Code of saved models is copied into a cache of the test session, not the user's."""
 
 import atexit
 import os
 import shutil
 import tempfile
+
+import pytest
 
 # before anything imports transformers, which reads it once
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mfuser-tests-")
@@ -17,3 +19,24 @@ MARKERS = "accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test 
 def pytest_configure(config):
     for marker in MARKERS:
         config.addinivalue_line("markers", f"{marker}: of Transformers' tests")
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """Puts the cache of `datasets` into the folder of the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    """The folder of a tiny model with its image processor. Tests must not change it."""
+    from tiny_models import tiny_model
+
+    from mfuser import MFuserImageProcessor
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    return folder

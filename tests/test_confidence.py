@@ -7,7 +7,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import scipy.stats
@@ -31,17 +30,7 @@ CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "class_entropy": 0.5, "bias
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    MFuserImageProcessor().save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 # The confidence of the model

@@ -344,9 +344,7 @@ def test_a_download_without_any_pair_is_an_error(tmp_path):
 # load_domain
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def rows(count: int = 4, ids=(0, 1, 2, 255), image="image", label="label") -> datasets.Dataset:

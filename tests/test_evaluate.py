@@ -4,7 +4,6 @@ import dataclasses
 import gc
 from pathlib import Path
 
-import datasets
 import fake_downloads as fake
 import numpy as np
 import pytest
@@ -30,9 +29,7 @@ OWN_SIZE = {"P2": EvaluationSize()}  # the size of the images
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

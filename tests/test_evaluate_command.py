@@ -7,32 +7,19 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-import datasets
 import fake_downloads as fake
 import numpy as np
 import pytest
 import torch
 from colour_scorer import pixels_and_labels, write_dataset
-from tiny_models import tiny_model
 
-from mfuser import MFuserImageProcessor
 from mfuser.evaluation.report import score_table
 from mfuser.scripts import evaluate as command
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    MFuserImageProcessor().save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def run(*arguments) -> int:

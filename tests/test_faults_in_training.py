@@ -5,9 +5,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import fault_injection
 import pytest
 import torch
-from faults import FAILED, FINISHED, run_with_fault
+from fault_injection import FINISHED, FULL, fill_disk, kill
 from test_training import trainer_in
 
 from mfuser import MFuserForSemanticSegmentation
@@ -59,10 +60,10 @@ ACTIONS = {"a checkpoint of the same step": save_again, "a checkpoint": save_lat
 
 def faults(step: int):
     """Every `step`-th number of a fault; the default suite tries some of them, the slow tests all."""
-    return range(1, 500, step)
+    return range(0, 500, step)
 
 
-def check(action, trainer, tmp_path, kind, step):
+def check(action, trainer, tmp_path, fault, step):
     """Tries one fault after another until the action has no further change of a file; returns the last number."""
     original = Path(trainer.args.output_dir)
     before = files_in(original)
@@ -71,13 +72,14 @@ def check(action, trainer, tmp_path, kind, step):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(original, run)
 
+        @fault_injection.full_disk_is_an_exit_code
         def act():
             trainer.args.output_dir = str(run)
             action(trainer)
 
-        code = run_with_fault(act, run, number, kind)
-        assert code in (FINISHED, -signal.SIGKILL if kind == "kill" else FAILED)
-        if kind == "full" and code == FAILED:
+        code, _ = fault_injection.run(act, run, fault, number)
+        assert code in (FINISHED, -signal.SIGKILL if fault is kill else FULL)
+        if code == FULL:
             assert not (run / "_unfinished").exists()  # the space is free again
         restore_replaced(run)  # as the next run does
         after = files_in(run)
@@ -96,28 +98,29 @@ def check(action, trainer, tmp_path, kind, step):
     raise AssertionError("the action never finished")
 
 
-@pytest.mark.parametrize("kind", ["kill", "full"])
+@pytest.mark.parametrize("fault", [kill, fill_disk])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_nothing_that_was_whole_is_lost(action, kind, trainer, tmp_path):
-    check(ACTIONS[action], trainer, tmp_path, kind, step=23)
+def test_nothing_that_was_whole_is_lost(action, fault, trainer, tmp_path):
+    check(ACTIONS[action], trainer, tmp_path, fault, step=23)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kill", "full"])
+@pytest.mark.parametrize("fault", [kill, fill_disk])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_nothing_that_was_whole_is_lost_at_any_change_of_a_file(action, kind, trainer, tmp_path):
-    assert check(ACTIONS[action], trainer, tmp_path, kind, step=1) > 10
+def test_nothing_that_was_whole_is_lost_at_any_change_of_a_file(action, fault, trainer, tmp_path):
+    assert check(ACTIONS[action], trainer, tmp_path, fault, step=1) > 10
 
 
 def test_deleting_checkpoints_leaves_no_half_of_one(trainer, tmp_path):
     original = Path(trainer.args.output_dir)
     whole = {path.partition("/")[2] for path in part(files_in(original), "checkpoint-4")}
     for action in (lambda: rotate(tmp_path / "run", 1, None), lambda: remove_earlier_run(tmp_path / "run")):
-        for number in range(1, 400, 13):
+        for number in range(0, 400, 13):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
             shutil.copytree(original, tmp_path / "run")
-            code = run_with_fault(action, tmp_path / "run", number, "kill")
+            act = fault_injection.full_disk_is_an_exit_code(action)
+            code, _ = fault_injection.run(act, tmp_path / "run", kill, number)
             for path in (tmp_path / "run").glob("checkpoint-*"):
                 assert {file.name for file in path.iterdir()} == whole
             if code == FINISHED:

@@ -23,7 +23,7 @@ from test_convert import golden
 from tiny_models import DINOV2, tiny_model
 from transformers import Dinov2Config, Dinov2Model
 
-from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser import MFuserForSemanticSegmentation
 from mfuser.pretrained_mfuser import VFM_CLASSES, load_encoder
 from mfuser.scripts import cli
 from mfuser.scripts.convert_checkpoint import save_converted
@@ -147,14 +147,6 @@ DAMAGED_MODELS = {
     "a misspelt setting": (write("preprocessor_config.json", '{"do_rezise": true}'), "did you mean `do_resize`"),
     "no image processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "Can't load image proc"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    MFuserImageProcessor().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGED_MODELS.values(), ids=DAMAGED_MODELS)

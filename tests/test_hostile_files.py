@@ -388,10 +388,9 @@ class FragileColours(Colours):
         return outputs
 
 
+@pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_bad_row_is_named_and_counted_and_the_score_is_that_of_the_rest(tmp_path, first, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
     def png(array: np.ndarray) -> bytes:
         stream = io.BytesIO()
         Image.fromarray(array).save(stream, "PNG")

@@ -9,10 +9,11 @@ import sys
 
 import datasets
 import fake_downloads as fake
+import fault_injection
 import filelock
 import numpy as np
 import pytest
-from faults import FAILED, FINISHED, run_with_fault
+from fault_injection import FINISHED, FULL, fill_disk, full_disk_is_an_exit_code, kill
 
 from mfuser.data import preparation
 from mfuser.data import rows as data_rows
@@ -26,9 +27,7 @@ from mfuser.scripts.prepare_domain import main
 run = functools.partial(prepare, workers=1, shard_size=2)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def encoded(dataset) -> list[dict]:
@@ -321,28 +320,28 @@ def test_shards_of_an_earlier_cut_are_removed_when_the_download_has_grown(tmp_pa
     assert len(load_domain(out).dataset) == 5
 
 
-FAULTS = [*((kind, number, "new") for kind in ("kill", "full") for number in range(1, 26, 6))]
-FAULTS += [(kind, number, "grown") for kind in ("kill", "full") for number in range(1, 40, 6)]
+FAULTS = [*((fault, number, "new") for fault in (kill, fill_disk) for number in range(0, 25, 6))]
+FAULTS += [(fault, number, "grown") for fault in (kill, fill_disk) for number in range(0, 39, 6)]
 
 
-@pytest.mark.parametrize(("kind", "number", "before"), FAULTS)
-def test_a_fault_at_any_change_of_a_file_loses_nothing_that_was_whole(tmp_path, kind, number, before):
-    check_fault(tmp_path, kind, number, before)
+@pytest.mark.parametrize(("fault", "number", "before"), FAULTS)
+def test_a_fault_at_any_change_of_a_file_loses_nothing_that_was_whole(tmp_path, fault, number, before):
+    check_fault(tmp_path, fault, number, before)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["new", "grown"])
-@pytest.mark.parametrize("kind", ["kill", "full"])
-def test_every_fault_in_turn_loses_nothing_that_was_whole(tmp_path, kind, before):
-    for number in range(1, 200):
-        if check_fault(tmp_path / str(number), kind, number, before):
+@pytest.mark.parametrize("fault", [kill, fill_disk])
+def test_every_fault_in_turn_loses_nothing_that_was_whole(tmp_path, fault, before):
+    for number in range(200):
+        if check_fault(tmp_path / str(number), fault, number, before):
             assert number > 10
             return
     raise AssertionError("the preparation never finished")
 
 
-def check_fault(tmp_path, kind, number, before) -> bool:
+def check_fault(tmp_path, fault, number, before) -> bool:
     """Prepares into a new folder or one that holds fewer rows, with a fault; returns whether it had no effect."""
     out, old = tmp_path / "out", []
     tmp_path.mkdir(exist_ok=True)
@@ -350,8 +349,9 @@ def check_fault(tmp_path, kind, number, before) -> bool:
         run("gta5", fake.gta5(tmp_path / "raw", count=3), out)
         old = list(load_domain(out).dataset["name"])
     raw = fake.gta5(tmp_path / "raw", count=5)
-    code = run_with_fault(lambda: run("gta5", raw, out), out, number, kind)
-    assert code in (FINISHED, FAILED if kind == "full" else -signal.SIGKILL)
+    prepared = full_disk_is_an_exit_code(lambda: run("gta5", raw, out))
+    code, _ = fault_injection.run(prepared, out, fault, number)
+    assert code in (FINISHED, FULL if fault is fill_disk else -signal.SIGKILL)
     new = [f"images/{index:05}.png" for index in range(1, 6)]
     if (out / "dataset_dict.json").is_file() and (out / "train" / "state.json").is_file():
         dataset = load_domain(out).dataset

@@ -11,10 +11,7 @@ from mfuser.data.preparation import prepare
 from mfuser.data.rows import DatasetRows, DownloadRows
 from mfuser.data.tables import DOMAINS
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture(params=["acdc", "synthia", "cityscapes test"])
