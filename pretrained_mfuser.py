@@ -82,17 +82,21 @@ def check_finite(model: nn.Module, source: str) -> None:
     Raises:
         ValueError: If a weight is not finite, with the names of the first ones.
     """
-    bad = [
-        name
-        for name, tensor in model.state_dict().items()
-        if type(tensor) is torch.Tensor and not tensor.is_meta and tensor.numel() and not _is_finite(tensor)
-    ]
-    if bad:
+    if bad := nonfinite_tensors(model.state_dict()):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ValueError(
             f"{source}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:3])}{more}; the file is "
             "damaged or the training diverged, use another checkpoint"
         )
+
+
+def nonfinite_tensors(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinite values, without those on the meta device and quantised ones."""
+    return [
+        name
+        for name, tensor in state_dict.items()
+        if type(tensor) is torch.Tensor and not tensor.is_meta and tensor.numel() and not _is_finite(tensor)
+    ]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -38,6 +38,7 @@ def label_map_by_bands(
     config = model.config
     if max(size) <= config.crop_size:
         return label_map_of_scores(model(pixel_values=pixel_rows(slice(0, height))).logits[0])
+    config.check_windows()  # fields may be set after loading
     windows = sliding_windows(height, width, config.crop_size, config.crop_stride)
     shape_only = torch.empty(1, 3, 1, 1, device=model.device).expand(1, 3, height, width)
     together = config.windows_per_batch or windows_per_batch(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
-import torch
 from gradio.data_classes import ImageData
 from PIL import UnidentifiedImageError
 
@@ -30,7 +29,7 @@ from mfuser.scripts.app_view import (
     legend_html,
     write_results,
 )
-from mfuser.scripts.segment import DEFAULT_MODEL, available_device, read_image
+from mfuser.scripts.segment import DEFAULT_MODEL, add_device_argument, read_image
 
 # Part of the repository, not of an installed package.
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "street.jpg"
@@ -336,7 +335,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=_port, default=7860, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--device", type=available_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_argument(parser)
     parsed = parser.parse_args(arguments)
     try:
         family = socket.getaddrinfo(parsed.host, parsed.port)[0][0]
@@ -364,9 +363,8 @@ def temporary_folder() -> Iterator[None]:
 @cli.reports_errors("app")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes uploads and results as Ctrl-C does
-    segmenter = Segmenter(*load_for_inference(parsed.model, device), parsed.tokenizer)
+    segmenter = Segmenter(*load_for_inference(parsed.model, parsed.device), parsed.tokenizer)
     with temporary_folder():
         blocks = build(segmenter, Path(parsed.model).name)
         url = launch(blocks, parsed.host, parsed.port)

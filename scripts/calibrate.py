@@ -23,6 +23,7 @@ from mfuser.files import atomic_folder, check_new_folder, read_json, write_text
 from mfuser.loading import load_for_inference
 from mfuser.scripts import cli
 from mfuser.scripts.evaluate import domain_argument, model_folder
+from mfuser.scripts.segment import add_device_argument
 
 CONFIG = "config.json"
 
@@ -60,7 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--pixels", type=int, default=1000, help="pixels that are drawn from each view of an image (default: 1000)"
     )
     parser.add_argument("--distortions", type=int, default=2, help="distorted views of each image (default: 2)")
-    parser.add_argument("--device", help="e.g. cpu, cuda:1 (default: cuda if available)")
+    add_device_argument(parser)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: 2)")
     parsed = parser.parse_args(arguments)
     for name, minimum in (("pixels", 1), ("distortions", 0), ("workers", 0)):
@@ -121,8 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_new_folder(parsed.output)
     elif revision is not None:
         raise ValueError(f"{parsed.model} is a model on the Hub; give --output DIR for its calibrated copy")
-    device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, processor = load_for_inference(folder, device)
+    model, processor = load_for_inference(folder, parsed.device)
     _, name, split, source = parsed.domain
     domain = open_domain(name, source, split, id2label=parsed.id2label)
     check_classes(model.config.id2label, domain)

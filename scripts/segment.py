@@ -82,7 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="T",
         help=f"pixels of lower confidence than this get the label {UNKNOWN}, unknown, and are black in the overlay",
     )
-    parser.add_argument("--device", type=available_device, help="e.g. cpu, cuda, cuda:1 (default: cuda if available)")
+    add_device_argument(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -122,8 +122,17 @@ def _fraction(text: str) -> float:
     return value
 
 
-def available_device(text: str) -> torch.device:
-    """The type of the argument `--device`."""
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`, a device that is available."""
+    parser.add_argument(
+        "--device",
+        type=_available_device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        help="e.g. cpu, cuda, cuda:1 (default: cuda if available)",
+    )
+
+
+def _available_device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
     except (AssertionError, RuntimeError) as error:
@@ -363,8 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"skipped {problem}", file=sys.stderr)
     if not images:
         return 1
-    device = parsed.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load_for_inference(parsed.model, device, parsed.dtype, parsed.size)
+    model, processor = load_for_inference(parsed.model, parsed.device, parsed.dtype, parsed.size)
     quantize(model, parsed.quantize)
     class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     colours, classes = palettes.class_colours(class_names), dict(enumerate(class_names))

@@ -160,9 +160,13 @@ def test_the_command_refuses_what_it_cannot_calibrate(tmp_path, saved_model, cap
         assert calibrate.main(list(map(str, arguments))) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
-    with pytest.raises(SystemExit):
-        calibrate.main(["--model", str(saved_model), "--domain", f"mine={one}", "--pixels", "0"])
-    assert "--pixels is 0; it must be at least 1" in capsys.readouterr().err
+    for option, value, message in (
+        ("--pixels", "0", "--pixels is 0; it must be at least 1"),
+        ("--device", "abacus", "'abacus' must be an available device"),
+    ):
+        with pytest.raises(SystemExit):
+            calibrate.main(["--model", str(saved_model), "--domain", f"mine={one}", option, value])
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_that_is_trained_loses_its_calibration(tmp_path):

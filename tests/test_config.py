@@ -14,6 +14,7 @@ from tiny_models import CLIP, CLIP_TOKENS, DINOV2, EVA02, PAIRS, SIGLIP, TEXT, V
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation
 from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
 from mfuser.configuration_mfuser import evenly_paired
+from mfuser.evaluation.large_images import label_map_by_bands
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENCODERS = ("vfm_config", "vlm_config", "text_config")
@@ -235,8 +236,11 @@ def test_values_set_after_construction_are_checked_by_the_model():
 def test_windows_set_after_loading_are_checked_when_an_image_is_segmented(name, value, message):
     model = tiny_model()
     setattr(model.config, name, value)
+    image = torch.zeros(1, 3, 96, 80)
     with pytest.raises(ValueError, match=re.escape(message)), torch.no_grad():
-        model(torch.zeros(1, 3, 96, 80))
+        model(image)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        label_map_by_bands(model, lambda rows: image[:, :, rows], (96, 80))
 
 
 def test_fields_of_other_versions_in_a_saved_configuration_are_accepted():

@@ -7,6 +7,8 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from mfuser.pretrained_mfuser import nonfinite_tensors
+
 logger = logging.get_logger("transformers.mfuser.training")
 
 
@@ -80,10 +82,7 @@ def batch_statistics(model: nn.Module) -> list[torch.Tensor]:
 
 def check_finite(state_dict: dict[str, torch.Tensor], step: int) -> None:
     """Raises `NotFiniteError` if a tensor that is to be saved holds NaN or infinite values."""
-    floating = {name: value for name, value in state_dict.items() if value.is_floating_point()}
-    flags = [torch.isfinite(value).all() for value in floating.values()]
-    bad = [name for name, finite in zip(floating, flags, strict=True) if not finite]
-    if bad:
+    if bad := nonfinite_tensors(state_dict):
         raise NotFiniteError(
             f"{len(bad)} of the model's tensors, such as {bad[0]}, are not finite after step {step}; they are not "
             "saved. The last checkpoint is whole; a lower learning_rate or max_grad_norm may help"
