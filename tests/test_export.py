@@ -68,6 +68,26 @@ def run_elsewhere(folder, image, kind):
 # run.py
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        None,
+        {"longest_edge": 480},
+        {"shortest_edge": 360},
+        {"longest_edge": 480, "shortest_edge": 360},
+        {"max_height": 100, "max_width": 300},
+        {"height": 48, "width": 64},
+    ],
+)
+def test_the_script_resizes_as_the_processor(size):
+    processor = MFuserImageProcessor(**({} if size is None else {"size": size}))
+    described = export.description(tiny_model(), processor, False, "onnx")
+    assert json.loads(json.dumps(described)) == described
+    for width, height in ((210, 190), (96, 640), (1, 3), (1920, 1080), (333, 333)):
+        pixels = processor(Image.new("RGB", (width, height)), do_pad=False)["pixel_values"][0]
+        assert run_artefact.model_size(width, height, described["size"]) == pixels.shape[:0:-1]
+
+
 def test_the_script_normalises_as_the_processor(tmp_path):
     pixels = save_image(tmp_path / "image.png")
     processor = MFuserImageProcessor()

@@ -264,7 +264,13 @@ def test_labels_found_band_by_band_are_those_of_the_whole_image(size, windows_pe
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
             expected = model(pixel_values=pixels).logits[0].argmax(0)
+    batches = []
+    model.mfuser.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
+    with torch.no_grad():
+        model(pixels)
+    together, batches[:] = list(batches), []
     assert torch.equal(label_map_by_bands(model, lambda rows: pixels[:, :, rows], size).long(), expected)
+    assert batches == together
 
 
 def test_no_tensor_but_the_label_map_grows_with_the_image():

@@ -82,6 +82,10 @@ REFUSED = {
         ["resume=true", "augmentation.flip_probability=0", "max_steps=4"],
         "augmentation.flip_probability was 0.5 and is 0",
     ),
+    "samples of incomplete batches": (
+        ["resume=true", "dataloader_drop_last=true", "max_steps=4"],
+        "dataloader_drop_last was False and is True",
+    ),
     "another sampling": (
         ["resume=true", "rare_class_sampling=no", "max_steps=4"],
         "rare_class_sampling was True and is False",
