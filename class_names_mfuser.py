@@ -96,8 +96,16 @@ def class_token_ids(
 
 
 def label_names(id2label: dict) -> list[str]:
-    """The class names in the order of their ids."""
-    return [name for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+    """
+    The class names in the order of their ids.
+
+    Raises:
+        ValueError: If the ids are not 0, 1, 2 and so on.
+    """
+    names = {int(class_id): name for class_id, name in id2label.items()}
+    if sorted(names) != list(range(len(id2label))):
+        raise ValueError(f"id2label has the ids {list(id2label)}; they must be 0 to {len(id2label) - 1}")
+    return [names[class_id] for class_id in range(len(names))]
 
 
 def checked_class_names(class_names) -> list[str]:
@@ -105,7 +113,8 @@ def checked_class_names(class_names) -> list[str]:
     Returns class names as a list.
 
     Raises:
-        ValueError: If they are not a list of different, non-empty strings.
+        ValueError: If they are not a list of different, non-empty strings. Case and surrounding spaces make no
+            difference, since most tokenizers ignore them.
     """
     accepted = "it must be a list of different, non-empty names, such as ['road', 'sky']"
     if not isinstance(class_names, (list, tuple)):
@@ -113,7 +122,8 @@ def checked_class_names(class_names) -> list[str]:
     wrong = [name for name in class_names if not (isinstance(name, str) and name.strip())]
     if wrong or not class_names:
         raise ValueError(f"class_names is {list(class_names)!r}; {accepted}")
-    if repeated := sorted(name for name, count in Counter(class_names).items() if count > 1):
+    counts = Counter(name.strip().casefold() for name in class_names)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"class_names contains {', '.join(map(repr, repeated))} more than once; {accepted}")
     return list(class_names)
 

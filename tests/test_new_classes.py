@@ -198,6 +198,8 @@ def test_contradicting_arguments_are_refused(tmp_path):
         load(tmp_path, num_labels=3, id2label=LABELS["id2label"], ignore_mismatched_sizes=True)
     with pytest.raises(ValueError, match=r"class_names is \['car'\], but num_labels, id2label or config give"):
         load(tmp_path, class_names=["car"], id2label=LABELS["id2label"], tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"id2label has the ids \[0, 2\]; they must be 0 to 1"):
+        load(tmp_path, num_labels=2, id2label={0: "road", 2: "sky"}, ignore_mismatched_sizes=True)
     with pytest.raises(ValueError, match="without the folder of a saved model"):
         load(None, class_names=["car"], config=tiny_config(), state_dict=tiny_model().state_dict())
 
@@ -222,6 +224,7 @@ LONG = "way of life light"  # 6 tokens with start and end
         (["road", ""], {}, "it must be a list of different, non-empty names"),
         (["road", 3], {}, r"class_names is \['road', 3\]"),
         (["road", "sky", "road"], {}, "class_names contains 'road' more than once"),
+        (["road", "Road "], {}, "class_names contains 'road' more than once"),
         (["road"], {"tokenizer": "no/such/folder"}, "tokenizer is 'no/such/folder', which cannot be loaded"),
         (["road"], {"tokenizer": 5}, "tokenizer is of type int; it must be a tokenizer"),
         (["road"], {"tokenizer": None}, "new class names need a tokenizer, and none was given"),
