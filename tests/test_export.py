@@ -199,9 +199,11 @@ def test_torch_jit_trace_names_the_alternatives():
 # Whole models
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [*PAIRS, "demonstration", "int8-weight-only"])
+@pytest.mark.parametrize(
+    "pair",
+    ["demonstration", *(pytest.param(pair, marks=pytest.mark.exhaustive) for pair in [*PAIRS, "int8-weight-only"])],
+)
 def test_artefacts_equal_the_model(pair, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

@@ -121,7 +121,6 @@ def test_quantize(run):
     assert share_of_equal_labels(run("quantize")) > 0.99
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_export(run, tmp_path):
     commands = re.search(r"<!-- commands: export -->\n```bash\n(.*?)```", GUIDE, re.DOTALL)[1]
