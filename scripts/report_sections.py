@@ -21,7 +21,7 @@ from mfuser.evaluation.report import (
 )
 
 Results = dict[str, dict[str, Any]]
-_STYLES = {
+_STYLES: dict[str, dict[Any, Any]] = {
     "light": {"figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"},
     "dark": {
         "figure.facecolor": "#16181c",
@@ -210,7 +210,7 @@ def _corruptions(results: Results, groups: list[tuple[str, Results]]) -> list[Pa
         corrupted = {name: result for name, result in group.items() if "corruptions" in result}
         if corrupted:
             caption = f"{title}: " if title else ""
-            drawn = _drawn(lambda corrupted=corrupted: figures.severity_curves(corrupted))
+            drawn = _drawn(figures.severity_curves, corrupted)
             blocks.append(
                 Figure(f"corruptions-{number}.png", f"{caption}mean IoU by severity; 0 is no corruption", *drawn)
             )
@@ -230,9 +230,9 @@ def _confidence(groups: list[tuple[str, Results]]) -> list[Paragraph | Table | F
             continue
         caption = f"{title}: " if title else ""
         blocks.append(Table(confidence_rows(group), f"{caption}confidences, %"))
-        drawn = _drawn(lambda pooled=pooled: reliability_figure(pooled))
+        drawn = _drawn(reliability_figure, pooled)
         blocks.append(Figure(f"reliability-{number}.png", f"{caption}reliability", *drawn))
-        drawn = _drawn(lambda pooled=pooled: figures.risk_coverage(pooled))
+        drawn = _drawn(figures.risk_coverage, pooled)
         blocks.append(Figure(f"risk-coverage-{number}.png", f"{caption}risk and coverage", *drawn))
     return blocks
 
@@ -242,7 +242,7 @@ def _confusions(results: Results) -> list[Paragraph | Table | Figure]:
     for number, (label, name, title) in enumerate(_columns(results)):
         scores = results[name]["domains"][title]["pooled"]
         if scores is not None:
-            drawn = _drawn(lambda scores=scores: figures.confusion_matrix(scores))
+            drawn = _drawn(figures.confusion_matrix, scores)
             blocks.append(Figure(f"confusion-{number}.png", f"{label}: confusion matrix", *drawn))
             blocks.append(Table(figures.frequent_confusions(scores), f"{label}: most frequent errors"))
     return blocks
@@ -292,8 +292,8 @@ def _example_picture(file: Path) -> bytes:
     return stream.getvalue()
 
 
-def _drawn(draw: Callable[[], Any]) -> tuple[bytes, bytes]:
-    """A figure as PNG, in light and in dark."""
+def _drawn(draw: Callable[[Any], Any], content: Any) -> tuple[bytes, bytes]:
+    """The figure that `draw` makes of `content` as PNG, in light and in dark."""
     import matplotlib as mpl  # optional, see `require_matplotlib`
 
     pictures = []
@@ -301,7 +301,7 @@ def _drawn(draw: Callable[[], Any]) -> tuple[bytes, bytes]:
         # Names are shown as they are, also those that TeX would interpret.
         with mpl.rc_context(style | {"text.parse_math": False}):
             stream = io.BytesIO()
-            draw().savefig(stream, format="png", dpi=110)
+            draw(content).savefig(stream, format="png", dpi=110)
         pictures.append(stream.getvalue())
     return pictures[0], pictures[1]
 
