@@ -13,7 +13,7 @@ from transformers import SegformerConfig
 
 from mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
-from mfuser.scripts import cli, palettes, segment
+from mfuser.scripts import cli, palettes, segment, segment_images
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
 
@@ -22,6 +22,8 @@ class ThresholdModel:
     """Replaces a model: the class is 0, 1 or 2 where the red channel is dark, medium or bright."""
 
     config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)), crop_size=1 << 20)
+    config.crop_stride, config.windows_per_batch, config.confidence_calibration = 1 << 20, 1, None
+    config.to_dict = dict
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
@@ -32,6 +34,12 @@ class ThresholdModel:
         self.dtypes.append(pixel_values.dtype)
         red = pixel_values[:, 0] * 0.26862954 + 0.48145466
         return SimpleNamespace(logits=torch.stack([-(red - centre).abs() for centre in (0.0, 0.5, 1.0)], dim=1))
+
+    def parameters(self):
+        return iter(())
+
+    def state_dict(self):
+        return {}
 
 
 @pytest.fixture
@@ -190,7 +198,7 @@ def test_an_image_that_the_model_refuses_is_skipped_too(model, tmp_path, monkeyp
         raise ValueError("holds no patch")
 
     write_image(tmp_path / "a.png")
-    monkeypatch.setattr(segment, "segment", refuse)
+    monkeypatch.setattr(segment_images, "segment", refuse)
     assert run(tmp_path / "a.png", "--output", tmp_path / "out") == 1
     assert "a.png: holds no patch" in capsys.readouterr().err
 
