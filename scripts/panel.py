@@ -10,6 +10,7 @@ from mfuser.scripts.segmentation import count_pixels
 WIDTH, MAX_HEIGHT = 560, 1120  # of each part, in pixels
 GAP, MARGIN = 14, 18  # between and around the parts
 TITLE, LINE, SWATCH = 34, 26, 26
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 BACKGROUND, INK, SECOND_INK = (255, 255, 255), (25, 25, 25), (95, 95, 95)
 
 
@@ -95,7 +96,7 @@ def _draw_scale(
     draw: ImageDraw.ImageDraw,
     left: int,
     top: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
 ) -> None:
     """Draws the colours of confidences from 0 to 1."""
     ramp = np.broadcast_to(confidence_table()[None, 1:], (LINE - 9, 255, 3))
@@ -105,7 +106,7 @@ def _draw_scale(
     draw.text((left + WIDTH, top + LINE // 2), "1", INK, font, anchor="rm")
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _shortened(text: str, font: Font, width: int) -> str:
     """A name that fits into `width` pixels, with an ellipsis if it was too long."""
     if font.getlength(text) <= width:
         return text

@@ -77,7 +77,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--confidence",
         action="store_true",
-        help="write the confidence of each pixel of an image as NAME_confidence.png",
+        help="write the confidence of each pixel as NAME_confidence.png (images)",
     )
     parser.add_argument(
         "--unknown-threshold",
@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--panel",
         action="store_true",
-        help="write the image, its overlay with a legend and its confidence side by side as NAME_panel.jpg",
+        help="write the image, its overlay with a legend and its confidence side by side as NAME_panel.jpg (images)",
     )
     parser.add_argument(
         "--smoothing",
@@ -266,8 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
         check_threshold(threshold, len(class_names))
         classes[UNKNOWN] = "unknown"
         colours = np.concatenate([colours, np.zeros((UNKNOWN + 1 - len(colours), 3), dtype=np.uint8)])
-    is_calibrated = settings["is_calibrated"]
-    drawing = Drawing(classes, colours, parsed.alpha, parsed.confidence, parsed.panel, is_calibrated)
+    drawing = Drawing(
+        classes, colours, parsed.alpha, parsed.confidence, parsed.panel, is_calibrated=settings["is_calibrated"]
+    )
     make_folder(parsed.output)
     write_legend(parsed.output, drawing)
 

@@ -1,4 +1,4 @@
-"""What `mfuser segment` is given: images, videos, numbered frames, cameras and addresses, and how results are named."""
+"""What `mfuser segment` is given: images, videos, numbered frames, cameras, addresses; and how results are named."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -136,10 +136,9 @@ def _found(given: str, output: Path) -> list[Source] | str:
     if len(NUMBER.findall(path.name)) == 1 and path.parent.is_dir():
         numbered = re.compile(r"(\d+)".join(map(re.escape, NUMBER.split(path.name))))
         matches = [(numbered.fullmatch(file.name), file) for file in path.parent.iterdir()]
-        width = NUMBER.search(path.name)
-        assert width is not None
+        number_format = NUMBER.findall(path.name)[0]
         files = sorted(
-            (int(match[1]), file) for match, file in matches if match and match[1] == width[0] % int(match[1])
+            (int(match[1]), file) for match, file in matches if match and match[1] == number_format % int(match[1])
         )
         name = NUMBER.sub("", path.stem).strip("-_. ") or path.parent.resolve().name or "frames"
         frames = tuple(file for _, file in files)

@@ -123,7 +123,7 @@ def settings_of(
 
 
 def record_of(source: Source, settings: dict[str, Any]) -> str:
-    """The record of a file's results: its size and time of change, and the settings. Files of a video are all named."""
+    """The record of the results of a source: a hash of its files' sizes and times of change, and the settings."""
     files = [source.path] if source.path != Path() else list(source.frames)
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     state = hashlib.sha256(json.dumps(states).encode("utf-8", "surrogateescape")).hexdigest()
@@ -156,8 +156,10 @@ def is_done(source: Source, output: Path, drawing: Drawing, settings: dict[str, 
     try:
         record = record_of(source, settings)
         if source.kind is not Kind.IMAGE:
-            written = read_json(video_files(results)["record"])
-            return written["record"] == record and written["complete"] is True
+            files = video_files(results)
+            written = read_json(files["record"])
+            exist = files["labels"].is_file() and results.with_name(written["overlay"]).is_file()
+            return exist and written["record"] == record and written["complete"] is True
         for kind, file in _wanted(results, drawing).items():
             with Image.open(file) as image:
                 name = "comment" if kind in ("overlay", "panel") else RECORD

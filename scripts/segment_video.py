@@ -151,27 +151,29 @@ def segment_video(
         OSError, ValueError: If the video cannot be opened, a frame of it cannot be segmented or a file not be written.
             The results of an earlier run are kept.
     """
-    with closing(open_video(source, options.rate, partial(read_image, processor=processor))) as video:
-        with ExitStack() as files:
-            results = VideoResults(source, output, video, drawing, settings, files)
-            finish = _Finisher(model, drawing, options, results)
-            run_model = partial(_run_model, model=model, processor=processor, options=options)
-            with ExitStack() as threads:  # they end before the files are closed
-                together = threads.enter_context(images_at_once(model))
-                progress = threads.enter_context(
-                    tqdm(total=video.num_frames, desc=source.place.name, unit="frame", dynamic_ncols=True)
-                )
-                items = threads.enter_context(closing(read_ahead(_until(stop, video), FRAMES_AHEAD)))
-                batches: Iterable[Batch] = _batches(items, model, processor, source.kind.is_live)
-                if together == 1:
-                    batches = map(run_model, batches)
-                else:
-                    batches = threads.enter_context(closing(in_order(run_model, batches, together, ahead=together)))
-                # One thread: smoothing, the encoder and the archive need the frames in order.
-                for number in threads.enter_context(closing(in_order(finish, batches, threads=1, ahead=1))):
-                    progress.update(number)
-            result = VideoResult(finish.frames, finish.counts, video.note, video.problem, stop.is_set())
-            results.finish(result)
+    with (
+        closing(open_video(source, options.rate, partial(read_image, processor=processor))) as video,
+        ExitStack() as files,
+    ):
+        results = VideoResults(source, output, video, drawing, settings, files)
+        finish = _Finisher(model, drawing, options, results)
+        run_model = partial(_run_model, model=model, processor=processor, options=options)
+        with ExitStack() as threads:  # they end before the files are closed
+            together = threads.enter_context(images_at_once(model))
+            progress = threads.enter_context(
+                tqdm(total=video.num_frames, desc=source.place.name, unit="frame", dynamic_ncols=True)
+            )
+            items = threads.enter_context(closing(read_ahead(_until(stop, video), FRAMES_AHEAD)))
+            batches: Iterable[Batch] = _batches(items, model, processor, source.kind.is_live)
+            if together == 1:
+                batches = map(run_model, batches)
+            else:
+                batches = threads.enter_context(closing(in_order(run_model, batches, together, ahead=together)))
+            # One thread: smoothing, the encoder and the archive need the frames in order.
+            for number in threads.enter_context(closing(in_order(finish, batches, threads=1, ahead=1))):
+                progress.update(number)
+        result = VideoResult(finish.frames, finish.counts, video.note, video.problem, stop.is_set())
+        results.finish(result)
     return result
 
 
@@ -299,7 +301,8 @@ class VideoResults:
             self._write_record(complete=False)  # the files beside it are this video's
         self.format = container_format(self.video)
         stream = self.stack.enter_context(atomic_writer(self.files[self.format]))
-        self.archive = LabelArchive(self.stack.enter_context(atomic_writer(self.files["labels"])))
+        labels = self.stack.enter_context(atomic_writer(self.files["labels"]))
+        self.archive = self.stack.enter_context(closing(LabelArchive(labels)))
         self.writer = VideoWriter(stream, self.video, frame.pixels.shape[1:])
         for packet in self.waiting:
             self.writer.copy(packet)

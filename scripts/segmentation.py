@@ -160,11 +160,10 @@ def frames_at_once(
     config = model.config
     windows = len(sliding_windows(height, width, config.crop_size, config.crop_stride))
     together = windows_at_once(model, (height, width))
-    if together % windows == 0:
-        frames = together // windows
-    else:
+    frames = together // windows
+    if together % windows and not config.windows_per_batch:
         # Windows at the same place of several frames are batched, so that no batch is left partly filled.
-        frames = 1 if config.windows_per_batch else together
+        frames = together
     by_memory = MAX_SCORE_BYTES // (4 * config.num_labels * height * width)
     return max(1, min(MAX_FRAMES_AT_ONCE, frames, by_memory))
 

@@ -28,7 +28,6 @@ def import_av() -> ModuleType:
         import av
     except ModuleNotFoundError:
         raise CommandError('videos need the package av: pip install "mfuser[video]"') from None
-    av.logging.set_level(av.logging.FATAL)  # damage is reported by this module, once
     return av
 
 
@@ -113,9 +112,9 @@ class StoredVideo(Video):
         try:
             self.container = self.av.open(location, timeout=NETWORK_TIMEOUT if is_live else None)
         except self.av.error.FFmpegError as error:
-            if isinstance(error, OSError) and not isinstance(error, ValueError):
-                raise
-            raise ValueError(f"it is not a video that can be read: {error.strerror}") from error
+            # Not its own message, which contains the address with its password.
+            problem = "cannot be opened" if isinstance(error, OSError) else "is not a video that can be read"
+            raise ValueError(f"it {problem}: {error.strerror}") from error
         cover = self.av.stream.Disposition.attached_pic
         streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams:
@@ -177,6 +176,7 @@ class StoredVideo(Video):
                 if frames == 0 and quarter_turns % 2:
                     self.pixel_aspect = 1 / self.pixel_aspect
                 frames += 1
+                damaged += frame.is_corrupt and not packet.is_corrupt
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
                 yield Frame(pixels.transpose(2, 0, 1), last)
         missing = self.stated_packets is not None and packets < self.stated_packets
