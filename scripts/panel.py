@@ -4,12 +4,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mfuser.confidence_mfuser import UNKNOWN
-from mfuser.scripts.palettes import UNKNOWN_COLOUR, confidence_table
+from mfuser.scripts.palettes import confidence_table
 from mfuser.scripts.segmentation import count_pixels
 
 WIDTH, MAX_HEIGHT = 560, 1120  # of each part, in pixels
 GAP, MARGIN = 14, 18  # between and around the parts
-TITLE, LINE, SWATCH = 34, 26, 26
+TITLE, LINE, SWATCH = 46, 38, 36
+COLUMNS = 3  # of the legend, which is as wide as two parts
+TITLE_SIZE, TEXT_SIZE = 30, 26  # readable when the panel is reduced to half its size
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 BACKGROUND, INK, SECOND_INK = (255, 255, 255), (25, 25, 25), (95, 95, 95)
 
@@ -55,32 +57,29 @@ def draw_panel(
         "Confidence" if is_calibrated else "Confidence (not calibrated)": Image.fromarray(table[indices]),
     }
     entries = _legend_entries(labels, classes)
-    columns = max(1, (3 * WIDTH + 2 * GAP) // 280)
-    rows = -(-len(entries) // columns)
-    size = (
-        3 * WIDTH + 2 * GAP + 2 * MARGIN,
-        MARGIN + TITLE + height + GAP + LINE + GAP + rows * LINE + MARGIN,
+    rows = -(-len(entries) // COLUMNS)
+    panel = Image.new(
+        "RGB", (3 * WIDTH + 2 * (GAP + MARGIN), 2 * MARGIN + TITLE + height + GAP + rows * LINE), BACKGROUND
     )
-    panel = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(panel)
-    font, title_font = ImageFont.load_default(size=17), ImageFont.load_default(size=21)
+    font, title_font = ImageFont.load_default(size=TEXT_SIZE), ImageFont.load_default(size=TITLE_SIZE)
     for position, (title, part) in enumerate(parts.items()):
         left = MARGIN + position * (WIDTH + GAP)
-        draw.text((left, MARGIN + TITLE // 2 - 2), title, fill=INK, font=title_font, anchor="lm")
+        draw.text((left, MARGIN + TITLE // 2 - 4), title, fill=INK, font=title_font, anchor="lm")
         panel.paste(part.resize((width, height), Image.Resampling.LANCZOS), (left, MARGIN + TITLE))
     top = MARGIN + TITLE + height + GAP
     _draw_scale(panel, draw, MARGIN + 2 * (WIDTH + GAP), top, font)
-    draw.text((MARGIN, top + LINE // 2), f"{image.width} x {image.height} pixels", SECOND_INK, font, anchor="lm")
-    draw.text((MARGIN + WIDTH + GAP, top + LINE // 2), "share of the pixels below", SECOND_INK, font, anchor="lm")
-    column_width = (3 * WIDTH + 2 * GAP) // columns
+    column_width = (2 * WIDTH + GAP) // COLUMNS
     for number, (index, share) in enumerate(entries):
-        left, line = MARGIN + number % columns * column_width, top + LINE + GAP + number // columns * LINE
-        colour = UNKNOWN_COLOUR if index == UNKNOWN and UNKNOWN in classes else tuple(colours[index].tolist())
-        draw.rectangle((left, line + 4, left + SWATCH, line + LINE - 5), fill=colour, outline=INK)
-        text = _shortened(classes[index], font, column_width - SWATCH - 100)
-        draw.text((left + SWATCH + 9, line + LINE // 2), text, INK, font, anchor="lm")
-        share_left = left + SWATCH + 9 + font.getlength(text) + 9
-        draw.text((share_left, line + LINE // 2), f"{100 * share:.1f} %", SECOND_INK, font, anchor="lm")
+        left, line = MARGIN + number % COLUMNS * column_width, top + number // COLUMNS * LINE
+        draw.rectangle(
+            (left, line + 6, left + SWATCH, line + LINE - 7), fill=tuple(colours[index].tolist()), outline=INK
+        )
+        left += SWATCH + 10
+        text = _shortened(classes[index], font, column_width - SWATCH - 130)
+        draw.text((left, line + LINE // 2), text, INK, font, anchor="lm")
+        left += round(font.getlength(text)) + 10
+        draw.text((left, line + LINE // 2), f"{100 * share:.1f} %", SECOND_INK, font, anchor="lm")
     return panel
 
 
@@ -91,18 +90,12 @@ def _legend_entries(labels: np.ndarray, classes: dict[int, str]) -> list[tuple[i
     return [(index, counts[index] / labels.size) for index in order if counts[index]]
 
 
-def _draw_scale(
-    panel: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    left: int,
-    top: int,
-    font: Font,
-) -> None:
+def _draw_scale(panel: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, font: Font) -> None:
     """Draws the colours of confidences from 0 to 1."""
-    ramp = np.broadcast_to(confidence_table()[None, 1:], (LINE - 9, 255, 3))
-    bar = Image.fromarray(np.ascontiguousarray(ramp)).resize((WIDTH - 60, LINE - 9))
+    ramp = np.broadcast_to(confidence_table()[None, 1:], (LINE - 13, 255, 3))
+    bar = Image.fromarray(np.ascontiguousarray(ramp)).resize((WIDTH - 60, LINE - 13))
     draw.text((left, top + LINE // 2), "0", INK, font, anchor="lm")
-    panel.paste(bar, (left + 30, top + 4))
+    panel.paste(bar, (left + 30, top + 6))
     draw.text((left + WIDTH, top + LINE // 2), "1", INK, font, anchor="rm")
 
 

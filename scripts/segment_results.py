@@ -159,7 +159,7 @@ def is_done(source: Source, output: Path, drawing: Drawing, settings: dict[str, 
             files = video_files(results)
             written = read_json(files["record"])
             exist = files["labels"].is_file() and results.with_name(written["overlay"]).is_file()
-            return exist and written["record"] == record and written["complete"] is True
+            return exist and written["record"] == json.loads(record) and written["complete"] is True
         for kind, file in _wanted(results, drawing).items():
             with Image.open(file) as image:
                 name = "comment" if kind in ("overlay", "panel") else RECORD

@@ -309,7 +309,12 @@ class VideoResults:
         self.waiting = []
 
     def _write_record(self, complete: bool, **entries: Any) -> None:
-        record = {"source": source_hash(self.source), "complete": complete, **entries, "record": self.record}
+        record = {
+            "source": source_hash(self.source),
+            "complete": complete,
+            **entries,
+            "record": json.loads(self.record),
+        }
         write_text(self.files["record"], json.dumps(record, indent=2) + "\n")
 
     def copy(self, packet: Any) -> None:
