@@ -437,7 +437,7 @@ def benchmark_augmentation(options) -> list[dict]:
     return [{"augmentation": "1914 x 1052 to 512", "images/s": 1 / seconds["augmentation"]}]
 
 
-PARTS = {
+PARTS: dict[str, Callable[[Any], list[dict]]] = {
     "scan": benchmark_scan,
     "forward": benchmark_forward,
     "memory": benchmark_memory,

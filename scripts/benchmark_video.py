@@ -23,7 +23,7 @@ from mfuser.scripts.segment_video import VideoOptions, segment_video
 from mfuser.scripts.segmentation import segment
 from mfuser.scripts.video import DEFAULT_RATE, NumberedFrames, VideoWriter
 
-NUM_FRAMES = 24
+NUM_FRAMES = 48
 SIZES = ((360, 480), (720, 960))
 
 

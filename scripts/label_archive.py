@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-CHUNK_BYTES = 2**24  # of label maps that wait to be written
+CHUNK_BYTES = 2**22  # of label maps that wait to be written
 LEVEL = 3  # of compression: label maps have large areas of one value
 
 

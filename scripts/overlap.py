@@ -1,7 +1,7 @@
 """Steps of a command that run at the same time, in threads, with results in order and a bounded number in between."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import repeat
 from typing import Any, TypeVar
@@ -10,7 +10,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+) -> Generator[Result, None, None]:
     """
     Calls `function` on every item in threads, and yields the results in the order of the items.
 
@@ -39,7 +41,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads:
         pool.shutdown(cancel_futures=True)
 
 
-def read_ahead(items: Iterable[Item], ahead: int) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
     """
     Iterates over `items` in another thread.
 

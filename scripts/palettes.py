@@ -123,7 +123,7 @@ def overlay(image: Image.Image, label_map: np.ndarray, colours: np.ndarray, alph
     Returns:
         `Image.Image`: The blended image.
     """
-    return Image.blend(image, Image.fromarray(colours[label_map]), alpha)
+    return Image.blend(image, label_image(label_map, colours).convert("RGB"), alpha)
 
 
 def legend(classes: dict[int, str], colours: np.ndarray, rows: int = 20) -> Image.Image:

@@ -15,11 +15,13 @@ from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.windows_mfuser import sliding_windows
 
-# A model of fewer weights keeps one core busy, not several: its images are segmented side by side.
+# A model of fewer weights keeps one core busy, not several: its images are segmented side by side, with more windows
+# in a forward than those that keep a larger model busy.
 SMALL_MODEL = 50_000_000
+SMALL_MODEL_TOKENS_PER_BATCH = 2048
 MAX_IMAGES_AT_ONCE = 8
-# Frames in one forward: at most this many, and at most this many bytes of scores.
-MAX_FRAMES_AT_ONCE, MAX_SCORE_BYTES = 8, 2**26
+# Frames in one forward: at most this many, and at most this many bytes of pixels and of scores.
+MAX_FRAMES_AT_ONCE, MAX_PIXEL_BYTES, MAX_SCORE_BYTES = 8, 2**23, 2**26
 
 
 @torch.inference_mode()
@@ -147,8 +149,7 @@ def frames_at_once(
     """
     Number of frames to segment in one forward.
 
-    Several, if the windows of one frame do not fill the batches of windows that suit the device; never so many that
-    their scores take more than `MAX_SCORE_BYTES`.
+    Several, if their windows fit into one batch of windows of the model, and if they take little memory.
 
     Args:
         size (`tuple[int, int]`):
@@ -159,12 +160,10 @@ def frames_at_once(
     height, width = resized_size(*size, processor.size) if processor.do_resize else size
     config = model.config
     windows = len(sliding_windows(height, width, config.crop_size, config.crop_stride))
-    together = windows_at_once(model, (height, width))
-    frames = together // windows
-    if together % windows and not config.windows_per_batch:
-        # Windows at the same place of several frames are batched, so that no batch is left partly filled.
-        frames = together
-    by_memory = MAX_SCORE_BYTES // (4 * config.num_labels * height * width)
+    frames = windows_at_once(model, (height, width)) // windows
+    by_memory = min(
+        MAX_SCORE_BYTES // (4 * config.num_labels * height * width), MAX_PIXEL_BYTES // (3 * size[0] * size[1])
+    )
     return max(1, min(MAX_FRAMES_AT_ONCE, frames, by_memory))
 
 
@@ -186,16 +185,22 @@ def images_at_once(model: MFuserForSemanticSegmentation) -> Iterator[int]:
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
-            The model.
+            The model. Within the block, its `config.windows_per_batch` suits one core, unless it is set.
     """
-    threads = torch.get_num_threads()
+    threads, config = torch.get_num_threads(), model.config
     small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
-    images = min(threads, MAX_IMAGES_AT_ONCE) if small and model.device.type == "cpu" else 1
+    if not small or model.device.type != "cpu":
+        yield 1
+        return
+    images, windows = min(threads, MAX_IMAGES_AT_ONCE), config.windows_per_batch
     torch.set_num_threads(threads // images)
+    if windows is None:
+        config.windows_per_batch = max(1, SMALL_MODEL_TOKENS_PER_BATCH * config.patch_size**2 // config.crop_size**2)
     try:
         yield images
     finally:
         torch.set_num_threads(threads)
+        config.windows_per_batch = windows
 
 
 def weights_hash(model: MFuserForSemanticSegmentation) -> str:

@@ -212,7 +212,8 @@ def test_frames_in_one_forward_stay_within_the_windows_that_a_model_allows():
     processor = MFuserImageProcessor()
     assert frames_at_once((64, 64), tiny_model(windows_per_batch=3), processor) == 3
     assert frames_at_once((64, 128), tiny_model(windows_per_batch=3), processor) == 1  # three windows each
-    assert frames_at_once((4000, 6000), tiny_model(), processor) == 1  # their scores would not fit
+    assert frames_at_once((64, 128), tiny_model(windows_per_batch=7), processor) == 2
+    assert frames_at_once((4000, 6000), tiny_model(windows_per_batch=10**6), processor) == 1  # their scores are large
 
 
 def test_a_small_model_segments_images_side_by_side_and_a_large_one_does_not(monkeypatch):
@@ -221,10 +222,14 @@ def test_a_small_model_segments_images_side_by_side_and_a_large_one_does_not(mon
     try:
         with images_at_once(model) as number:
             assert number == 3 and torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
+            assert model.config.windows_per_batch == 128  # of 16 tokens
+        assert torch.get_num_threads() == 3 and model.config.windows_per_batch is None
+        chosen = tiny_model(windows_per_batch=2)
+        with images_at_once(chosen):
+            assert chosen.config.windows_per_batch == 2
         monkeypatch.setattr("mfuser.scripts.segmentation.SMALL_MODEL", 1000)
         with images_at_once(model) as number:
-            assert number == 1 and torch.get_num_threads() == 3
+            assert number == 1 and torch.get_num_threads() == 3 and model.config.windows_per_batch is None
     finally:
         torch.set_num_threads(threads)
 
