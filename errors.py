@@ -11,6 +11,7 @@ EXPECTED_LIBRARY_ERRORS = (
     ("huggingface_hub.errors", "StrictDataclassError"),
     ("datasets.exceptions", "DatasetsError"),
     ("torch", "OutOfMemoryError"),
+    ("av.error", "FFmpegError"),
 )
 NO_MEMORY_ON_CPU = ("can't allocate memory", "not enough memory")  # of PyTorch's RuntimeError, on Linux and Windows
 

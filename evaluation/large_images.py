@@ -40,10 +40,7 @@ def label_map_by_bands(
         return label_map_of_scores(model(pixel_values=pixel_rows(slice(0, height))).logits[0])
     config.check_windows()  # fields may be set after loading
     windows = sliding_windows(height, width, config.crop_size, config.crop_stride)
-    shape_only = torch.empty(1, 3, 1, 1, device=model.device).expand(1, 3, height, width)
-    together = config.windows_per_batch or windows_per_batch(
-        shape_only, config.crop_size, config.patch_size, model.mfuser.pyramid.stride8.in_channels, model.dtype
-    )
+    together = windows_at_once(model, size)
     band = _Band(config.num_labels, size, windows[0][0], model.device)
     rows_read, pixels = windows[0][0], pixel_rows(windows[0][0])
     for start in range(0, len(windows), together):
@@ -58,6 +55,25 @@ def label_map_by_bands(
             band.add(columns, window_scores)
     band.finish(height)
     return torch.cat(band.finished)
+
+
+def windows_at_once(model: MFuserForSemanticSegmentation, size: tuple[int, int]) -> int:
+    """
+    Number of windows of one image that the model's forward segments together.
+
+    Args:
+        model ([`MFuserForSemanticSegmentation`]):
+            The model.
+        size (`tuple[int, int]`):
+            (height, width) of the image.
+    """
+    config = model.config
+    if config.windows_per_batch:
+        return config.windows_per_batch
+    shape_only = torch.empty(1, 3, 1, 1, device=model.device).expand(1, 3, *size)
+    return windows_per_batch(
+        shape_only, config.crop_size, config.patch_size, model.mfuser.pyramid.stride8.in_channels, model.dtype
+    )
 
 
 class _Band:

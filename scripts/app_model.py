@@ -14,7 +14,7 @@ from mfuser.confidence_mfuser import UNKNOWN
 from mfuser.image_processing_mfuser import MFuserImageProcessor, scaled_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.app_view import SegmentedImage
-from mfuser.scripts.segment import segment_with_confidence
+from mfuser.scripts.segmentation import segment_with_confidence
 
 # Larger files are refused before they are decoded.
 MAX_FILE_PIXELS = 2**26

@@ -12,14 +12,12 @@ from PIL import Image
 
 from mfuser.confidence_mfuser import UNKNOWN
 from mfuser.scripts import palettes
+from mfuser.scripts.palettes import CONFIDENCE_COLOURS, UNKNOWN_COLOUR, confidence_table
 
 # Longer edge of the overlay on the page; the file to download has the size of the image.
 PREVIEW_EDGE = 1280
 
 CLASSES, CONFIDENCE = "Classes", "Confidence"
-UNKNOWN_COLOUR = (0, 0, 0)
-# Viridis at five points, from confidence 0 to 1.
-CONFIDENCE_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,6 @@ def colour_table(class_names: Sequence[str]) -> np.ndarray:
     """RGB colours of all 256 label values, of shape (256, 3): those of the classes, then that of unknown pixels."""
     table = np.full((256, 3), UNKNOWN_COLOUR, dtype=np.uint8)
     table[: len(class_names)] = palettes.class_colours(class_names)
-    return table
-
-
-def confidence_table() -> np.ndarray:
-    """RGB colours of confidence, of shape (256, 3): index 0 for unknown pixels, then 0 to 1 in equal steps."""
-    points = np.linspace(1, 255, len(CONFIDENCE_COLOURS))
-    channels = [np.interp(np.arange(256), points, channel) for channel in zip(*CONFIDENCE_COLOURS, strict=True)]
-    table = np.stack(channels, axis=-1).round().astype(np.uint8)
-    table[0] = UNKNOWN_COLOUR
     return table
 
 

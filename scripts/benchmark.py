@@ -30,6 +30,7 @@ from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.scripts.benchmark_video import benchmark_video
 from mfuser.selective_scan import mamba_ssm_scan, selective_scan
 from mfuser.windows_mfuser import window_starts
 
@@ -436,7 +437,7 @@ def benchmark_augmentation(options) -> list[dict]:
     return [{"augmentation": "1914 x 1052 to 512", "images/s": 1 / seconds["augmentation"]}]
 
 
-PARTS = {
+PARTS: dict[str, Callable[[Any], list[dict]]] = {
     "scan": benchmark_scan,
     "forward": benchmark_forward,
     "memory": benchmark_memory,
@@ -444,6 +445,7 @@ PARTS = {
     "train": benchmark_train,
     "metric": benchmark_metric,
     "augmentation": benchmark_augmentation,
+    "video": partial(benchmark_video, in_turns),
 }
 
 

@@ -87,7 +87,7 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items())
     return (
         f"usage: mfuser COMMAND [ARGUMENTS] [{DEBUG}]\n\ncommands (see mfuser COMMAND --help):\n{commands}\n\n"
-        f"{DEBUG} shows the traceback of an error. Exit codes: 0 success, 1 some images were skipped, 2 the command "
+        f"{DEBUG} shows the traceback of an error. Exit codes: 0 success, 1 some inputs were skipped, 2 the command "
         "could not run, 130 interrupted."
     )
 

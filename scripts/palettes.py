@@ -32,6 +32,9 @@ SYNONYMS = {"tree": "vegetation", "sign": "traffic sign", "pedestrian": "person"
 # Weights of the squared differences in red, green and blue in a perceptual distance ("redmean" at medium red).
 CHANNEL_WEIGHTS = np.array([2.5, 4.0, 2.5])
 MAX_CLASSES = 256
+UNKNOWN_COLOUR = (0, 0, 0)
+# Viridis at five points, from confidence 0 to 1.
+CONFIDENCE_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def class_colours(class_names: Sequence[str]) -> np.ndarray:
@@ -76,6 +79,15 @@ def _distance(colours: np.ndarray, colour: Sequence[float]) -> np.ndarray:
     return ((colours - np.asarray(colour)) ** 2 * CHANNEL_WEIGHTS).sum(axis=-1)
 
 
+def confidence_table() -> np.ndarray:
+    """RGB colours of confidence, of shape (256, 3): index 0 for unknown pixels, then 0 to 1 in equal steps."""
+    points = np.linspace(1, 255, len(CONFIDENCE_COLOURS))
+    channels = [np.interp(np.arange(256), points, channel) for channel in zip(*CONFIDENCE_COLOURS, strict=True)]
+    table = np.stack(channels, axis=-1).round().astype(np.uint8)
+    table[0] = UNKNOWN_COLOUR
+    return table
+
+
 def label_image(label_map: np.ndarray, colours: np.ndarray) -> Image.Image:
     """
     Makes a palette image: its pixel values are class ids, which image viewers show in the classes' colours.
@@ -111,7 +123,7 @@ def overlay(image: Image.Image, label_map: np.ndarray, colours: np.ndarray, alph
     Returns:
         `Image.Image`: The blended image.
     """
-    return Image.blend(image, Image.fromarray(colours[label_map]), alpha)
+    return Image.blend(image, label_image(label_map, colours).convert("RGB"), alpha)
 
 
 def legend(classes: dict[int, str], colours: np.ndarray, rows: int = 20) -> Image.Image:

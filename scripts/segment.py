@@ -1,47 +1,48 @@
-"""`mfuser segment`: segments images and writes colour overlays, label images and a legend."""
+"""`mfuser segment`: segments images and videos, and writes colour overlays, labels and a legend."""
 
 import argparse
-import hashlib
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from mfuser.confidence_mfuser import UNKNOWN, check_threshold
-from mfuser.errors import is_expected, one_line
-from mfuser.evaluation.large_images import label_map_by_bands
-from mfuser.files import make_folder, write_image, write_text
-from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.errors import CommandError, is_expected, one_line
+from mfuser.files import make_folder
 from mfuser.loading import load_for_inference
-from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.quantization import add_quantize_argument, quantize
 from mfuser.scripts import cli, palettes
+from mfuser.scripts.segment_images import segment_images
+from mfuser.scripts.segment_inputs import Kind, Source, find_sources
+from mfuser.scripts.segment_results import Drawing, is_done, is_free, settings_of, write_legend
+from mfuser.scripts.segment_video import VideoOptions, segment_video, stopping_on_signals
+from mfuser.scripts.video import DEFAULT_RATE, import_av
 
 # Included in the repository, so that the command runs offline.
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser-tiny-camvid"
-IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
-}  # fmt: skip
-JPEG_LIMIT = 65_500  # pixels on a side
-SOURCE = "Source"  # text of a label PNG: a hash of the path of its image
 
-DESCRIPTION = """Segments images. For each image, it writes into the output folder
+DESCRIPTION = """Segments images and videos. For each image, it writes into the output folder
   NAME_overlay.jpg   the image, overlaid with the colours of its classes
   NAME_labels.png    a palette PNG whose indices are the class ids
   NAME_confidence.png   with --confidence: the confidence of each pixel, from 0 (black) to 1 (white)
+  NAME_panel.jpg     with --panel: the image, its overlay and its confidence side by side, with a legend
+for each video
+  NAME_overlay.mp4   the video, overlaid with the colours of its classes, with its times and its sound
+  NAME_labels.npz    the label map of each frame
+  NAME_video.json    the number of frames, the share of each class, and whether the results are complete
 and once
   legend.png, legend.json   the classes with their ids and colours
 It prints the share of each class in all pixels. Classes with the name of a Cityscapes class have its colour.
 A file that cannot be read, segmented or written is named and skipped. Results of one image never replace those of
 another, also of an earlier run: they are numbered, NAME-2. Results of the same image are replaced.
-Exit code: 0 if all images were segmented, 1 if an image was skipped, 2 if the command could not run."""
+Ctrl-C or SIGTERM during a video finishes its files with the frames so far.
+Exit code: 0 if everything was segmented, 1 if an image was skipped or a video is damaged, 2 if the command could not
+run, 130 if it was interrupted (a camera or an address, which have no end: 0)."""
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,9 +52,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "inputs",
         nargs="+",
-        type=Path,
-        metavar="IMAGE_OR_FOLDER",
-        help="images, or folders that are searched for images",
+        metavar="IMAGE_OR_FOLDER_OR_VIDEO",
+        help="images and videos; folders that are searched for both; frames of one video as a pattern, such as "
+        "frames/%%05d.png; the index of a camera, such as 0; an address, such as rtsp://...",
     )
     parser.add_argument(
         "--model",
@@ -74,13 +75,41 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--alpha", type=_fraction, default=0.5, help="opacity of the colours, from 0 to 1 (default: 0.5)"
     )
     parser.add_argument(
-        "--confidence", action="store_true", help="write the confidence of each pixel as NAME_confidence.png"
+        "--confidence",
+        action="store_true",
+        help="write the confidence of each pixel as NAME_confidence.png (images)",
     )
     parser.add_argument(
         "--unknown-threshold",
         type=_fraction,
         metavar="T",
         help=f"pixels of lower confidence than this get the label {UNKNOWN}, unknown, and are black in the overlay",
+    )
+    parser.add_argument(
+        "--panel",
+        action="store_true",
+        help="write the image, its overlay with a legend and its confidence side by side as NAME_panel.jpg (images)",
+    )
+    parser.add_argument(
+        "--smoothing",
+        type=_weight,
+        default=0.0,
+        metavar="A",
+        help="smooth the scores of a video over time: A times the smoothed scores of the frame before, plus 1 - A "
+        "times those of the frame; from 0 to less than 1 (default: 0)",
+    )
+    parser.add_argument(
+        "--frame-rate",
+        type=_rate,
+        default=DEFAULT_RATE,
+        metavar="FPS",
+        help="frames per second of a pattern, e.g. 30 or 30000/1001 (default: 25)",
+    )
+    parser.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out images and videos whose results an earlier run wrote completely, with the same model and "
+        "settings",
     )
     add_device_argument(parser)
     parser.add_argument(
@@ -94,7 +123,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if not DEFAULT_MODEL.is_dir():
             parser.error(f"--model is required, because the demonstration checkpoint {DEFAULT_MODEL} does not exist")
         parsed.model = str(DEFAULT_MODEL)
-    for folder in filter(Path.is_dir, parsed.inputs):
+    for folder in filter(Path.is_dir, map(Path, parsed.inputs)):
         if parsed.output.resolve() in (folder.resolve(), *folder.resolve().parents):
             parser.error(
                 f"--output {parsed.output} contains the images of {folder}; choose a folder without input images"
@@ -122,6 +151,23 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _weight(text: str) -> float:
+    value = _fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be less than 1, so that a frame has an effect")
+    return value
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number or a fraction above 0, at most 1000")
+    return rate.limit_denominator(1_000_000)
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`, a device that is available."""
     parser.add_argument(
@@ -141,173 +187,7 @@ def _available_device(text: str) -> torch.device:
         ) from None
 
 
-def find_images(inputs: Sequence[Path], output: Path) -> tuple[dict[Path, Path], list[str]]:
-    """
-    Finds the images to segment, and names their results.
-
-    Folders are searched recursively. Files are accepted with any suffix. A file that is found twice is returned once.
-    Images in `output` are results of an earlier run and are not returned.
-
-    Args:
-        inputs (`Sequence[Path]`):
-            Images and folders.
-        output (`Path`):
-            Folder of the results.
-
-    Returns:
-        `tuple[dict[Path, Path], list[str]]`: The path of the results of each image, relative to `output` and without
-        suffix (images of a folder keep their subfolder; duplicate names are numbered), and an error message for each
-        input without images.
-    """
-    images, problems, seen, taken = {}, [], set(), set()
-    output = output.resolve()
-    for given in inputs:
-        if given.is_dir():
-            found = sorted(
-                path for path in given.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-            )
-            found = [path for path in found if output not in path.resolve().parents]
-            if not found:
-                problems.append(f"{given}: the folder contains no image")
-        elif given.is_file():
-            found = [given]
-        else:
-            found = []
-            problems.append(f"{given}: the file or folder does not exist")
-        for path in found:
-            if path.resolve() in seen:
-                continue
-            seen.add(path.resolve())
-            place = path.relative_to(given).with_suffix("") if given.is_dir() else Path(path.stem)
-            numbered, number = place, 1
-            # Some file systems ignore case.
-            while str(numbered).lower() in taken or not _is_free(output / numbered, path):
-                number += 1
-                numbered = place.with_name(f"{place.name}-{number}")
-            taken.add(str(numbered).lower())
-            images[path] = numbered
-    return images, problems
-
-
-def result_files(results: Path) -> tuple[Path, Path, Path]:
-    """The label image, the overlay and the confidence of an image."""
-    labels, overlay, confidence = (
-        f"{results.name}_{kind}" for kind in ("labels.png", "overlay.jpg", "confidence.png")
-    )
-    return results.with_name(labels), results.with_name(overlay), results.with_name(confidence)
-
-
-def _source(path: Path) -> str:
-    return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _is_free(results: Path, path: Path) -> bool:
-    """Whether the results of an image may be written to `results`: nothing is there, or earlier results of it."""
-    labels, *others = result_files(results)
-    try:
-        if not labels.exists():
-            return not any(file.exists() for file in others)
-    except OSError:
-        return True  # writing will fail too, and say why
-    try:
-        with Image.open(labels) as image:
-            return image.info.get(SOURCE) == _source(path)
-    except Exception:  # not a label image
-        return False
-
-
-@torch.inference_mode()
-def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor) -> np.ndarray:
-    """
-    Segments an image.
-
-    Without resizing, the memory in use grows with the pixels of the image, by less than 40 bytes each, and not with
-    pixels times classes. With resizing, the scores of all classes at the size after resizing come in addition.
-
-    Args:
-        image (`np.ndarray` of shape `(3, height, width)`):
-            RGB, of uint8.
-        model ([`MFuserForSemanticSegmentation`]):
-            The model, in eval mode.
-        processor ([`MFuserImageProcessor`]):
-            Resizes and normalises the image.
-
-    Returns:
-        `np.ndarray` of shape `(height, width)`: Class ids.
-
-    Raises:
-        ValueError: If the image is smaller than a patch, or scores are not finite.
-    """
-    height, width = image.shape[1:]
-    if processor.do_resize:
-        image = processor.resize(image, processor.size, processor.resample)
-
-    def pixel_rows(rows: slice) -> torch.Tensor:
-        inputs = processor(
-            image[:, rows], do_resize=False, do_pad=False, input_data_format="channels_first", return_tensors="pt"
-        )
-        return inputs["pixel_values"].to(model.device, model.dtype)
-
-    if image.shape[1:] == (height, width):
-        labels = label_map_by_bands(model, pixel_rows, (height, width))
-    else:
-        scores = model(pixel_values=pixel_rows(slice(0, image.shape[1]))).logits[0]
-        labels = label_map_of_scores(scores, (height, width))
-    return labels.cpu().numpy()
-
-
-@torch.inference_mode()
-def segment_with_confidence(
-    image: np.ndarray,
-    model: MFuserForSemanticSegmentation,
-    processor: MFuserImageProcessor,
-    unknown_threshold: float | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Segments an image, in memory that grows with pixels times classes: a confidence depends on the whole image.
-
-    Args:
-        image, model, processor:
-            See [`segment`].
-        unknown_threshold (`float`, *optional*):
-            Pixels of lower confidence than this get the label 255.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: Class ids and confidences, both of shape `(height, width)`.
-    """
-    inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
-    outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
-    results: list[Any] = processor.post_process_semantic_segmentation(
-        outputs, inputs=inputs, return_confidence=True, unknown_threshold=unknown_threshold
-    )
-    result = results[0]
-    return result["segmentation"].cpu().numpy(), result["confidence"].cpu().numpy()
-
-
-def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
-    """
-    Reads an image as uint8 RGB of shape (3, H, W), rotated as its EXIF orientation says.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        MemoryError: If there is too little memory.
-        ValueError: If it is not an image that can be read, for whatever reason.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            upright.load()
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # PIL's decoders raise almost anything for damaged files
-        raise ValueError(f"it is not an image that can be read: {one_line(error)}") from error
-    pixels = processor.process_image(upright, do_convert_rgb=True)
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"its pixels have dtype {pixels.dtype} and an unknown range; save it with 8 or 16 bits")
-    return pixels
-
-
-def share_table(class_names: Sequence[str], counts: np.ndarray) -> str:
+def share_table(class_names: list[str], counts: np.ndarray) -> str:
     """Formats the share of each class in all pixels, the largest first, and the names of absent classes."""
     shares = 100 * counts / counts.sum()
     width = max(len(name) for name in class_names)
@@ -319,95 +199,134 @@ def share_table(class_names: Sequence[str], counts: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def write_legend(output: Path, classes: dict[int, str], colours: np.ndarray):
+class Summary:
     """
-    Writes `legend.json` and `legend.png` with the names of `classes` and their rows in `colours`.
+    What a run has done so far, and its messages.
 
-    Raises:
-        ValueError: If the folder holds another legend.
+    Args:
+        num_classes (`int`): Number of label values.
+        skipped (`int`): Number of inputs that were skipped before.
     """
-    entries = {index: {"name": name, "colour": colours[index].tolist()} for index, name in classes.items()}
-    lines = ",\n".join(f'  "{index}": {json.dumps(entry)}' for index, entry in entries.items())
-    text, file, picture = f"{{\n{lines}\n}}\n", output / "legend.json", output / "legend.png"
-    # The JSON is written first, so a picture alone is not from this command.
-    if picture.exists() if not file.exists() else file.read_bytes() != text.encode("utf-8"):
-        raise ValueError(
-            f"{output} holds the legend of other classes; choose another --output, so that its results keep theirs"
-        )
-    write_text(file, text)
-    write_image(picture, palettes.legend(classes, colours))
+
+    def __init__(self, num_classes: int, skipped: int):
+        self.counts = np.zeros(num_classes, dtype=np.int64)
+        self.segmented, self.skipped, self.done, self.incomplete = 0, skipped, 0, 0
+
+    def skip(self, source: Source, reason: str) -> None:
+        tqdm.write(f"skipped {source}: {reason}", file=sys.stderr)
+        self.skipped += 1
+
+    def add(self, source: Source, counts: np.ndarray) -> None:
+        self.counts += counts
+        self.segmented += 1
+        if source.kind in (Kind.IMAGE, Kind.VIDEO) and source.place.name != source.path.stem:
+            tqdm.write(f"{source}: the results are named {source.place}", file=sys.stderr)
+
+    def print(self, classes: dict[int, str], output: Path) -> None:
+        if self.counts.any():
+            print(share_table(list(classes.values()), self.counts[list(classes)]))
+        parts = [f"segmented: {self.segmented}", f"skipped: {self.skipped}"]
+        if self.incomplete:
+            parts.insert(1, f"of these incomplete: {self.incomplete}")
+        if self.done:
+            parts.append(f"done before: {self.done}")
+        print(f"{', '.join(parts)}, results in {output}")
 
 
-def write_results(
-    results: Path,
-    path: Path,
-    image: np.ndarray,
-    label_map: np.ndarray,
-    colours: np.ndarray,
-    alpha: float,
-    confidence: np.ndarray | None = None,
-) -> None:
-    """Writes the label image, the overlay and, if there is one, the confidence of the image in `path`."""
-    height, width = label_map.shape
-    if max(height, width) > JPEG_LIMIT:
-        raise ValueError(
-            f"it has {width} x {height} pixels; the overlay, a JPEG, can have at most {JPEG_LIMIT} on a side"
-        )
-    make_folder(results.parent)
-    labels, overlay, grey = result_files(results)
-    text = PngImagePlugin.PngInfo()
-    text.add_text(SOURCE, _source(path))
-    write_image(labels, palettes.label_image(label_map, colours), pnginfo=text)
-    picture = palettes.overlay(Image.fromarray(image.transpose(1, 2, 0)), label_map, colours, alpha)
-    write_image(overlay, picture, quality=95)
-    if confidence is not None:
-        write_image(grey, Image.fromarray((255 * confidence).round().astype(np.uint8)))
+def check_options(parsed: argparse.Namespace, sources: list[Source]) -> None:
+    """Raises `CommandError` if an option has no effect on any of the sources, or if videos cannot be read."""
+    kinds = {source.kind for source in sources}
+    if Kind.IMAGE not in kinds:
+        for option in ("confidence", "panel"):
+            if getattr(parsed, option):
+                raise CommandError(f"--{option} is for images, and the inputs are videos")
+    if kinds == {Kind.IMAGE} and parsed.smoothing:
+        raise CommandError("--smoothing is for videos, and the inputs are images; give frames as a pattern")
+    if kinds != {Kind.IMAGE}:
+        import_av()
 
 
 @cli.reports_errors("segment")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    images, problems = find_images(parsed.inputs, parsed.output)
+    sources, problems = find_sources(parsed.inputs, parsed.output, lambda source: is_free(source, parsed.output))
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
-    if not images:
+    if not sources:
         return 1
+    check_options(parsed, sources)
     model, processor = load_for_inference(parsed.model, parsed.device, parsed.dtype, parsed.size)
+    threshold = parsed.unknown_threshold
+    options = {"alpha": parsed.alpha, "unknown_threshold": threshold, "quantize": parsed.quantize}
+    settings = settings_of(model, processor, options)
     quantize(model, parsed.quantize)
     class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     colours, classes = palettes.class_colours(class_names), dict(enumerate(class_names))
-    threshold = parsed.unknown_threshold
     if threshold is not None:
         check_threshold(threshold, len(class_names))
         classes[UNKNOWN] = "unknown"
         colours = np.concatenate([colours, np.zeros((UNKNOWN + 1 - len(colours), 3), dtype=np.uint8)])
+    drawing = Drawing(
+        classes, colours, parsed.alpha, parsed.confidence, parsed.panel, is_calibrated=settings["is_calibrated"]
+    )
     make_folder(parsed.output)
-    write_legend(parsed.output, classes, colours)
+    write_legend(parsed.output, drawing)
 
-    counts = np.zeros(max(classes) + 1, dtype=np.int64)
-    skipped = len(problems)
-    for path, place in tqdm(images.items(), desc="segmenting", unit="image"):
+    summary = Summary(max(classes) + 1, len(problems))
+    images = [source for source in sources if source.kind is Kind.IMAGE]
+    segmented = segment_images(
+        images, parsed.output, model, processor, drawing, settings, threshold, parsed.skip_existing
+    )
+    for image in tqdm(segmented, desc="segmenting", unit="image", total=len(images), disable=not images):
+        if image.error is not None:
+            summary.skip(image.source, image.error)
+        elif image.is_done:
+            summary.done += 1
+        else:
+            summary.add(image.source, image.counts)
+    was_stopped = run_videos(
+        [source for source in sources if source.kind is not Kind.IMAGE],
+        parsed,
+        summary,
+        model=model,
+        processor=processor,
+        drawing=drawing,
+        settings=settings,
+    )
+    summary.print(classes, parsed.output)
+    if was_stopped:
+        print("mfuser segment: interrupted; the files of the last video are complete up to there", file=sys.stderr)
+        return cli.INTERRUPTED
+    return 1 if summary.skipped or summary.incomplete else 0
+
+
+def run_videos(sources: Iterable[Source], parsed: argparse.Namespace, summary: Summary, **common: Any) -> bool:
+    """Segments videos. Returns whether a signal ended one before its end."""
+    options = VideoOptions(parsed.smoothing, parsed.frame_rate, parsed.unknown_threshold)
+    for source in sources:
+        made_with = {**common["settings"], "smoothing": parsed.smoothing}
+        if source.kind is Kind.FRAMES:
+            made_with["frame_rate"] = str(parsed.frame_rate)
+        if parsed.skip_existing and is_done(source, parsed.output, common["drawing"], made_with):
+            summary.done += 1
+            continue
         try:
-            image = read_image(path, processor)
-            confidence = None
-            if parsed.confidence or threshold is not None:
-                label_map, confidence = segment_with_confidence(image, model, processor, threshold)
-            else:
-                label_map = segment(image, model, processor)
-            saved = confidence if parsed.confidence else None
-            write_results(parsed.output / place, path, image, label_map, colours, parsed.alpha, saved)
+            with stopping_on_signals() as stop:
+                result = segment_video(
+                    source, parsed.output, **{**common, "settings": made_with}, options=options, stop=stop
+                )
         except Exception as error:
             if not is_expected(error):
                 raise
-            tqdm.write(f"skipped {path}: {one_line(error)}", file=sys.stderr)
-            skipped += 1
+            summary.skip(source, one_line(error))
             continue
-        for row in label_map:  # by rows, because `bincount` copies to int64
-            counts += np.bincount(row, minlength=len(counts))
-        if place.name != path.stem:
-            tqdm.write(f"{path}: the results are named {place}", file=sys.stderr)
-
-    if counts.any():
-        print(share_table(list(classes.values()), counts[list(classes)]))
-    print(f"segmented: {len(images) + len(problems) - skipped}, skipped: {skipped}, results in {parsed.output}")
-    return 1 if skipped else 0
+        summary.add(source, result.counts)
+        print(f"{source}: {result.frames} frames{', stopped' if result.was_stopped else ''}")
+        if result.note:
+            print(f"{source}: {result.note}", file=sys.stderr)
+        if result.problem:
+            print(f"incomplete {source}: {result.problem}; the frames read are kept", file=sys.stderr)
+            summary.incomplete += 1
+        if result.was_stopped:
+            return not source.kind.is_live
+    return False

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny_models import tiny_model
 from transformers import SegformerConfig
 
 from mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
-from mfuser.scripts import cli, palettes, segment
+from mfuser.scripts import cli, palettes, panel, segment, segment_images
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
 
@@ -22,16 +22,25 @@ class ThresholdModel:
     """Replaces a model: the class is 0, 1 or 2 where the red channel is dark, medium or bright."""
 
     config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)), crop_size=1 << 20)
+    config.crop_stride, config.windows_per_batch, config.confidence_calibration = 1 << 20, 1, None
+    config.to_dict = dict
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
         self.sizes, self.dtypes = [], []
 
-    def __call__(self, pixel_values):
+    def __call__(self, pixel_values, output_confidence=False):
         self.sizes.append(tuple(pixel_values.shape[-2:]))
         self.dtypes.append(pixel_values.dtype)
         red = pixel_values[:, 0] * 0.26862954 + 0.48145466
-        return SimpleNamespace(logits=torch.stack([-(red - centre).abs() for centre in (0.0, 0.5, 1.0)], dim=1))
+        scores = torch.stack([-(red - centre).abs() for centre in (0.0, 0.5, 1.0)], dim=1)
+        return SimpleNamespace(logits=scores, confidence=red.sigmoid())
+
+    def parameters(self):
+        return iter(())
+
+    def state_dict(self):
+        return {}
 
 
 @pytest.fixture
@@ -190,7 +199,7 @@ def test_an_image_that_the_model_refuses_is_skipped_too(model, tmp_path, monkeyp
         raise ValueError("holds no patch")
 
     write_image(tmp_path / "a.png")
-    monkeypatch.setattr(segment, "segment", refuse)
+    monkeypatch.setattr(segment_images, "segment", refuse)
     assert run(tmp_path / "a.png", "--output", tmp_path / "out") == 1
     assert "a.png: holds no patch" in capsys.readouterr().err
 
@@ -323,3 +332,112 @@ def test_a_legend_has_room_for_every_class():
     legend = np.asarray(palettes.legend(dict(enumerate(names)), colours))
     assert all((legend == colour).all(axis=-1).any() for colour in colours)
     assert (legend[:, -5:] == 255).all() and (legend[-5:] == 255).all()
+
+
+# Several images at once, and results that exist
+
+
+def test_images_side_by_side_give_the_results_and_messages_of_one_after_the_other(model, tmp_path, capsys):
+    images = tmp_path / "images"
+    for index in range(12):
+        write_image(images / f"{index:02}.png", 24 + index, 32)
+        if index % 3 == 1:
+            (images / f"{index:02}.png").write_bytes(b"damaged")
+    results = {}
+    threads = torch.get_num_threads()
+    for number in (1, 4):
+        torch.set_num_threads(number)
+        try:
+            assert run(images, "--output", tmp_path / "out") == 1
+        finally:
+            torch.set_num_threads(threads)
+        written = {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
+        printed = capsys.readouterr()
+        skipped = re.findall(r"skipped \S*/(\d\d).png", printed.err)
+        results[number] = written, printed.out, skipped
+    assert results[1] == results[4] and results[1][2] == ["01", "04", "07", "10"]
+
+
+def test_images_with_complete_results_are_skipped_and_others_are_not(model, tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        write_image(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "images" / "c.png").write_bytes(b"damaged")
+    output = tmp_path / "out"
+
+    def segmented(*arguments) -> int:
+        """The number of images that were segmented and not skipped."""
+        before = len(model.sizes)
+        assert run(tmp_path / "images", "--output", output, "--skip-existing", *arguments) == 1
+        number = len(model.sizes) - before
+        done = f", done before: {2 - number}," if number < 2 else ","
+        assert f"segmented: {number}, skipped: 1{done}" in capsys.readouterr().out
+        return number
+
+    assert segmented() == 2
+    written = {name: (output / name).stat().st_mtime_ns for name in files(output) if "legend" not in name}
+    assert segmented() == 0
+    assert {name: (output / name).stat().st_mtime_ns for name in written} == written
+    # Every result must exist, undamaged, and of the same settings, model and image.
+    (output / "a_overlay.jpg").unlink()
+    assert segmented() == 1 and segmented() == 0
+    (output / "a_labels.png").write_bytes((output / "a_labels.png").read_bytes()[:40])
+    assert segmented() == 1
+    for option in (["--alpha", "0.3"], ["--confidence"], ["--size", "20x20"], ["--unknown-threshold", "0"]):
+        monkeypatch.setattr(segment, "write_legend", lambda *_: None)  # the threshold adds a class
+        assert segmented(*option) == 2 and segmented(*option) == 0
+    monkeypatch.setattr(model.config, "to_dict", lambda: {"another": "configuration"})
+    assert segmented() >= 2 and segmented() == 0
+    monkeypatch.setattr(model, "state_dict", lambda: {"weight": torch.ones(2)})
+    assert segmented() >= 2 and segmented() == 0
+    monkeypatch.setattr(model, "state_dict", lambda: {"weight": torch.tensor([1.0, 2.0])})
+    assert segmented() >= 2 and segmented() == 0
+    write_image(tmp_path / "images" / "b.png", 30, 40)
+    assert segmented() == 1 and segmented() == 0
+
+
+def test_an_overlay_that_a_killed_run_left_is_not_taken_for_done(model, tmp_path):
+    write_image(tmp_path / "a.png")
+    output = tmp_path / "out"
+    assert run(tmp_path / "a.png", "--output", output, "--alpha", "0.9") == 0
+    overlay = (output / "a_overlay.jpg").read_bytes()
+    assert run(tmp_path / "a.png", "--output", output) == 0
+    expected = (output / "a_overlay.jpg").read_bytes()
+    (output / "a_overlay.jpg").write_bytes(overlay)  # killed between the labels and the overlay
+    assert run(tmp_path / "a.png", "--output", output, "--skip-existing") == 0
+    assert (output / "a_overlay.jpg").read_bytes() == expected
+
+
+# The panel
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_panel_shows_the_image_its_overlay_and_its_confidence(saved_model, tmp_path, calibrated, monkeypatch):
+    model, _ = saved_model
+    Image.fromarray(noise_image()).save(tmp_path / "noise.png")
+    fields = dict.fromkeys(("log_score", "log_margin", "class_entropy", "bias"), 0.5) if calibrated else None
+    monkeypatch.setattr(model.config, "confidence_calibration", fields)
+    monkeypatch.setattr(segment, "load_for_inference", lambda *_: (model, MFuserImageProcessor()))
+    drawn = {}
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, *_, **__: drawn.setdefault(text, xy))
+    assert run(tmp_path / "noise.png", "--output", tmp_path / "out", "--panel") == 0
+    assert files(tmp_path / "out") == [
+        "legend.json", "legend.png", "noise_labels.png", "noise_overlay.jpg", "noise_panel.jpg"
+    ]  # fmt: skip
+    title = "Confidence" if calibrated else "Confidence (not calibrated)"
+    assert {"Image", "Classes", title} <= set(drawn)
+    labels = np.asarray(Image.open(tmp_path / "out" / "noise_labels.png"))
+    names = [model.config.id2label[index] for index in np.unique(labels)]
+    assert set(names) <= set(drawn)
+    picture = np.asarray(Image.open(tmp_path / "out" / "noise_panel.jpg")).astype(int)
+    part = np.asarray(Image.fromarray(noise_image()).resize((panel.WIDTH, 400), Image.Resampling.LANCZOS))
+    top, left = panel.MARGIN + panel.TITLE, panel.MARGIN
+    assert abs(picture[top : top + 400, left : left + panel.WIDTH] - part).mean() < 8
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (700, 30)])
+def test_a_panel_of_an_image_of_any_shape_has_a_bounded_size(size):
+    image = Image.new("RGB", size[::-1])
+    labels, confidence = np.zeros(size, dtype=np.uint8), np.ones(size, dtype=np.float32)
+    classes = {index: f"a class with a name that is far too long for its column {index}" for index in range(40)}
+    drawn = panel.draw_panel(image, image, labels, confidence, classes, palettes.class_colours(classes.values()), True)
+    assert drawn.width < 2000 and drawn.height < 2000
