@@ -29,7 +29,8 @@ from mfuser.scripts.app_view import (
     legend_html,
     write_results,
 )
-from mfuser.scripts.segment import DEFAULT_MODEL, add_device_argument, read_image
+from mfuser.scripts.arguments import DEFAULT_MODEL, add_device_argument
+from mfuser.scripts.segment import read_image
 
 # Part of the repository, not of an installed package.
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "street.jpg"
