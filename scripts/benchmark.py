@@ -22,6 +22,7 @@ DESCRIPTION = """Measures what it compares in turns, in one run, on random model
   forward        one crop of the full-size model, and its parts
   memory         memory of a process that segments one crop
   image          images of 1, 4 and 18 windows
+  windows        an image of 18 windows, by the number of windows in a forward
   train          one training step
   loading        reading and augmenting a sample, beside a training step
   linear         quantised linear layers (CPU)
@@ -50,13 +51,17 @@ PARTS: dict[str, Callable[[Any], list[dict]]] = {
     "forward": partial(run_part, "model", "benchmark_forward"),
     "memory": partial(run_part, "model", "benchmark_memory"),
     "image": partial(run_part, "model", "benchmark_image"),
+    "windows": partial(run_part, "model", "benchmark_windows"),
     "train": partial(run_part, "model", "benchmark_train"),
+    "loading": partial(run_part, "data", "benchmark_loading"),
     "linear": partial(run_part, "quantization", "benchmark_linear"),
     "quantized": partial(run_part, "quantization", "benchmark_quantized"),
     "quantized-memory": partial(run_part, "quantization", "benchmark_quantized_memory"),
     "metric": partial(run_part, "data", "benchmark_metric"),
     "augmentation": partial(run_part, "data", "benchmark_augmentation"),
+    "postprocessing": partial(run_part, "data", "benchmark_postprocessing"),
     "start": partial(run_part, "commands", "benchmark_start"),
+    "evaluation": partial(run_part, "commands", "benchmark_evaluation"),
 }
 
 
@@ -87,6 +92,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, help="processor threads (default: torch's)")
     add_device_argument(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="compile the model in image, with torch.compile")
     parser.add_argument("--crop", type=positive, default=512, help="side of the crop in forward and memory")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.parts) - set(PARTS)):

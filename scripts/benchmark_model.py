@@ -13,13 +13,14 @@ from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.benchmark_measuring import (
     count_flops,
+    forget_peak,
     gemm,
     in_own_process,
     in_turns,
     peak_gibibytes,
     synchronise,
 )
-from mfuser.windows_mfuser import window_starts
+from mfuser.windows_mfuser import window_starts, windows_per_batch
 
 
 def random_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticSegmentation:
@@ -112,27 +113,46 @@ def benchmark_memory(options) -> list[dict]:
     return [{"memory": f"one crop of {options.crop}, {options.dtype}", "peak GiB": peak}]
 
 
+@torch.no_grad()
 def benchmark_image(options) -> list[dict]:
     """Images of 1, 4 and 18 windows: the time a window should not grow with their number."""
-    dtype = getattr(torch, options.dtype)
-    model = inference_model(options.device, options.dtype)
+    dtype, device = getattr(torch, options.dtype), options.device
+    model = inference_model(device, options.dtype)
+    run = torch.compile(model) if options.compile else model
     images = {
-        size: torch.randn(1, 3, *size, device=options.device, dtype=dtype)
-        for size in ((512, 512), (853, 853), (1024, 2048))
+        size: torch.randn(1, 3, *size, device=device, dtype=dtype) for size in ((512, 512), (853, 853), (1024, 2048))
     }
-    with torch.no_grad():
-        model(images[512, 512])
-        candidates = {size: partial(model, pixels) for size, pixels in images.items()}
-        seconds = in_turns(candidates, options.rounds, options.device, warm_up=options.device.startswith("cuda"))
-    return [
-        {
-            "image": "x".join(map(str, size)),
-            "windows": count_windows(size, model.config),
-            "s": value,
-            "s a window": value / count_windows(size, model.config),
-        }
-        for size, value in seconds.items()
-    ]
+    run(images[512, 512])
+    rows = []
+    for size, pixels in images.items():
+        windows = count_windows(size, model.config)
+        forget_peak(device)
+        seconds = in_turns({size: partial(run, pixels)}, options.rounds, device, warm_up=device.startswith("cuda"))
+        row = {"image": "x".join(map(str, size)), "windows": windows, "compiled": str(options.compile)}
+        row |= {"s": seconds[size], "s a window": seconds[size] / windows}
+        rows.append(row | ({"peak GiB": peak_gibibytes(device)} if device.startswith("cuda") else {}))
+    return rows
+
+
+@torch.no_grad()
+def benchmark_windows(options) -> list[dict]:
+    """An image of 18 windows by the number of windows in a forward, beside the number chosen by free memory."""
+    dtype, device = getattr(torch, options.dtype), options.device
+    model = inference_model(device, options.dtype)
+    pixels = torch.randn(1, 3, 1024, 2048, device=device, dtype=dtype)
+    config = model.config
+    chosen = windows_per_batch(
+        pixels, config.crop_size, config.patch_size, model.mfuser.pyramid.stride8.in_channels, dtype
+    )
+    rows = []
+    for together in sorted({1, 2, 4, 9, 18, min(chosen, 18)}):
+        config.windows_per_batch = together
+        forget_peak(device)
+        seconds = in_turns({together: partial(model, pixels)}, options.rounds, device, device.startswith("cuda"))
+        row: dict[str, Any] = {"windows in a forward": together, "s a window": seconds[together] / 18}
+        row["chosen by free memory"] = "yes" if together == min(chosen, 18) else ""
+        rows.append(row | ({"peak GiB": peak_gibibytes(device)} if device.startswith("cuda") else {}))
+    return rows
 
 
 def count_windows(size: tuple[int, int], config: MFuserConfig) -> int:

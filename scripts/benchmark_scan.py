@@ -75,6 +75,12 @@ def scan_peak_mebibytes(name: str, backward: bool, device: str) -> float:
     return (status_kibibytes("VmHWM") - before) / 1024
 
 
+def scan_bytes(inputs: list[torch.Tensor], backward: bool) -> int:
+    """Bytes that a pass has to read and write: inputs and output, and in backward all of them and their gradients."""
+    given, output = sum(tensor.nbytes for tensor in inputs), inputs[0].nbytes
+    return given + output + (2 * given + output if backward else 0)
+
+
 def benchmark_scan(options) -> list[dict]:
     rows: list[dict[str, Any]] = []
     for length in (514, SCAN_SHAPE["length"], 8194):  # the tokens of crops of 256, 512 and 1024
@@ -85,6 +91,7 @@ def benchmark_scan(options) -> list[dict]:
             for name, seconds in in_turns(candidates, options.rounds, options.device).items():
                 row = {"scan": name, "tokens": length, "pass": "forward + backward" if backward else "forward"}
                 row["ms"] = seconds * 1e3
+                row["GB/s of inputs and outputs"] = scan_bytes(inputs, backward) / seconds / 1e9
                 if length == SCAN_SHAPE["length"]:
                     arguments = (name, backward, options.device)
                     row["peak MiB"] = in_own_process(scan_peak_mebibytes, *arguments, keep_freed=False)

@@ -1,15 +1,20 @@
 """The benchmark measures what it states. No test depends on how fast anything is."""
 
+import importlib
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
-from mfuser.scripts import benchmark, cli
+from mfuser.scripts import benchmark, benchmark_data, cli
 from mfuser.scripts import benchmark_measuring as measuring
 from mfuser.scripts import benchmark_model as models
 from mfuser.scripts import benchmark_quantization as quantization
@@ -110,3 +115,34 @@ def test_every_quantised_layer_that_is_compared_computes_the_same_layer():
         error = quantization.relative_error(build(linear)(given), linear(states))
         assert error < 0.03 and (error > 0) == (name != "float32"), name
     torch.backends.quantized.engine = engine
+
+
+def test_every_part_is_described_and_measured_by_a_function():
+    for name, part in benchmark.PARTS.items():
+        module, function = part.args
+        assert callable(getattr(importlib.import_module(f"mfuser.scripts.benchmark_{module}"), function))
+        assert re.search(rf"^  {name} ", benchmark.DESCRIPTION, re.MULTILINE), name
+
+
+def test_without_a_gpu_the_report_says_what_it_would_do(tmp_path):
+    script = Path(benchmark.__file__).parent / "gpu_report.sh"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", script, tmp_path / "report"], env=environment, capture_output=True, text=True, check=True
+    )
+    commands = re.findall(r"at most (\d+) s\): .* -m (.*)", done.stdout)
+    assert sum(int(seconds) for seconds, _ in commands) <= 8 * 60
+    assert not (tmp_path / "report").exists()
+    for _, command in commands:
+        module, *arguments = command.split()
+        if module == "pytest":
+            assert all((script.parent.parent / argument).exists() for argument in arguments if argument[0] != "-")
+        else:
+            assert arguments[arguments.index("--device") + 1] == "cuda"
+            assert benchmark.parse_arguments([argument.replace("cuda", "cpu") for argument in arguments]).parts
+
+
+def test_postprocessing_gives_the_labels_it_is_compared_with():
+    scores = torch.randn(5, 40, 60)
+    expected, found = (function(scores, (80, 120)) for function in benchmark_data.POSTPROCESSING.values())
+    assert torch.equal(expected, found.long())
