@@ -1,12 +1,17 @@
 """Int8 weights, and int8 matrix products on a CPU, for the linear layers of the encoders and of their fusion."""
 
-import argparse
+import math
 import warnings
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 
@@ -36,24 +41,90 @@ class Int8WeightLinear(nn.Module):
 
 
 class Int8DynamicLinear(nn.Module):
-    """A linear layer with int8 weights whose input is rounded to 8 bits for an integer product; on a CPU."""
+    """
+    A linear layer with int8 weights whose input is rounded to 8 bits for an integer product; on a CPU.
+
+    The input has one scale and one zero point per call. The product is oneDNN's, which uses AMX or VNNI.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        _, scale = int8_weight(linear)
-        with warnings.catch_warnings():
-            # PyTorch deprecates these tensors. None of its other int8 kernels is as fast without a compiler.
-            warnings.simplefilter("ignore", UserWarning)
-            zero = torch.zeros(len(scale), dtype=torch.long)
-            quantized = torch.quantize_per_channel(
-                linear.weight.detach().float(), scale.double(), zero, 0, torch.qint8
-            )
-            bias = None if linear.bias is None else linear.bias.detach().float()
-            self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        weight, self.scale = int8_weight(linear)
+        self.zero_point = torch.zeros(len(weight), dtype=torch.int32)
+        self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # All 8 bits of the input are used; `True` would leave out one.
-        return torch.ops.quantized.linear_dynamic(hidden_states.float(), self.packed, False).to(hidden_states.dtype)
+        states = hidden_states.float()
+        low, high = (bound.item() for bound in torch.aminmax(states))
+        low, high = min(low, 0.0), max(high, 0.0)  # zero is exact
+        if not math.isfinite(high - low):  # the scores are NaN then, which is reported
+            return hidden_states.new_full((*hidden_states.shape[:-1], len(self.scale)), math.nan)
+        scale = max((high - low) / 255, torch.finfo(torch.float32).tiny)
+        zero_point = round(-low / scale)
+        rounded = torch.quantize_per_tensor(states, scale, zero_point, torch.quint8).int_repr()
+        weight = (self.packed, self.scale, self.zero_point)
+        output = (1.0, 0, torch.float32)  # scale, zero point and dtype: not rounded
+        product = torch.ops.onednn.qlinear_pointwise(
+            rounded,
+            scale,
+            zero_point,
+            *weight,
+            self.bias,
+            *output,
+            "none",
+            [],
+            "",  # no other operation
+        )
+        return product.to(hidden_states.dtype)
+
+
+@cache
+def int8_products_are_exact() -> bool:
+    """
+    Whether this machine has oneDNN, and its sums of 8-bit products are exact.
+
+    A CPU without VNNI adds pairs of products in 16 bits, which overflow.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ones = nn.Linear(64, 64, bias=False)
+    nn.init.ones_(ones.weight)
+    with warnings.catch_warnings():
+        # PyTorch deprecates `quantize_per_tensor`, once per process; it has no other operation that takes one pass.
+        warnings.simplefilter("ignore", UserWarning)
+        product = Int8DynamicLinear(ones)(torch.ones(64, 64))  # of the largest values, 255 and 127
+    return torch.allclose(product, torch.full_like(product, 64.0))
+
+
+# The attention of the encoders in bfloat16, for CPUs with instructions for it. Used with `int8-dynamic`.
+BFLOAT16_ATTENTION = "sdpa_bfloat16"
+
+
+def bfloat16_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' `sdpa`, computed in bfloat16; the result has the dtype of `query`."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.bfloat16()
+    query_key_value = (states.bfloat16() for states in (query, key, value))
+    attended, _ = sdpa_attention_forward(module, *query_key_value, attention_mask, **kwargs)
+    return attended.to(query.dtype), None
+
+
+AttentionInterface.register(BFLOAT16_ATTENTION, bfloat16_attention)
+AttentionMaskInterface.register(BFLOAT16_ATTENTION, sdpa_mask)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16; `False` where PyTorch does not tell (before 2.10)."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def int8_weight(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,25 +153,36 @@ def quantize(model: MFuserForSemanticSegmentation, kind: str | None) -> MFuserFo
             The model, on the device on which it runs.
         kind (`str`, *optional*):
             `"int8-weight-only"` stores weights in 8 bits, and computes in the dtype of the model. `"int8-dynamic"`
-            also computes the matrix products in 8 bits, on a CPU. `None` leaves the model as it is.
+            also computes the matrix products in 8 bits, on a CPU, and the attention of the encoders in bfloat16 where
+            the CPU has instructions for it. `None` leaves the model as it is.
 
     Returns:
         [`MFuserForSemanticSegmentation`]: `model`, in evaluation mode.
 
     Raises:
-        ValueError: If there is no such kind, or the model is on a device that it does not support.
+        ValueError: If there is no such kind, or the model is on a device or a CPU that it does not support.
     """
     if kind is None:
         return model
     if kind not in QUANTIZATIONS:
         raise ValueError(f"the quantisation is {kind!r}; it must be one of {', '.join(QUANTIZATIONS)}")
-    if kind == "int8-dynamic" and model.device.type != "cpu":
-        raise ValueError(f"int8-dynamic runs on a CPU and the model is on {model.device}; use int8-weight-only")
+    if kind == "int8-dynamic":
+        if model.device.type != "cpu":
+            raise ValueError(f"int8-dynamic runs on a CPU and the model is on {model.device}; use int8-weight-only")
+        if not int8_products_are_exact():
+            raise ValueError(
+                "int8-dynamic needs PyTorch with oneDNN and a CPU whose 8-bit products are exact (x86 with VNNI or "
+                "AMX); use int8-weight-only"
+            )
     layer = Int8WeightLinear if kind == "int8-weight-only" else Int8DynamicLinear
     for name in quantized_layers(model):
         parent, _, attribute = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, attribute, layer(getattr(owner, attribute)))
+    if kind == "int8-dynamic" and has_bfloat16_instructions():
+        encoders = {"vfm_config": model.config.vfm_config, "vlm_config": model.config.vlm_config}
+        names = [name for name, config in encoders.items() if config._attn_implementation == "sdpa"]
+        model.set_attn_implementation(dict.fromkeys(names, BFLOAT16_ATTENTION))
     model.save_pretrained = partial(refuse_to_save, kind)  # type: ignore[method-assign]
     return model.eval()
 
@@ -108,13 +190,3 @@ def quantize(model: MFuserForSemanticSegmentation, kind: str | None) -> MFuserFo
 def refuse_to_save(kind: str, *args, **kwargs):
     """Takes the place of `save_pretrained`, whose files would be loaded as a model that is not quantised."""
     raise RuntimeError(f"a model quantised to {kind} cannot be saved; save it before, and quantise it after loading")
-
-
-def add_quantize_argument(parser: argparse.ArgumentParser):
-    """Adds the argument `--quantize` of the commands."""
-    parser.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="quantise the encoders; int8-weight-only: a quarter of their memory, on any device; int8-dynamic: also "
-        "faster, on a CPU (default: no quantisation)",
-    )

@@ -3,10 +3,16 @@ Scoring a model on a domain as the published protocols do.
 
 Images are resized to the protocol's size and segmented by sliding windows; the scores are resized to the label's size
 before the arg-max, and counted in one confusion matrix per condition. No map of scores is kept.
+
+Reading, segmenting and counting overlap, in threads. On a CPU, several threads of one core each segment images if the
+model is small: its operations are too short for several cores. Labels are the same either way.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +32,32 @@ from mfuser.evaluation.protocols import (
     share_of_batches,
 )
 from mfuser.evaluation.results import DomainMetric
+from mfuser.overlap import in_order, read_ahead
 from mfuser.postprocessing_mfuser import label_map_of_scores
+
+SMALL_MODEL = 50_000_000  # parameters
+BATCHES_AHEAD = 2
+
+
+class Prediction(NamedTuple):
+    """
+    A sample that has been segmented, or the reason why it was skipped.
+
+    Args:
+        sample (`Sample`):
+            The sample, without its pixels.
+        label_map (`torch.Tensor` of shape `sample.size`, *optional*):
+            Class ids; `None` if the sample was skipped.
+        scores (`torch.Tensor` of shape `(num_labels, height, width)`, *optional*):
+            The scores, if they are asked for.
+        problem (`str`, *optional*):
+            The reason why the sample was skipped.
+    """
+
+    sample: Sample
+    label_map: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    problem: str | None = None
 
 
 @torch.inference_mode()
@@ -105,10 +136,17 @@ def evaluate_domain(
     confidences = DomainConfidence(domain, model) if confidence else None
     model.eval()
     images = sum(len(batch) for batch in batches)
-    with tqdm(total=images, desc=domain.name, unit="image", disable=not progress or rank > 0) as bar:
-        for samples in loader:
-            score_batch(model, samples, options, metric, writer, confidences)
-            bar.update(len(samples))
+    segment = partial(segment_batch, model, options, keep_scores=confidence)
+    with (
+        tqdm(total=images, desc=domain.name, unit="image", disable=not progress or rank > 0) as bar,
+        segmenting_threads(model) as threads,
+    ):
+        # The workers of the loader read ahead themselves.
+        batches_of_samples = loader if options.workers else read_ahead(loader, BATCHES_AHEAD)
+        for predictions in in_order(segment, batches_of_samples, threads, ahead=threads):
+            for prediction in predictions:
+                count(prediction, metric, writer, confidences)
+            bar.update(len(predictions))
     if processes > 1:
         metric.reduce(accelerator)
     result = metric.result(evaluation_size, classes)
@@ -130,30 +168,55 @@ def check_scores_are_those_of_the_model(options: EvaluationOptions) -> None:
         )
 
 
-def score_batch(
-    model,
-    samples: list[Sample],
-    options: EvaluationOptions,
-    metric: DomainMetric,
-    writer: PredictionWriter | None,
-    confidences: DomainConfidence | None = None,
-) -> None:
+@contextmanager
+def segmenting_threads(model) -> Iterator[int]:
     """
-    Segments the samples of a batch, counts them in `metric` and `confidences`, and writes their predictions.
+    The number of threads that segment at the same time: the number of cores that PyTorch uses, for a small model on a
+    CPU, each of them with one core; otherwise 1.
+    """
+    cores = available = torch.get_num_threads()
+    if model.device.type != "cpu" or sum(parameter.numel() for parameter in model.parameters()) > SMALL_MODEL:
+        cores = 1
+    if cores == 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(available)
 
-    A sample is skipped, with a reason, if it cannot be used, is smaller than a patch, exhausts the memory, has scores
-    that are not finite, or if its prediction cannot be written.
+
+@torch.inference_mode()
+def segment_batch(
+    model, options: EvaluationOptions, samples: list[Sample], keep_scores: bool = False
+) -> list[Prediction]:
     """
-    for sample in samples:
-        if sample.problem is not None:
-            metric.skip(sample.row, sample.problem)
+    Segments the samples of a batch.
+
+    A sample is skipped, with a reason, if it cannot be used, is smaller than a patch, exhausts the memory, or has
+    scores that are not finite.
+
+    Args:
+        model ([`MFuserForSemanticSegmentation`]):
+            The model, in eval mode.
+        options (`EvaluationOptions`):
+            The protocol.
+        samples (`list[Sample]`):
+            The samples.
+        keep_scores (`bool`, *optional*, defaults to `False`):
+            Whether to return the scores.
+
+    Returns:
+        `list[Prediction]`: One prediction per sample.
+    """
+    predictions = [Prediction(sample, problem=sample.problem) for sample in samples if sample.problem is not None]
     for group in groups_of_one_size(samples):
         height, width = group[0].pixel_values.shape[1:]
         smallest = round(min(height, width) * min(options.scales))
         if smallest < model.config.patch_size:
             problem = f"segmented at {height} x {width} pixels, a side has {smallest}; a patch has "
-            for sample in group:
-                metric.skip(sample.row, f"{problem}{model.config.patch_size}")
+            predictions += [Prediction(sample, problem=f"{problem}{model.config.patch_size}") for sample in group]
             continue
         try:
             pixel_values = torch.stack([sample.pixel_values for sample in group]).to(model.device, model.dtype)
@@ -161,20 +224,39 @@ def score_batch(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            for sample in group:
-                metric.skip(sample.row, f"{height} x {width} pixels, {len(group)} at once: {one_line(error)}")
+            problem = f"{height} x {width} pixels, {len(group)} at once: {one_line(error)}"
+            predictions += [Prediction(sample, problem=problem) for sample in group]
             continue
         for sample, each in zip(group, scores, strict=True):
+            without_pixels = sample._replace(pixel_values=sample.pixel_values[:, :0, :0].clone())
             try:
-                prediction = label_map_of_scores(each, sample.size)
-                if writer is not None:
-                    writer.write(sample.row, prediction)
-            except (OSError, ValueError) as error:
-                metric.skip(sample.row, one_line(error))
+                label_map = label_map_of_scores(each, sample.size)
+            except ValueError as error:
+                predictions.append(Prediction(without_pixels, problem=one_line(error)))
                 continue
-            metric.update(sample, prediction)
-            if confidences is not None:
-                confidences.update(sample, each, prediction)
+            predictions.append(Prediction(without_pixels, label_map, each if keep_scores else None))
+    return predictions
+
+
+def count(
+    prediction: Prediction,
+    metric: DomainMetric,
+    writer: PredictionWriter | None,
+    confidences: DomainConfidence | None = None,
+) -> None:
+    """Counts a prediction in `metric` and `confidences` and writes it; it is skipped if it cannot be written."""
+    sample, label_map, scores, problem = prediction
+    if label_map is not None and writer is not None:
+        try:
+            writer.write(sample.row, label_map)
+        except (OSError, ValueError) as error:
+            label_map, problem = None, one_line(error)
+    if label_map is None:
+        metric.skip(sample.row, str(problem))
+        return
+    metric.update(sample, label_map)
+    if confidences is not None and scores is not None:
+        confidences.update(sample, scores, label_map)
 
 
 def image_scores(model, pixel_values: torch.Tensor, options: EvaluationOptions) -> torch.Tensor:

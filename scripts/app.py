@@ -29,7 +29,7 @@ from mfuser.scripts.app_view import (
     legend_html,
     write_results,
 )
-from mfuser.scripts.segment import DEFAULT_MODEL, add_device_argument
+from mfuser.scripts.arguments import DEFAULT_MODEL, add_device_argument
 from mfuser.scripts.segment_images import read_image
 
 # Part of the repository, not of an installed package.

@@ -15,7 +15,8 @@ from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import palettes
-from mfuser.scripts.segment import DEFAULT_MODEL
+from mfuser.scripts.arguments import DEFAULT_MODEL
+from mfuser.scripts.benchmark_measuring import in_turns
 from mfuser.scripts.segment_images import read_image, segment_images
 from mfuser.scripts.segment_inputs import Kind, Source
 from mfuser.scripts.segment_results import Drawing, Segmented, write_image_results
@@ -90,12 +91,11 @@ def segmented(source: Source, model: MFuserForSemanticSegmentation, processor: M
     return Segmented(source, pixels, segment(pixels, model, processor))
 
 
-def benchmark_video(in_turns: Callable[..., dict[str, float]], options: Any) -> list[dict]:
+def benchmark_video(options: Any) -> list[dict]:
     """
     Measures `mfuser segment` with the demonstration model: images one by one, overlapped, and as one video.
 
     Args:
-        in_turns (`Callable`): Measures candidates in turns.
         options (`argparse.Namespace`): Those of the command.
     """
     rows = []

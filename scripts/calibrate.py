@@ -22,8 +22,8 @@ from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
 from mfuser.files import atomic_folder, check_new_folder, read_json, write_text
 from mfuser.loading import load_for_inference
 from mfuser.scripts import cli
+from mfuser.scripts.arguments import add_device_argument
 from mfuser.scripts.evaluate import domain_argument, model_folder
-from mfuser.scripts.segment import add_device_argument
 
 CONFIG = "config.json"
 

@@ -48,8 +48,9 @@ from mfuser.evaluation.report import shortfalls, skipped_when_corrupted, summary
 from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
 from mfuser.files import make_folder, sha256, write_text
 from mfuser.loading import load_for_inference
-from mfuser.quantization import add_quantize_argument, quantize
+from mfuser.quantization import quantize
 from mfuser.scripts import cli
+from mfuser.scripts.arguments import add_quantize_argument
 from mfuser.scripts.example_panels import write_examples
 
 # How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.

@@ -20,8 +20,9 @@ from mfuser.files import write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.quantization import add_quantize_argument, quantize
+from mfuser.quantization import quantize
 from mfuser.scripts import cli, palettes, run_artefact
+from mfuser.scripts.arguments import add_quantize_argument
 
 DESCRIPTION = """Exports a model for one window of any height and width, in batches of any size. The folder DIR then
 holds

@@ -27,7 +27,7 @@ from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.scripts import app_model, app_view, cli, palettes
 from mfuser.scripts.app_model import Segmenter
 from mfuser.scripts.app_view import CONFIDENCE, SegmentedImage, View
-from mfuser.scripts.segment import DEFAULT_MODEL
+from mfuser.scripts.arguments import DEFAULT_MODEL
 from mfuser.scripts.segment import main as segment_command
 
 ROOT = Path(__file__).parents[1]

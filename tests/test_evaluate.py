@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import threading
 from pathlib import Path
 
 import fake_downloads as fake
@@ -18,6 +19,7 @@ from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
 from mfuser.data.domain import EvaluationSize
 from mfuser.data.preparation import prepare
 from mfuser.data.tables import CITYSCAPES, DOMAINS
+from mfuser.evaluation import scoring
 from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
@@ -49,6 +51,63 @@ def test_scores_equal_an_independent_computation(tmp_path, batch_size):
     assert (result["mean_iou_over"], result["images"], result["skipped"]) == ("pixels", 6, [])
     assert sum(shape[0] for shape in model.shown) == 6  # every image once, none of them resized
     assert {shape[2:] for shape in model.shown} == {(20, 28), (24, 20)}
+
+
+@pytest.fixture
+def two_cores():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_images_segmented_side_by_side_have_the_labels_of_one_after_the_other(tmp_path, monkeypatch, two_cores):
+    rows = list(pixels_and_labels(7, sizes=((64, 80), (40, 96))))
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
+    model, seen = tiny_model(), {}
+    segment = model.forward
+
+    def forward(**kwargs):
+        seen[threading.get_ident()] = torch.get_num_threads()
+        return segment(**kwargs)
+
+    model.forward = forward
+    results, predictions = {}, {}
+    for limit in (0, scoring.SMALL_MODEL):
+        seen.clear()
+        monkeypatch.setattr(scoring, "SMALL_MODEL", limit)
+        folder, options = tmp_path / f"predictions_{limit}", EvaluationOptions(batch_size=2)
+        results[limit] = evaluate_domain(model, MFuserImageProcessor(), domain, options, folder, confidence=True)
+        predictions[limit] = {file.name: file.read_bytes() for file in folder.rglob("*.png")}
+        # A large model runs in one thread with both cores, a small one in two with one core each.
+        assert list(seen.values()) == [2] if limit == 0 else set(seen.values()) == {1}
+        assert torch.get_num_threads() == 2
+        with scoring.segmenting_threads(model) as threads:
+            assert threads == (1 if limit == 0 else 2)
+    one, two = results.values()
+    assert one == two
+    one, two = predictions.values()
+    assert len(one) == 7 and one == two
+
+
+def test_images_are_read_while_others_are_segmented(tmp_path):
+    """No batch waits for the one before: the second is read while the first is segmented."""
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", list(pixels_and_labels(4))))
+    read, model = threading.Semaphore(0), Colours()
+
+    def read_row(index):
+        read.release()
+        return type(domain).read(domain, index)
+
+    object.__setattr__(domain, "read", read_row)
+    segment = model.forward
+
+    def wait_for_the_next_image(*args, **kwargs):
+        if not model.shown:
+            assert read.acquire(timeout=60) and read.acquire(timeout=60)
+        return segment(*args, **kwargs)
+
+    model.forward = wait_for_the_next_image
+    assert evaluate_domain(model, MFuserImageProcessor(), domain, progress=False)["images"] == 4
 
 
 def test_scores_resized_class_by_class_have_the_arg_max_of_scores_resized_together():

@@ -5,7 +5,7 @@ import torch
 from tiny_models import CLASSES, tiny_batch, tiny_config, tiny_model
 from torch.nn import functional as F
 
-from mfuser.loss_mfuser import MFuserLoss, sample_points
+from mfuser.loss_mfuser import MFuserLoss, check_class_mask, sample_points
 
 
 def objective(**fields) -> MFuserLoss:
@@ -20,6 +20,9 @@ def predictions(num: int = 2, batch: int = 2, size: int = 16) -> dict[str, torch
         "mask_logits": torch.randn(num, batch, classes, size, size, generator=generator),
         "score_map": torch.rand(batch, classes, 4, 4, generator=generator) * 2 - 1,
     }
+
+
+PREDICTIONS = predictions()
 
 
 @pytest.mark.parametrize("labels", [torch.full((2, 64, 64), 255), torch.full((2, 64, 64), 2)])
@@ -63,6 +66,29 @@ def test_the_label_that_is_ignored_is_the_configurations():
     assert losses[0] == losses[1] == losses[2]
     with pytest.raises(ValueError, match=r"labels hold \[7\]; .* from 0 to 3, or 255 for ignored pixels"):
         objective()(**inputs, labels=labels)
+
+
+@pytest.mark.parametrize("with_class_mask", [False, True])
+def test_the_host_does_not_wait_for_a_gpu(with_class_mask):
+    """Checked on the meta device, as on a GPU: its tensors have no values, and whatever waits for one fails."""
+    with torch.device("meta"):
+        with pytest.raises(RuntimeError):
+            bool(torch.ones(()) > 0)
+        inputs = {name: torch.empty(value.shape, requires_grad=True) for name, value in PREDICTIONS.items()}
+        labels = torch.zeros(2, 64, 64, dtype=torch.long)
+        class_mask = torch.ones(2, len(CLASSES), dtype=torch.bool) if with_class_mask else None
+        losses = objective()(**inputs, labels=labels, class_mask=class_mask)
+        sum(losses.values()).backward()
+        assert inputs["mask_logits"].grad.is_meta
+
+
+def test_wrong_labels_on_a_gpu_fail_an_assertion_there(monkeypatch):
+    checked = []
+    monkeypatch.setattr(torch, "_assert_async", lambda valid, problem: checked.append(problem))
+    with torch.device("meta"):
+        objective().validated(torch.zeros(2, 64, 64, dtype=torch.long), 2, 4)
+        check_class_mask(*(torch.ones(2, 4, dtype=torch.bool) for _ in range(2)))
+    assert [problem.split()[0] for problem in checked] == ["labels", "class_mask", "labels"]
 
 
 def test_each_query_is_matched_to_its_own_class_if_the_image_holds_it():

@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from tiny_models import PAIRS, tiny_batch, tiny_model
 from torch import nn
 
-from mfuser import MFuserForSemanticSegmentation
+from mfuser import MFuserForSemanticSegmentation, quantization
 from mfuser.quantization import (
     QUANTIZATIONS,
     Int8DynamicLinear,
@@ -69,6 +71,42 @@ def test_scores_stay_close(pair, kind):
     assert 0 < relative_error(found, expected) < 0.03
 
 
+@pytest.mark.parametrize("available", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_in_bfloat16_where_the_cpu_has_instructions(attention, available, monkeypatch):
+    monkeypatch.setattr(quantization, "has_bfloat16_instructions", lambda: available)
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    quantize(model, "int8-dynamic")
+    dtypes, attend = set(), nn.functional.scaled_dot_product_attention
+
+    def record(query, *args, **kwargs):
+        dtypes.add(query.dtype)
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", record)
+    with torch.no_grad():
+        assert model.mfuser.encode(tiny_batch()["pixel_values"]).vfm_last_hidden_state.dtype == torch.float32
+    expected = {torch.bfloat16 if available else torch.float32} if attention == "sdpa" else set()
+    assert dtypes == expected
+
+
+def test_values_that_are_not_finite_are_not_rounded_away():
+    layer = Int8DynamicLinear(nn.Linear(8, 4))
+    for value in (torch.nan, torch.inf):
+        tokens = torch.zeros(1, 3, 8)
+        tokens[0, 1, 2] = value
+        assert layer(tokens).isnan().all() and layer(tokens).shape == (1, 3, 4)
+
+
+def test_a_cpu_that_overflows_sums_of_8_bit_products_is_refused():
+    """Without VNNI, oneDNN adds pairs of products in 16 bits; its setting leaves out the instructions."""
+    code = "from mfuser.quantization import int8_products_are_exact as exact; print(exact())"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_weights_take_a_quarter_of_their_memory():
     model = tiny_model()
     layers = quantized_layers(model)
@@ -92,11 +130,14 @@ def test_without_a_kind_nothing_changes():
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
-def test_what_cannot_be_quantised_is_refused():
+def test_what_cannot_be_quantised_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="'int4'; it must be one of int8-weight-only, int8-dynamic"):
         quantize(tiny_model(), "int4")
     with pytest.raises(ValueError, match="int8-dynamic runs on a CPU and the model is on meta"):
         quantize(tiny_model().to("meta"), "int8-dynamic")
+    monkeypatch.setattr(quantization, "int8_products_are_exact", lambda: False)
+    with pytest.raises(ValueError, match="needs PyTorch with oneDNN and a CPU whose 8-bit products are exact"):
+        quantize(tiny_model(), "int8-dynamic")
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)

@@ -13,7 +13,7 @@ from transformers import SegformerConfig
 
 from mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
-from mfuser.scripts import cli, palettes, panel, segment, segment_images
+from mfuser.scripts import cli, palettes, panel, segment, segment_arguments, segment_images
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
 
@@ -227,7 +227,7 @@ def test_usage_errors_are_explained_with_exit_code_2(tmp_path, capsys, arguments
 
 def test_without_a_model_the_demonstration_checkpoint_is_taken(model, tmp_path, monkeypatch, capsys):
     write_image(tmp_path / "a.png")
-    monkeypatch.setattr(segment, "DEFAULT_MODEL", tmp_path / "demo")
+    monkeypatch.setattr(segment_arguments, "DEFAULT_MODEL", tmp_path / "demo")
     with pytest.raises(SystemExit) as error:
         segment.main([str(tmp_path / "a.png")])
     assert error.value.code == 2 and "--model" in capsys.readouterr().err

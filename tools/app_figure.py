@@ -14,7 +14,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from mfuser.loading import load_for_inference
 from mfuser.scripts import app
 from mfuser.scripts.app_model import Segmenter
-from mfuser.scripts.segment import DEFAULT_MODEL
+from mfuser.scripts.arguments import DEFAULT_MODEL
 
 FIGURE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "app.png"
 WIDTH, HEIGHT, SCALE = 1280, 1120, 0.85

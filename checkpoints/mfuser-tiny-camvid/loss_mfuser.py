@@ -26,6 +26,17 @@ def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(maps[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, 0]
 
 
+def require(valid: torch.Tensor, problem: str) -> bool:
+    """
+    Whether `valid`, a single boolean, is true. The host does not wait for a GPU: there, `problem` is raised by the
+    device, later, as a failed assertion.
+    """
+    if valid.device.type in ("cuda", "meta"):
+        torch._assert_async(valid, problem)  # it has no public name
+        return True
+    return bool(valid)
+
+
 def check_class_mask(class_mask: torch.Tensor, present: torch.Tensor) -> None:
     """Raises `ValueError` unless the labelled classes (B, K) include those present (B, K), and at least one."""
     if class_mask.shape != present.shape or class_mask.dtype != torch.bool:
@@ -35,11 +46,12 @@ def check_class_mask(class_mask: torch.Tensor, present: torch.Tensor) -> None:
         )
     if torch.compiler.is_compiling():
         return
-    if not class_mask.any(dim=1).all():
-        raise ValueError("class_mask leaves an image of the batch without classes; each needs at least one")
-    contradictions = (present & ~class_mask).nonzero()
-    if len(contradictions):
-        image, class_id = contradictions[0].tolist()
+    problem = "class_mask leaves an image of the batch without classes; each needs at least one"
+    if not require(class_mask.any(dim=1).all(), problem):
+        raise ValueError(problem)
+    contradictions = present & ~class_mask
+    if not require(~contradictions.any(), "labels hold a class that the image's class_mask excludes"):
+        image, class_id = contradictions.nonzero()[0].tolist()
         raise ValueError(
             f"the labels of image {image} hold class {class_id}, which its class_mask excludes; pixels of such "
             "classes must be ignored"
@@ -116,6 +128,7 @@ class MFuserLoss(nn.Module):
         Raises:
             ValueError: If the labels have a wrong shape or dtype or hold an invalid class id, or `class_mask`
                 has a wrong shape or dtype, leaves an image without classes, or excludes a class of its labels.
+                Values are checked on a GPU without waiting for it, so that its assertion fails later.
         """
         batch_size, num_classes = class_logits.shape[1:3]
         labels = self.validated(labels, batch_size, num_classes)
@@ -141,14 +154,11 @@ class MFuserLoss(nn.Module):
             raise ValueError(f"labels have dtype {labels.dtype}; they must be class ids, that is integers")
         labels = labels.long()
         if not torch.compiler.is_compiling():
-            invalid = labels[
-                ((labels < 0) | (labels >= num_classes)) & (labels != self.config.semantic_loss_ignore_index)
-            ]
-            if invalid.numel():
-                raise ValueError(
-                    f"labels hold {sorted(set(invalid.tolist()))[:5]}; they must be class ids from 0 to "
-                    f"{num_classes - 1}, or {self.config.semantic_loss_ignore_index} for ignored pixels"
-                )
+            ignored = self.config.semantic_loss_ignore_index
+            accepted = f"they must be class ids from 0 to {num_classes - 1}, or {ignored} for ignored pixels"
+            invalid = ((labels < 0) | (labels >= num_classes)) & (labels != ignored)
+            if not require(~invalid.any(), f"labels hold other values: {accepted}"):
+                raise ValueError(f"labels hold {sorted(set(labels[invalid].tolist()))[:5]}; {accepted}")
         return labels
 
     def class_losses(
