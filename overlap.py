@@ -1,16 +1,26 @@
 """Steps of a command that run at the same time, in threads, with results in order and a bounded number in between."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any, TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Operations of a model of fewer parameters are too short for several cores; such a model runs in several threads, each
+# on cores of its own.
+SMALL_MODEL = 50_000_000
+MAX_MODEL_THREADS = 8
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+) -> Generator[Result, None, None]:
     """
     Calls `function` on every item in threads, and yields the results in the order of the items.
 
@@ -39,7 +49,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads:
         pool.shutdown(cancel_futures=True)
 
 
-def read_ahead(items: Iterable[Item], ahead: int) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
     """
     Iterates over `items` in another thread.
 
@@ -58,3 +68,27 @@ def read_ahead(items: Iterable[Item], ahead: int) -> Iterator[Item]:
         if item is end:
             return
         yield item
+
+
+def is_small(model: Any) -> bool:
+    """Whether several threads should run the model, each with one image: a small model on a CPU."""
+    return model.device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+
+
+@contextmanager
+def model_threads(model: Any) -> Iterator[int]:
+    """
+    The number of threads that should run a model, 1 unless it [`is_small`]. Within the block, PyTorch's threads are
+    shared out to them.
+
+    Args:
+        model ([`MFuserForSemanticSegmentation`]):
+            The model.
+    """
+    cores = torch.get_num_threads()
+    threads = min(cores, MAX_MODEL_THREADS) if is_small(model) else 1
+    torch.set_num_threads(cores // threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(cores)

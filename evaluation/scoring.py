@@ -8,8 +8,6 @@ Reading, segmenting and counting overlap, in threads. On a CPU, several threads 
 model is small: its operations are too short for several cores. Labels are the same either way.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +30,9 @@ from mfuser.evaluation.protocols import (
     share_of_batches,
 )
 from mfuser.evaluation.results import DomainMetric
-from mfuser.overlap import in_order, read_ahead
+from mfuser.overlap import in_order, model_threads, read_ahead
 from mfuser.postprocessing_mfuser import label_map_of_scores
 
-SMALL_MODEL = 50_000_000  # parameters
 BATCHES_AHEAD = 2
 
 
@@ -139,7 +136,7 @@ def evaluate_domain(
     segment = partial(segment_batch, model, options, keep_scores=confidence)
     with (
         tqdm(total=images, desc=domain.name, unit="image", disable=not progress or rank > 0) as bar,
-        segmenting_threads(model) as threads,
+        model_threads(model) as threads,
     ):
         # The workers of the loader read ahead themselves.
         batches_of_samples = loader if options.workers else read_ahead(loader, BATCHES_AHEAD)
@@ -166,25 +163,6 @@ def check_scores_are_those_of_the_model(options: EvaluationOptions) -> None:
             f"flip is {options.flip} and scales is {options.scales}; confidences are defined for the scores of the "
             "model without test-time augmentation: flip=False, scales=(1.0,)"
         )
-
-
-@contextmanager
-def segmenting_threads(model) -> Iterator[int]:
-    """
-    The number of threads that segment at the same time: the number of cores that PyTorch uses, for a small model on a
-    CPU, each of them with one core; otherwise 1.
-    """
-    cores = available = torch.get_num_threads()
-    if model.device.type != "cpu" or sum(parameter.numel() for parameter in model.parameters()) > SMALL_MODEL:
-        cores = 1
-    if cores == 1:
-        yield 1
-        return
-    torch.set_num_threads(1)
-    try:
-        yield cores
-    finally:
-        torch.set_num_threads(available)
 
 
 @torch.inference_mode()

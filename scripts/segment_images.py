@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from mfuser.errors import is_expected, one_line
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.scripts.overlap import in_order
+from mfuser.overlap import in_order
 from mfuser.scripts.segment_inputs import Source
 from mfuser.scripts.segment_results import Drawing, Segmented, is_done, write_image_results
 from mfuser.scripts.segmentation import count_pixels, images_at_once, segment, segment_with_confidence

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from mfuser.files import atomic_writer, make_folder, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.overlap import in_order, read_ahead
 from mfuser.scripts import palettes
 from mfuser.scripts.label_archive import LabelArchive
-from mfuser.scripts.overlap import in_order, read_ahead
 from mfuser.scripts.segment_images import read_image
 from mfuser.scripts.segment_inputs import Source
 from mfuser.scripts.segment_results import Drawing, record_of, source_hash, video_files

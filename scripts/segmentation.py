@@ -12,14 +12,12 @@ from mfuser.confidence_mfuser import confidence_map, mark_unknown, resize_maps
 from mfuser.evaluation.large_images import label_map_by_bands, windows_at_once
 from mfuser.image_processing_mfuser import MFuserImageProcessor, resized_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.overlap import is_small, model_threads
 from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.windows_mfuser import sliding_windows
 
-# A model of fewer weights keeps one core busy, not several: its images are segmented side by side, with more windows
-# in a forward than those that keep a larger model busy.
-SMALL_MODEL = 50_000_000
+# Windows of a small model, in tokens, that keep one core busy in a forward.
 SMALL_MODEL_TOKENS_PER_BATCH = 2048
-MAX_IMAGES_AT_ONCE = 8
 # Frames in one forward: at most this many, and at most this many bytes of pixels and of scores.
 MAX_FRAMES_AT_ONCE, MAX_PIXEL_BYTES, MAX_SCORE_BYTES = 8, 2**23, 2**26
 
@@ -187,19 +185,13 @@ def images_at_once(model: MFuserForSemanticSegmentation) -> Iterator[int]:
         model ([`MFuserForSemanticSegmentation`]):
             The model. Within the block, its `config.windows_per_batch` suits one core, unless it is set.
     """
-    threads, config = torch.get_num_threads(), model.config
-    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
-    if not small or model.device.type != "cpu":
-        yield 1
-        return
-    images, windows = min(threads, MAX_IMAGES_AT_ONCE), config.windows_per_batch
-    torch.set_num_threads(threads // images)
-    if windows is None:
+    config, windows = model.config, model.config.windows_per_batch
+    if windows is None and is_small(model):
         config.windows_per_batch = max(1, SMALL_MODEL_TOKENS_PER_BATCH * config.patch_size**2 // config.crop_size**2)
     try:
-        yield images
+        with model_threads(model) as threads:
+            yield threads
     finally:
-        torch.set_num_threads(threads)
         config.windows_per_batch = windows
 
 

@@ -14,12 +14,11 @@ from PIL import Image
 from tiny_models import tiny_model
 from torch.nn import functional as F
 
-from mfuser import MFuserImageProcessor
+from mfuser import MFuserImageProcessor, overlap
 from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
 from mfuser.data.domain import EvaluationSize
 from mfuser.data.preparation import prepare
 from mfuser.data.tables import CITYSCAPES, DOMAINS
-from mfuser.evaluation import scoring
 from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
@@ -72,16 +71,16 @@ def test_images_segmented_side_by_side_have_the_labels_of_one_after_the_other(tm
 
     model.forward = forward
     results, predictions = {}, {}
-    for limit in (0, scoring.SMALL_MODEL):
+    for limit in (0, overlap.SMALL_MODEL):
         seen.clear()
-        monkeypatch.setattr(scoring, "SMALL_MODEL", limit)
+        monkeypatch.setattr(overlap, "SMALL_MODEL", limit)
         folder, options = tmp_path / f"predictions_{limit}", EvaluationOptions(batch_size=2)
         results[limit] = evaluate_domain(model, MFuserImageProcessor(), domain, options, folder, confidence=True)
         predictions[limit] = {file.name: file.read_bytes() for file in folder.rglob("*.png")}
         # A large model runs in one thread with both cores, a small one in two with one core each.
         assert list(seen.values()) == [2] if limit == 0 else set(seen.values()) == {1}
         assert torch.get_num_threads() == 2
-        with scoring.segmenting_threads(model) as threads:
+        with overlap.model_threads(model) as threads:
             assert threads == (1 if limit == 0 else 2)
     one, two = results.values()
     assert one == two

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mfuser.scripts.overlap import in_order, read_ahead
+from mfuser.overlap import in_order, read_ahead
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -227,7 +227,7 @@ def test_a_small_model_segments_images_side_by_side_and_a_large_one_does_not(mon
         chosen = tiny_model(windows_per_batch=2)
         with images_at_once(chosen):
             assert chosen.config.windows_per_batch == 2
-        monkeypatch.setattr("mfuser.scripts.segmentation.SMALL_MODEL", 1000)
+        monkeypatch.setattr("mfuser.overlap.SMALL_MODEL", 1000)
         with images_at_once(model) as number:
             assert number == 1 and torch.get_num_threads() == 3 and model.config.windows_per_batch is None
     finally:
