@@ -18,7 +18,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.export import Dim
 
 from mfuser.errors import CommandError
-from mfuser.files import write_text
+from mfuser.files import make_folder, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -291,7 +291,7 @@ def export(
         CommandError: If the format needs something that is not installed, or if the artefact differs from the model.
     """
     check_requirements(kind)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     # In float32, in which the artefact is compared with the model.
     model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
     window = (WholeImage if whole_image else Window)(quantize(model, quantization), argmax)

@@ -4,9 +4,9 @@ Segments an image with an exported MFuser model.
     python run.py IMAGE [OUTPUT]
 
 It needs numpy, pillow and the runtime: torch or onnxruntime. An image larger than the crop is segmented by sliding
-windows whose scores are averaged; with an artefact of whole images, they are part of it. Images are resized as by the model's image processor, and labels back to the size of
-the image. OUTPUT is a palette PNG whose indices are the class ids (default: labels.png).
-`mfuser export` copies this file into the folder of the model as run.py.
+windows whose scores are averaged; they are part of an artefact of whole images. Images are resized as by the model's
+image processor, and labels back to the size of the image. OUTPUT is a palette PNG whose indices are the class ids
+(default: labels.png). `mfuser export` copies this file into the folder of the model as run.py.
 """
 
 import json

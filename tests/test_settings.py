@@ -54,6 +54,11 @@ REFUSED = [
     ("validation_size.heights=4", "validation_size has no setting 'heights'; did you mean 'height'?"),
     ("learning_rate=1 learning_rate.x=1", "learning_rate.x cannot be set: learning_rate is 1, which has no fields"),
     ("resume_from_checkpoint=x", "resume_from_checkpoint has no effect in mfuser train; use resume"),
+    ("accelerator_config.nope=1", "Trainer has a field that does not exist: AcceleratorConfig.__init__() got an"),
+    ("label_names=[mask]", "label_names has no effect in mfuser train; use label_column"),
+    ("lr_scheduler_kwargs.num_cycles=1", "lr_scheduler_kwargs is {'num_cycles': 1}, which has no effect with"),
+    ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the loss of masks has"),
+    ("optim_args=beta=1", "optim_args is 'beta=1', which has no effect with optim adamw_torch"),
     # ranges
     ("max_steps=0", "max_steps is 0; it must be at least 1, or -1 for num_train_epochs"),
     ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; it must be at least 1"),
