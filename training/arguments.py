@@ -80,12 +80,13 @@ class MFuserTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "monitor_steps", "max_nonfinite_steps")
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        counts += ("monitor_steps", "max_nonfinite_steps")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps"):
-            if not getattr(self, name) > 0:
+        for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps", "eval_steps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "min_learning_rate", "dataloader_num_workers"):
             if not getattr(self, name) >= 0:
