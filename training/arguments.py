@@ -80,9 +80,8 @@ class MFuserTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        counts += ("monitor_steps", "max_nonfinite_steps")
-        for name in counts:
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*batches, "gradient_accumulation_steps", "monitor_steps", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps", "eval_steps"):
