@@ -63,7 +63,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
         requested = requested_classes(cls.config_class, path, kwargs, *new)
         loaded = super().from_pretrained(path, *args, **kwargs)
         model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
-        check_finite(model, "the checkpoint" if path is None else str(path))
+        check_finite(model.state_dict(), "the checkpoint" if path is None else str(path))
         model.base_model.freeze_unused_parameters()
         if model.config.freeze_encoders:
             model.freeze_encoders()

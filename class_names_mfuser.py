@@ -128,6 +128,20 @@ def checked_class_names(class_names) -> list[str]:
     return list(class_names)
 
 
+def pretrained_tokenizer(name_or_path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer in a folder or a repository of the Hub, without running code from there.
+
+    Args:
+        name_or_path (`str`): The folder or Hub id.
+        hub_kwargs: Arguments for the download, such as `revision`.
+
+    Raises:
+        OSError, ValueError: If there is no tokenizer, or it needs code of its own.
+    """
+    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub_kwargs)
+
+
 def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTrainedTokenizerBase:
     """
     Returns a tokenizer that is given as such, by its folder or Hub id, or as part of a saved model.
@@ -150,7 +164,7 @@ def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTra
         hub_kwargs = {}
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            return AutoTokenizer.from_pretrained(tokenizer, **hub_kwargs)
+            return pretrained_tokenizer(tokenizer, **hub_kwargs)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"tokenizer is {str(tokenizer)!r}, which cannot be loaded as a tokenizer; it must be {accepted}"

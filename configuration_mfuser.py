@@ -13,12 +13,16 @@ from .encoder_configs_mfuser import (
     DEFAULT_ENCODERS,
     TEXT_TOWER_OF,
     VFM_TYPES,
+    check_common_fields,
     check_field_names,
     encoder_config,
 )
 
 # Fields with these prefixes are MFuser's, so that a saved configuration is not accepted with unknown ones either.
 OWN_PREFIXES = ("fusion_", "vlm_", "vfm_", "text_", "enhancer_", "decoder_", "loss_", "crop_", "class_token")
+
+# Fields of every configuration that `check_common_fields` reads.
+COMMON_FIELDS = ("dtype", "id2label", "label2id", "return_dict", "output_hidden_states")
 
 NUM_TAPS = 4  # levels of the feature pyramid
 GROUP_NORM_GROUPS = 32
@@ -188,6 +192,8 @@ class MFuserConfig(PreTrainedConfig):
         saved = self.transformers_version is not None  # other versions and libraries may have added fields
         names = [name for name in kwargs if not saved or name.startswith(OWN_PREFIXES)]
         check_field_names(type(self), names, "MFuserConfig")
+        own = {name: getattr(self, name) for name in COMMON_FIELDS}
+        check_common_fields(kwargs | own, "MFuserConfig")
         for name, default in DEFAULT_ENCODERS.items():
             setattr(self, name, encoder_config(getattr(self, name), default, name, check_names=not saved))
         is_clip = self.vlm_config.model_type == "clip_vision_model"

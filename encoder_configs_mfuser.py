@@ -1,9 +1,12 @@
 """The configurations of the encoders: which types there are, the paper's defaults, and the checks of their fields."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .class_names_mfuser import CLIP_END_TOKEN, CLIP_START_TOKEN
 from .configuration_eva02_clip import Eva02ClipTextConfig, Eva02ClipVisionConfig
@@ -59,6 +62,14 @@ COMMON_ARGUMENTS = {
     *("attn_implementation", "experts_implementation", "out_features", "out_indices", "stage_names"),
 }
 
+# Fields of every configuration whose types Transformers does not check: their types, also in words.
+COMMON_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+    ("return_dict", bool, "true or false"),
+    ("output_attentions", bool, "true or false"),
+    ("output_hidden_states", (bool, int, list), "true, false, or indices of layers"),
+    ("quantization_config", (dict, QuantizationConfigMixin), "a dictionary"),
+)
+
 
 def encoder_class(model_type: str) -> type[PreTrainedConfig]:
     """The configuration class of an encoder; raises `ValueError` if it cannot be used."""
@@ -81,6 +92,29 @@ def check_field_names(config_class: type[PreTrainedConfig], names: Iterable[str]
         # Names with an underscore are Transformers' own records, such as `_commit_hash`.
         if not (name in fields or name in COMMON_ARGUMENTS or name.startswith("_") or hasattr(config_class, name)):
             raise ValueError(f"{role} has no field {name!r}{nearest(name, sorted(fields))}")
+
+
+def check_common_fields(fields: Mapping[str, Any], role: str) -> None:
+    """Raises `ValueError` for values of common fields that Transformers would read before it checks their types."""
+    for name in ("dtype", "torch_dtype"):
+        dtype = fields.get(name)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+        if fields.get(name) is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{role}: {name} is {fields[name]!r}; it must be a data type such as 'float32'")
+    for name, wanted, kind in (("id2label", "ids to names", int), ("label2id", "names to ids", str)):
+        value = fields.get(name)
+        if value is None:
+            continue
+        try:
+            valid = isinstance(value, dict) and bool([kind(key) for key in value])
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{role}: {name} is {value!r}; it must be a dictionary from {wanted}")
+    for name, types, words in COMMON_TYPES:
+        if fields.get(name) is not None and not isinstance(fields[name], types):
+            raise ValueError(f"{role}: {name} is {fields[name]!r}; it must be {words}")
 
 
 def encoder_config(
@@ -109,6 +143,7 @@ def encoder_config(
     config_class = encoder_class(model_type)
     if check_names:
         check_field_names(config_class, value, f"{role} ({model_type})")
+    check_common_fields(value, f"{role} ({model_type})")
     heads = value.get("num_attention_heads", 1)
     if isinstance(heads, int) and heads < 1:
         raise ValueError(f"num_attention_heads of the {model_type} is {heads}; it must be positive")
@@ -120,6 +155,7 @@ __all__ = [
     "DEFAULT_ENCODERS",
     "TEXT_TOWER_OF",
     "VFM_TYPES",
+    "check_common_fields",
     "check_field_names",
     "encoder_class",
     "encoder_config",

@@ -53,6 +53,7 @@ class MFuserImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
     do_reduce_labels: bool | None
 
 
+CHECKED_VALUES = ("rescale_factor", "image_mean", "image_std", "resample")
 SETTINGS = frozenset({**ImagesKwargs.__annotations__, **MFuserImageProcessorKwargs.__annotations__})
 
 
@@ -142,6 +143,7 @@ class MFuserImageProcessor(PilBackend):
         _check_settings(own)
         validate_typed_dict(self.valid_kwargs, own)
         super().__init__(**_resize_if_size_is_given(kwargs))
+        _check_values({name: getattr(self, name) for name in CHECKED_VALUES})
         self._changed_in_a_call: set[str] = set()
 
     @classmethod
@@ -206,11 +208,7 @@ class MFuserImageProcessor(PilBackend):
 
     def _validate_preprocess_kwargs(self, **kwargs):
         super()._validate_preprocess_kwargs(**kwargs)
-        for name, positive in (("rescale_factor", True), ("image_mean", False), ("image_std", True)):
-            value = kwargs[name]
-            values = [] if value is None else list(value) if isinstance(value, Iterable) else [value]
-            if not all(math.isfinite(each) and (each > 0 or not positive) for each in values):
-                raise ValueError(f"`{name}` is {value}; it must be finite{' and positive' if positive else ''}.")
+        _check_values(kwargs)
         if kwargs["do_center_crop"]:
             raise ValueError("`do_center_crop` is True; it must be unset or False: the processor does not crop.")
         if kwargs["data_format"] not in (None, ChannelDimension.FIRST):
@@ -483,10 +481,27 @@ def _check_settings(names: Iterable[str]) -> None:
             raise ValueError(f"MFuserImageProcessor has no setting `{name}`; {hint}")
 
 
+def _check_values(settings: dict) -> None:
+    """Raises `ValueError` for a number that no image can be processed with."""
+    for name, positive in (("rescale_factor", True), ("image_mean", False), ("image_std", True)):
+        value = settings[name]
+        values = [] if value is None else list(value) if isinstance(value, Iterable) else [value]
+        if not all(math.isfinite(each) and (each > 0 or not positive) for each in values):
+            raise ValueError(f"`{name}` is {value}; it must be finite{' and positive' if positive else ''}.")
+        if isinstance(value, Iterable) and len(values) != 3:
+            raise ValueError(f"`{name}` is {value}; it must hold one number for each of three channels.")
+    if settings["resample"] is not None and settings["resample"] not in list(PILImageResampling):
+        accepted = ", ".join(f"{each.value} ({each.name.lower()})" for each in PILImageResampling)
+        raise ValueError(f"`resample` is {settings['resample']}; it must be one of {accepted}.")
+
+
 def _resize_if_size_is_given(kwargs: dict) -> dict:
     """Enables resizing if a size is passed, so that it is not silently ignored."""
-    if kwargs.get("size") is not None:
+    size = kwargs.get("size")
+    if size is not None:
         kwargs.setdefault("do_resize", True)
+        if isinstance(size, (list, tuple)) and len(size) != 2:
+            raise ValueError(f"`size` is {size}; a list must hold height and width.")
     return kwargs
 
 

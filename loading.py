@@ -15,6 +15,7 @@ from mfuser.files import read_json
 from mfuser.frozen_encoders_mfuser import recorded_encoders, saved_weights
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
+from mfuser.pretrained_mfuser import check_finite
 
 
 def load_model(
@@ -150,10 +151,12 @@ def read_weights(
         `dict`: A complete state dict of `model`. Frozen weights that were not saved are the model's own.
 
     Raises:
-        ValueError: If weights that are not frozen are missing, or if weights are unexpected or of another shape.
+        ValueError: If weights that are not frozen are missing, or if weights are unexpected, of another shape or not
+            finite.
     """
     if folder is not None:
         state_dict = saved_weights(folder)
+        check_finite(state_dict, str(folder))
     loaded, report = type(model).from_pretrained(
         None,
         state_dict=state_dict,

@@ -409,11 +409,17 @@ class MFuserModel(MFuserPreTrainedModel):
         return self.vlm.merge(vlm_states, self.merge_proj(vfm_states))
 
     def check_pixels(self, pixel_values: torch.Tensor):
-        """Raises `ValueError` unless `pixel_values` is a batch of images of at least one patch."""
+        """Raises `ValueError` unless `pixel_values` is a floating-point batch of images of at least one patch."""
         if torch.jit.is_tracing():
             raise NotImplementedError(
                 "torch.jit.trace, and torch.onnx.export with dynamo=False, cannot capture this model; use "
                 "`mfuser export`, torch.export.export or torch.onnx.export with dynamo=True"
+            )
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            given = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise ValueError(
+                f"pixel_values are {given}; they must be a floating-point tensor of normalised images, as the image "
+                "processor returns"
             )
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     CLIPModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
@@ -21,7 +21,7 @@ from transformers import (
     SiglipModel,
 )
 
-from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids
+from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids, pretrained_tokenizer
 from .configuration_mfuser import MFuserConfig, evenly_paired
 from .modeling_eva02_clip import Eva02ClipModel
 from .towers_mfuser import Resampled, resample_grid
@@ -67,22 +67,22 @@ def load_encoder(
         raise ValueError(
             f"{name_or_path} lacks weights of a {model_type}: {', '.join(sorted(report['missing_keys']))}"
         )
-    check_finite(model, name_or_path)
+    check_finite(model.state_dict(), name_or_path)
     return model.eval()
 
 
-def check_finite(model: nn.Module, source: str) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
     """
     Checks that no weight is NaN or infinite.
 
     Args:
-        model (`nn.Module`): The model; weights on the meta device and quantised ones are not checked.
+        weights (`dict`): The state dict; tensors on the meta device and quantised ones are not checked.
         source (`str`): What the weights were loaded from, for the error.
 
     Raises:
         ValueError: If a weight is not finite, with the names of the first ones.
     """
-    if bad := nonfinite_tensors(model.state_dict()):
+    if bad := nonfinite_tensors(weights):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ValueError(
             f"{source}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:3])}{more}; the file is "
@@ -136,9 +136,9 @@ class PretrainedEncoders:
         For the arguments see [`MFuserPreTrainedModel.from_vfm_vlm_pretrained`]; `fields` override derived values.
         """
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(self.vlm_source, revision=self.vlm_revision)
+            tokenizer = pretrained_tokenizer(self.vlm_source, revision=self.vlm_revision)
         elif isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = pretrained_tokenizer(tokenizer)
         variant = self.vlm.config.model_type
         if patch_size is None:
             patch_size = self.vlm.config.vision_config.patch_size if variant == "eva02_clip" else PATCH_SIZE
@@ -190,9 +190,14 @@ def load_pretrained_encoders(
         hub_kwargs: Further arguments for the download, such as `cache_dir`.
 
     Raises:
-        ValueError: If an encoder has a type that cannot be used, or weights are missing.
+        ValueError: If an encoder has a type that cannot be used, weights are missing, or a folder has a revision.
     """
     revisions = revisions or {}
+    for key, name in (("vfm", vfm), ("vlm", vlm)):
+        if revisions.get(key) is not None and os.path.isdir(name):
+            raise ValueError(
+                f"{key}_revision is {revisions[key]!r}, but {key} is the folder {name}; only Hub ids have revisions"
+            )
     return PretrainedEncoders(
         load_encoder(vfm, VFM_CLASSES, "vision foundation model", revision=revisions.get("vfm"), **hub_kwargs),
         load_encoder(vlm, VLM_CLASSES, "vision-language model", revision=revisions.get("vlm"), **hub_kwargs),

@@ -1,8 +1,10 @@
 """Opening a dataset with an image and a label column, wherever it is, in one form."""
 
-import json
 import logging
 import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +15,12 @@ from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.label_maps import LabelMap, check_sizes, image_size, label_ids
 from mfuser.data.layouts import has_split
 from mfuser.data.tables import DOMAINS
+from mfuser.errors import one_line
+from mfuser.files import read_json
 
 try:
     import datasets
+    import pyarrow as pa
 except ImportError:
     datasets = None
 
@@ -24,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Written into a prepared folder: its domain, classes and label map, and the pairs that were skipped with the reason.
 PREPARATION_FILE = "mfuser_preparation.json"
+LONGEST_CAUSE = 200  # characters of an error of `datasets`, which may list every column of every file
 SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
 
 
@@ -107,7 +113,7 @@ def parse_id2label(names: dict | str | Path) -> dict[int, str]:
             return DOMAINS[str(names)].id2label
         if not Path(names).is_file():
             raise ValueError(f"class names: {names} is neither a JSON file nor a domain ({', '.join(DOMAINS)})")
-        given = _read_json(names)
+        given = read_json(Path(names))
     else:
         given = names
     try:
@@ -163,15 +169,14 @@ def available_splits(source: str | Path) -> list[str]:
         FileNotFoundError: If `source` is a path that does not exist.
         ValueError: If `source` is a download that must be prepared first, or is not completely prepared.
     """
-    if datasets is None:
-        raise ImportError("loading a dataset requires the library datasets: pip install 'mfuser[train]'")
+    _require_datasets()
     source, path = str(source), Path(source)
     if not path.exists() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError(f"{source} does not exist")
     if (path / "dataset_dict.json").is_file():
-        return _read_json(path / "dataset_dict.json")["splits"]
+        return read_json(path / "dataset_dict.json")["splits"]
     if (path / "state.json").is_file():
-        return [_read_json(path / "state.json")["_split"] or path.name]
+        return [read_json(path / "state.json")["_split"] or path.name]
     if path.is_dir() and _side_file(source, PREPARATION_FILE):
         raise ValueError(f"{source} is not completely prepared: run the same `mfuser prepare` command again")
     if files := parquet_splits(path):
@@ -199,22 +204,28 @@ def open_columns(
         `tuple(datasets.Dataset or datasets.IterableDataset, str)`: The dataset with columns `image` and `label`, cast
         to `datasets.Image`, and `name` and `condition` where it has them; and the name of the split.
     """
+    _require_datasets()
     source = str(source)
-    split = pick_split(available_splits(source), split, source)
+    with _naming_the_source(source):
+        split = pick_split(available_splits(source), split, source)
+        dataset = _open(source, split, streaming)
+    return _normalise_columns(dataset, image_column, label_column, source), split
+
+
+def _open(source: str, split: str, streaming: bool):
     path = Path(source)
     folder = path / split if (path / "dataset_dict.json").is_file() else path
     if (folder / "state.json").is_file():
         dataset = datasets.load_from_disk(str(folder))
         if streaming:
-            files = _read_json(folder / "state.json")["_data_files"]
+            files = read_json(folder / "state.json")["_data_files"]
             dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(files), len(dataset))))
-    elif folder != path:
+        return dataset
+    if folder != path:
         raise ValueError(f"{folder} is not completely prepared: run the same `mfuser prepare` command again")
-    elif files := parquet_splits(path):
-        dataset = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=streaming)
-    else:
-        dataset = datasets.load_dataset(source, split=split, streaming=streaming)
-    return _normalise_columns(dataset, image_column, label_column, source), split
+    if files := parquet_splits(path):
+        return datasets.load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=streaming)
+    return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
 def class_names(source: str, id2label=None, preparation: dict | None = None) -> dict[int, str]:
@@ -253,15 +264,29 @@ def _side_file(source: str, file_name: str) -> dict | None:
     if path.exists():
         found = (folder / file_name for folder in (path, path.parent) if (folder / file_name).is_file())
         file = next(found, None)
-        return None if file is None else _read_json(file)
+        return None if file is None else read_json(file)
     try:
-        return _read_json(hf_hub_download(source, file_name, repo_type="dataset"))
+        return read_json(Path(hf_hub_download(source, file_name, repo_type="dataset")))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
         return None
 
 
-def _read_json(file: str | Path) -> Any:
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+def _require_datasets() -> None:
+    if datasets is None:
+        raise ImportError("loading a dataset requires the library datasets: pip install 'mfuser[train]'")
+
+
+@contextmanager
+def _naming_the_source(source: str) -> Iterator[None]:
+    """Replaces errors of `datasets` that name neither the source nor what is wrong with it."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        cause = textwrap.shorten(one_line(error.__cause__ or error), LONGEST_CAUSE, placeholder="...")
+        raise ValueError(
+            f"{source} cannot be read as a dataset ({cause}); it must be a folder written by `mfuser "
+            "prepare` or `save_to_disk`, parquet files named after their splits, or the Hub id of a dataset"
+        ) from error
 
 
 def _normalise_columns(dataset, image_column: str, label_column: str, source: str):

@@ -253,7 +253,7 @@ class RareClassSampler(Sampler[Draw]):
         if not len(self.classes):
             raise ValueError(
                 f"min_pixels is {min_pixels}, and no image holds more than {pixel_counts.max()} pixels of a class; "
-                "min_pixels must be smaller than that"
+                "min_pixels (of `mfuser train`: rare_class_min_pixels) must be smaller than that"
             )
         scarce = np.setdiff1d(np.flatnonzero(probabilities), self.classes)
         if len(scarce):

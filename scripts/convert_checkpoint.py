@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, SiglipModel
+from transformers import SiglipModel
 
 from mfuser.class_names_mfuser import (
     CITYSCAPES_CLASSES,
@@ -24,6 +24,7 @@ from mfuser.class_names_mfuser import (
     CLIP_START_TOKEN,
     class_token_ids,
     clip_token_row,
+    pretrained_tokenizer,
 )
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.files import atomic_folder, check_new_folder, read_json, sha256
@@ -172,7 +173,7 @@ def siglip_fields(model: str, class_names: list[str]) -> dict:
     """Returns the fields that the SigLIP variant takes from the pretrained SigLIP."""
     siglip = load_encoder(model, {"siglip": SiglipModel}, "pretrained SigLIP")
     return {
-        "class_token_ids": class_token_ids(class_names, AutoTokenizer.from_pretrained(model)),
+        "class_token_ids": class_token_ids(class_names, pretrained_tokenizer(model)),
         "loss_logit_scale": siglip.logit_scale.item(),
         "loss_logit_bias": siglip.logit_bias.item(),
     }

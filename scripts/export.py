@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch._higher_order_ops.while_loop import while_loop
+from torch.export import Dim
 
 from mfuser.errors import CommandError
-from mfuser.files import write_text
+from mfuser.files import make_folder, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -29,6 +31,7 @@ holds
   model.pt2 or model.onnx   the graph and the weights; large ONNX weights are in model.onnx.data
   artefact.json             classes, colours, normalisation, crop size and stride
   run.py                    segments an image by sliding windows; it needs numpy, pillow and torch or onnxruntime
+With --whole-image the sliding windows are part of the graph, which then takes images of at least one crop.
 Before anything is written, the scores of the exported model are compared with those of the model.
 Exit code: 0 if the artefact was written, 2 if it could not be exported or its scores differ."""
 
@@ -36,8 +39,7 @@ FILES = {"torch-export": "model.pt2", "onnx": "model.onnx", "aoti": "model.pt2"}
 MINIMUM_PATCHES = 4  # of a side: the coarsest level of the pyramid then has at least two
 OPSET = 20
 TOLERANCE = 1e-5  # largest difference of scores, which are in [0, number of classes]
-# Sides of the windows of the check in patches, besides the crop, and batch sizes.
-CHECKED_PATCHES, CHECKED_BATCHES = (6, 9), (1, 3)
+CHECKED_PATCHES, CHECKED_BATCHES = (6, 9), (1, 3)  # sides of windows in patches, besides the crop, and batch sizes
 
 
 class Window(nn.Module):
@@ -47,11 +49,70 @@ class Window(nn.Module):
         super().__init__()
         model.mfuser.store_class_embeddings()
         self.model, self.argmax = model.requires_grad_(False).eval(), argmax
+        self.minimum_side = MINIMUM_PATCHES * model.config.patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = self.model.mfuser(pixel_values, output_feature_maps=False, return_dict=True)
-        scores = self.model._decode(features, pixel_values.shape[-2:], labels=None, class_mask=None).logits
+        scores = self.window_scores(pixel_values)
         return scores.argmax(dim=1) if self.argmax else scores
+
+    def window_scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.model.mfuser(pixel_values, output_feature_maps=False, return_dict=True)
+        return self.model._decode(features, pixel_values.shape[-2:], labels=None, class_mask=None).logits
+
+    def expected(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the artefact must return."""
+        return self(pixel_values)
+
+    def checked_sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths at which the artefact is compared with the model."""
+        patch, crop = self.model.config.patch_size, self.model.config.crop_size
+        return [(crop, crop), (CHECKED_PATCHES[0] * patch, CHECKED_PATCHES[1] * patch)]
+
+
+class WholeImage(Window):
+    """
+    The same for images of at least one crop, whose sliding windows are a loop in the graph.
+
+    The windows are all of the size of a crop, so that every shape in the body of the loop is known at export.
+    """
+
+    def __init__(self, model: MFuserForSemanticSegmentation, argmax: bool):
+        super().__init__(model, argmax)
+        self.minimum_side = model.config.crop_size
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = pixel_values.shape
+        crop, stride, device = self.model.config.crop_size, self.model.config.crop_stride, pixel_values.device
+        down, across = ((side - crop + stride - 1) // stride + 1 for side in (height, width))
+        positions = torch.arange(crop, device=device)
+
+        def windows_remain(index, scores, counts):
+            return index < down * across
+
+        def add_window(index, scores, counts):
+            rows = (index // across * stride).clamp(max=height - crop) + positions
+            columns = (index % across * stride).clamp(max=width - crop) + positions
+            window_scores = self.window_scores(pixel_values.index_select(2, rows).index_select(3, columns))
+            place = (rows[:, None], columns)
+            scores = torch.ops.aten.index_put(scores, (None, None, *place), window_scores, accumulate=True)
+            counts = torch.ops.aten.index_put(counts, place, counts.new_ones(()), accumulate=True)
+            return index + 1, scores, counts
+
+        start = (
+            torch.zeros((), dtype=torch.int64, device=device),
+            pixel_values.new_zeros(batch, self.model.config.num_labels, height, width),
+            pixel_values.new_zeros(height, width),
+        )
+        _, scores, counts = while_loop(windows_remain, add_window, start)
+        return scores.argmax(dim=1) if self.argmax else scores / counts
+
+    def expected(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        scores = self.model(pixel_values).logits
+        return scores.argmax(dim=1) if self.argmax else scores
+
+    def checked_sizes(self) -> list[tuple[int, int]]:
+        crop, stride = self.model.config.crop_size, self.model.config.crop_stride
+        return [(crop, crop), (crop + stride // 2 + 1, crop + stride + 1)]  # 1 window, and 2 x 3
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,10 +129,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--argmax", action="store_true", help="export labels instead of scores; run.py then takes one window per image"
+        "--argmax",
+        action="store_true",
+        help="export labels instead of scores; without --whole-image, run.py then takes one window per image",
+    )
+    parser.add_argument(
+        "--whole-image",
+        action="store_true",
+        help="export the sliding windows as well, with --format torch-export",
     )
     add_quantize_argument(parser)
     parsed = parser.parse_args(arguments)
+    if parsed.whole_image and parsed.format != "torch-export":
+        parser.error(
+            f"--whole-image needs --format torch-export; an artefact of --format {parsed.format} is one window, "
+            "and its run.py segments whole images"
+        )
     if parsed.quantize == "int8-dynamic":
         parser.error(
             "--quantize int8-dynamic uses kernels of PyTorch that an artefact cannot hold; export with "
@@ -104,9 +177,11 @@ def capture(window: Window) -> torch.export.ExportedProgram:
     patch = window.model.config.patch_size
     # Neither side is that of the position embeddings, and they differ: equal sizes would be taken for one size.
     example = torch.zeros(2, 3, *((window.model.config.crop_size // patch + extra) * patch + 2 for extra in (2, 5)))
-    any_size = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    side = Dim.DYNAMIC(min=window.minimum_side)
     with torch.no_grad():
-        return torch.export.export(window, (example,), dynamic_shapes=(any_size,), strict=False)
+        return torch.export.export(
+            window, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 2: side, 3: side},), strict=False
+        )
 
 
 def write_torch_export(program: torch.export.ExportedProgram, path: Path):
@@ -132,14 +207,15 @@ def write_aoti(program: torch.export.ExportedProgram, path: Path):
 WRITERS: dict[str, Callable] = {"torch-export": write_torch_export, "onnx": write_onnx, "aoti": write_aoti}
 
 
-def description(model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, argmax: bool, kind: str):
+def description(window: Window, processor: MFuserImageProcessor, kind: str):
     """The content of artefact.json."""
-    config = model.config
+    config = window.model.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     return {
         "format": kind,
         "file": FILES[kind],
-        "output": "labels" if argmax else "scores",
+        "output": "labels" if window.argmax else "scores",
+        "whole_image": isinstance(window, WholeImage),
         "classes": names,
         "colours": palettes.class_colours(names).tolist(),
         "mean": list(processor.image_mean),
@@ -147,7 +223,7 @@ def description(model: MFuserForSemanticSegmentation, processor: MFuserImageProc
         "size": _limits(processor),
         "crop_size": config.crop_size,
         "crop_stride": config.crop_stride,
-        "minimum_side": MINIMUM_PATCHES * config.patch_size,
+        "minimum_side": window.minimum_side,
     }
 
 
@@ -162,19 +238,18 @@ def _limits(processor: MFuserImageProcessor) -> dict[str, int] | None:
 
 def largest_difference(window: Window, folder: Path) -> float:
     """
-    The largest difference between the scores of a model and of its artefact, over batch sizes and window sizes.
+    The largest difference between the scores of a model and of its artefact, over batch sizes and sizes.
 
     With labels instead of scores, the share of the pixels whose labels differ.
     """
-    patch, crop = window.model.config.patch_size, window.model.config.crop_size
     run = run_artefact.load(folder)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    for size in ((crop, crop), tuple(side * patch for side in CHECKED_PATCHES)):
+    for size in window.checked_sizes():
         for batch in CHECKED_BATCHES:
             pixel_values = torch.randn(batch, 3, *size, generator=generator)
             with torch.no_grad():
-                expected = window(pixel_values).numpy()
+                expected = window.expected(pixel_values).numpy()
             found = run(pixel_values.numpy())
             if found.shape != expected.shape:
                 raise CommandError(
@@ -185,7 +260,14 @@ def largest_difference(window: Window, folder: Path) -> float:
     return largest
 
 
-def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, quantization: str | None = None) -> float:
+def export(
+    name_or_path: str,
+    kind: str,
+    output: Path,
+    argmax: bool = False,
+    whole_image: bool = False,
+    quantization: str | None = None,
+) -> float:
     """
     Writes an artefact, after it was compared with the model.
 
@@ -198,6 +280,8 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
             Folder to write to. Files of other names in it are kept.
         argmax (`bool`, *optional*, defaults to `False`):
             Whether the artefact returns labels instead of scores.
+        whole_image (`bool`, *optional*, defaults to `False`):
+            Whether the sliding windows are part of the artefact, of kind `"torch-export"`.
         quantization (`str`, *optional*):
             `"int8-weight-only"`, see [`quantize`].
 
@@ -208,10 +292,10 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
         CommandError: If the format needs something that is not installed, or if the artefact differs from the model.
     """
     check_requirements(kind)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     # In float32, in which the artefact is compared with the model.
     model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
-    window = Window(quantize(model, quantization), argmax)
+    window = (WholeImage if whole_image else Window)(quantize(model, quantization), argmax)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = Path(temporary)
         try:
@@ -221,7 +305,7 @@ def export(name_or_path: str, kind: str, output: Path, argmax: bool = False, qua
         shutil.copyfile(run_artefact.__file__, folder / "run.py")
         write_text(
             folder / run_artefact.DESCRIPTION_FILE,
-            json.dumps(description(model, processor, argmax, kind), indent=2) + "\n",
+            json.dumps(description(window, processor, kind), indent=2) + "\n",
         )
         difference = largest_difference(window, folder)
         if not difference <= TOLERANCE:  # also if it is not a number
@@ -238,7 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about their own code
-        difference = export(parsed.model, parsed.format, parsed.output, parsed.argmax, parsed.quantize)
+        difference = export(
+            parsed.model, parsed.format, parsed.output, parsed.argmax, parsed.whole_image, parsed.quantize
+        )
     measure = "share of labels that differ" if parsed.argmax else "largest difference of scores"
     print(f"checked against the model, batch sizes 1 and 3, two sizes: {measure} {difference:.1e}")
     for path in sorted(parsed.output.iterdir()):

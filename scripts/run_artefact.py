@@ -4,13 +4,14 @@ Segments an image with an exported MFuser model.
     python run.py IMAGE [OUTPUT]
 
 It needs numpy, pillow and the runtime: torch or onnxruntime. An image larger than the crop is segmented by sliding
-windows whose scores are averaged. Images are resized as by the model's image processor, and labels back to the size of
-the image. OUTPUT is a palette PNG whose indices are the class ids (default: labels.png).
-`mfuser export` copies this file into the folder of the model as run.py.
+windows whose scores are averaged; they are part of an artefact of whole images. Images are resized as by the model's
+image processor, and labels back to the size of the image. OUTPUT is a palette PNG whose indices are the class ids
+(default: labels.png). `mfuser export` copies this file into the folder of the model as run.py.
 """
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def segment(pixels, run, artefact):
         raise ValueError(
             f"the image has {width} x {height} pixels; both sides must have at least {artefact['minimum_side']}"
         )
-    if artefact["output"] == "labels":
-        return run(pixels)[0]
+    if artefact["whole_image"] or artefact["output"] == "labels":
+        result = run(pixels)[0]
+        return result if artefact["output"] == "labels" else result.argmax(axis=0)
     scores = np.zeros((len(artefact["classes"]), height, width), np.float32)
     counts = np.zeros((height, width), np.float32)
     for top in starts(height, crop, stride):
@@ -91,22 +93,34 @@ def segment(pixels, run, artefact):
     return (scores / counts).argmax(axis=0)
 
 
-def main():
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    folder = Path(__file__).resolve().parent
+def segment_file(image_path, output, folder):
+    """Segments an image file, and prints the share of each class."""
     artefact = describe(folder)
-    with Image.open(sys.argv[1]) as image:
+    classes = artefact["classes"]
+    if len(classes) > 256:
+        raise ValueError(f"the model has {len(classes)} classes; a palette PNG holds at most 256: call load() instead")
+    with Image.open(image_path) as image:
         size = model_size(*image.size, artefact["size"])
         resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
         labels = segment(normalise(resized, artefact), load(folder), artefact)
         picture = Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     labels = np.asarray(picture)
     picture.putpalette(np.uint8(artefact["colours"]).tobytes())
-    picture.save(sys.argv[2] if len(sys.argv) == 3 else "labels.png")
-    for index, count in enumerate(np.bincount(labels.ravel(), minlength=len(artefact["classes"]))):
+    picture.save(f"{output}.part", format="PNG")
+    os.replace(f"{output}.part", output)
+    for index, count in enumerate(np.bincount(labels.ravel(), minlength=len(classes))):
         if count:
-            print(f"{artefact['classes'][index]:<20} {100 * count / labels.size:6.2f} %")
+            print(f"{classes[index]:<20} {100 * count / labels.size:6.2f} %")
+
+
+def main():
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    try:
+        segment_file(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else "labels.png", Path(__file__).resolve().parent)
+    except (OSError, ValueError, ImportError) as error:  # of the files, the size of the image, a missing runtime
+        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoTokenizer, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from mfuser.class_names_mfuser import give_classes, label_names
+from mfuser.class_names_mfuser import give_classes, label_names, pretrained_tokenizer
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
 from mfuser.data.loading import load_domain, parse_id2label
@@ -177,13 +177,13 @@ def tokenizer_of(model: MFuserForSemanticSegmentation, options: ModelArguments) 
     if not model.config.use_text_encoder:
         return None
     if options.tokenizer:
-        return AutoTokenizer.from_pretrained(options.tokenizer)
+        return pretrained_tokenizer(options.tokenizer)
     places = {options.model: None, (encoders_of(options) or {}).get("vlm"): options.vlm_revision}
     for place, revision in places.items():
         if place is None:
             continue
         try:
-            return AutoTokenizer.from_pretrained(place, revision=revision)
+            return pretrained_tokenizer(place, revision=revision)
         except (OSError, ValueError) as error:
             logger.info(f"{place} has no tokenizer ({error}).")
     return None

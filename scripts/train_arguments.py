@@ -201,6 +201,7 @@ WITHOUT_EFFECT = {
     "do_train": "max_steps",
     "do_eval": "eval_strategy",
     "do_predict": "`mfuser evaluate`",
+    "label_names": "label_column",
 }
 
 
@@ -232,7 +233,10 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     for name, check in (("model_config", model_fields), ("augmentation", augmentation_fields)):
         settings[name] = check(settings.get(name) or {})
     check_names(settings.get("validation_size") or {}, IMAGE_SIZES, "validation_size")
-    model, data, training = argument_parser().parse_dict(settings)
+    try:
+        model, data, training = argument_parser().parse_dict(settings)
+    except TypeError as error:  # of the classes that Transformers builds from settings that are dictionaries
+        raise ValueError(f"a setting of Transformers' Trainer has a field that does not exist: {error}") from error
     return model, data, training
 
 

@@ -1,14 +1,13 @@
 """
 Transformers' own tests of models and image processors, run on the classes of this repository.
 
-They are part of Transformers' source distribution, not of the installed package:
+They are part of Transformers' source distribution, not of the installed package. `tools/transformers_tests.sh`
+downloads those of the installed version and prints their folder:
 
-    version=$(python -c "import transformers; print(transformers.__version__)")
-    pip download --no-deps --no-binary transformers transformers==$version
-    tar xf transformers-*.tar.gz
-    TRANSFORMERS_TESTS=$(echo transformers-*/tests) python -m pytest -m slow tests/test_common.py
+    export TRANSFORMERS_TESTS=$(bash tools/transformers_tests.sh)
+    python -m pytest -m "slow and not exhaustive" tests/test_common.py
 
-They must be those of the installed version, and need the package `parameterized`; otherwise this file is skipped.
+Without them, or without the package `parameterized`, this file is skipped. `-m slow` adds tests that repeat others.
 """
 
 import copy
@@ -69,8 +68,20 @@ def import_tests(folder: Path):
 ModelTesterMixin, image_processing_common = import_tests(FOLDER)
 
 
+# Run for every combination of padding, attention mask and kernels, which images do not have: one per dtype is left.
+SDPA, ONE_OF_EACH_DTYPE = "test_eager_matches_sdpa_inference", ("fp32_pad_left", "fp16_pad_left", "bf16_pad_left")
+# Prints every weight of 28 models, to test the former name of an argument.
+SLOWEST = "test_bc_torch_dtype"
+for name, test in vars(ModelTesterMixin).items():
+    if name == SLOWEST or (name.startswith(SDPA) and not name.endswith(ONE_OF_EACH_DTYPE)):
+        pytest.mark.exhaustive(test)
+
 # Tests that do not apply, and why.
-MODEL_EXCEPTIONS = {"test_num_layers_is_small": "four levels of the pyramid need encoders of at least four layers"}
+MODEL_EXCEPTIONS = {
+    "test_num_layers_is_small": "four levels of the pyramid need encoders of at least four layers",
+    "test_model_weights_reload_no_missing_tied_weights": "the test expects a warning; a folder without the "
+    "weights of the encoders is an error, unless it names them",
+}
 BOTH_ENCODERS = "hidden states, attentions and their implementations are those of two encoders, tested above"
 EVA02_CLIP_EXCEPTIONS = dict.fromkeys(
     (

@@ -20,10 +20,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_convert import golden
-from tiny_models import DINOV2, tiny_model
+from tiny_models import DINOV2, save_tiny_encoders, tiny_model
+from tiny_recipe import write_data, write_recipe
 from transformers import Dinov2Config, Dinov2Model
 
 from mfuser import MFuserForSemanticSegmentation
+from mfuser.class_names_mfuser import pretrained_tokenizer
 from mfuser.pretrained_mfuser import VFM_CLASSES, load_encoder
 from mfuser.scripts import cli
 from mfuser.scripts.convert_checkpoint import save_converted
@@ -113,6 +115,22 @@ def change_config(**fields):
     return damage
 
 
+def change_encoder(**fields):
+    def damage(folder: Path) -> None:
+        encoder = json.loads((folder / "config.json").read_text())["vfm_config"]
+        change_config(vfm_config=encoder | fields)(folder)
+
+    return damage
+
+
+def change_processor(**settings):
+    def damage(folder: Path) -> None:
+        saved = json.loads((folder / "preprocessor_config.json").read_text())
+        (folder / "preprocessor_config.json").write_text(json.dumps(saved | settings))
+
+    return damage
+
+
 def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
@@ -141,10 +159,23 @@ DAMAGED_MODELS = {
     "nested too deeply": (write("config.json", "[" * 100_000), "config.json is not a JSON file"),
     "a field of another type": (change_config(crop_size="big"), "its configuration is invalid: .*'crop_size'"),
     "a misspelt field": (change_config(decoder_num_head=4), "did you mean 'decoder_num_heads'"),
+    "a list of class names": (change_config(id2label=["road"]), "id2label is .*; it must be a dictionary from ids"),
+    "ids that are no numbers": (change_config(id2label={"a": "road"}), "must be a dictionary from ids to names"),
+    "names without ids": (change_config(label2id=4), "label2id is 4; it must be a dictionary from names to ids"),
+    "another data type": (change_config(dtype="float7"), "dtype is 'float7'; it must be a data type such"),
+    "an encoder's data type": (change_encoder(dtype="x"), "vfm_config .dinov2.: dtype is 'x'; it must be a data type"),
+    "text in place of no": (change_config(return_dict="no"), "return_dict is 'no'; it must be true or false"),
+    "text in place of yes": (change_config(output_hidden_states="yes"), "output_hidden_states is 'yes'; it must be"),
+    "text as quantisation": (change_config(quantization_config="int8"), "quantization_config is 'int8'; it must be a"),
     "another width": (change_config(enhancer_hidden_size=16), "weights do not fit its config.json, such as .* of sh"),
     "another model": (change_config(model_type="bert"), "holds a model of type 'bert', not 'mfuser'"),
     "text as image processor": (write("preprocessor_config.json", "{"), "preprocessor_config.json is not a JSON file"),
     "a misspelt setting": (write("preprocessor_config.json", '{"do_rezise": true}'), "did you mean `do_resize`"),
+    "a mean of one channel": (change_processor(image_mean=[0.5]), "must hold one number for each of three channels"),
+    "a mean that is no number": (change_processor(image_mean=[0.5, 0.5, float("nan")]), "it must be finite"),
+    "a deviation of 0": (change_processor(image_std=[0.0, 1.0, 1.0]), "must be finite and positive"),
+    "a factor that is no number": (change_processor(rescale_factor=float("nan")), "must be finite and positive"),
+    "another filter": (change_processor(resample=99), "`resample` is 99; it must be one of 0 .nearest., 4 .box."),
     "no image processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "Can't load image proc"),
 }  # fmt: skip
 
@@ -180,6 +211,69 @@ def test_weights_that_are_not_finite_are_refused_by_from_pretrained(saved_model,
     encoder.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="encoder: 1 tensors hold NaN or infinite values: layernorm.bias"):
         load_encoder(str(tmp_path / "encoder"), VFM_CLASSES, "vision foundation model")
+
+
+# --- the promise: datasets that cannot be read -----------------------------------------------------------------------
+
+# The file of a dataset, its content, and what the line on stderr says after the name of the dataset or the file.
+DAMAGED_DATA = {
+    "a truncated parquet file": (
+        "train.parquet",
+        lambda content: content[: len(content) // 2],
+        "data cannot be read as",
+    ),
+    "an empty parquet file": ("train.parquet", lambda content: b"", "data cannot be read as a dataset"),
+    "text as a parquet file": (
+        "train.parquet",
+        lambda content: b"image,label\n" * 9,
+        "data cannot be read as a dataset",
+    ),
+    "half of the class names": ("id2label.json", lambda content: content[:9], "id2label.json is not a JSON file"),
+    "a list of class names": (
+        "id2label.json",
+        lambda content: b'["road"]',
+        "id2label.json holds a list; it must hold",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGED_DATA.values(), ids=DAMAGED_DATA)
+def test_a_dataset_that_cannot_be_read_is_one_line_that_names_it(
+    file, damage, message, tmp_path, capsys, datasets_cache
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_data(data)
+    (data / file).write_bytes(damage((data / file).read_bytes()))
+    assert cli.main(["train", str(write_recipe(tmp_path, data))]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"mfuser train: {data}") and re.search(message, line), line
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("[!.]*"))
+
+
+def test_a_folder_that_is_no_dataset_is_one_line_that_says_what_is(tmp_path, capsys, datasets_cache):
+    (tmp_path / "encoders").mkdir()
+    save_tiny_encoders(tmp_path / "encoders")
+    recipe = write_recipe(tmp_path, tmp_path / "encoders")
+    assert cli.main(["train", str(recipe)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "must be a folder written by `mfuser prepare` or `save_to_disk`, parquet files" in line, line
+
+
+# --- the promise: code that comes with a tokenizer is never run ------------------------------------------------------
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(saved_model, tmp_path):
+    folder, mark = tmp_path / "tokenizer", tmp_path / "was_run"
+    folder.mkdir()
+    (folder / "tokens.py").write_text(f"open({str(mark)!r}, 'w')\nclass Tokens: pass\n")
+    auto_map = {"AutoTokenizer": ["tokens.Tokens", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map, "tokenizer_class": "Tokens"}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pretrained_tokenizer(folder)
+    with pytest.raises(ValueError, match="cannot be loaded as a tokenizer"):
+        MFuserForSemanticSegmentation.from_pretrained(saved_model, class_names=["road"], tokenizer=str(folder))
+    assert not mark.exists()
 
 
 # --- the promise: damaged checkpoints --------------------------------------------------------------------------------

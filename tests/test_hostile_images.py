@@ -45,6 +45,8 @@ REFUSED = {
     "NaN, not rescaled": (torch.full((3, 4, 4), float("nan")), {"do_rescale": False}, "NaN or infinite"),
     "a misspelt setting": (BYTES, {"do_rezise": True}, "no setting `do_rezise`; did you mean `do_resize`"),
     "an unknown setting": (BYTES, {"flip": True}, "no setting `flip`; it has .*do_resize"),
+    "a size of three numbers": (BYTES, {"size": [4, 5, 6]}, "`size` is .4, 5, 6.; a list must hold height and width"),
+    "another filter": (BYTES, {"resample": 9}, "`resample` is 9; it must be one of 0 .nearest."),
     "a standard deviation of 0": (BYTES, {"image_std": [1.0, 0.0, 1.0]}, "`image_std` is .*; it must be finite"),
     "a mean of NaN": (BYTES, {"image_mean": [float("nan"), 0.0, 0.0]}, "`image_mean` is .*; it must be finite"),
     "a factor of infinity": (BYTES, {"rescale_factor": float("inf")}, "`rescale_factor` is inf; it must be finite"),

@@ -358,6 +358,8 @@ def test_the_base_model_loads_from_the_same_folder(tmp_path):
         (torch.zeros(1, 1, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 64, 64), r"shape \(batch, 3, height, width\)"),
         (torch.zeros(3, 100, 100), r"shape \(batch, 3, height, width\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "pixel_values are torch.uint8; they must be a floating-point"),
+        (None, "pixel_values are NoneType; they must be a floating-point tensor of normalised images"),
         (torch.zeros(1, 3, 15, 64), "both sides must be at least one patch, 16 pixels"),
     ],
 )

@@ -242,3 +242,6 @@ def test_the_settings_of_mfuser_train_open_the_domains_and_refuse_selection(tmp_
     ):
         with pytest.raises(ValueError, match=REASON):
             train.build_trainer(*train.parse_arguments(arguments + refused))
+    for unknown in ("mean_iuo", "loss", "eval_iou_tree"):
+        with pytest.raises(ValueError, match=f"metric_for_best_model is {unknown}; it must be one of mean_iou,"):
+            train.build_trainer(*train.parse_arguments([*arguments, f"metric_for_best_model={unknown}"]))

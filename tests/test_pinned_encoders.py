@@ -47,6 +47,12 @@ def hub(tmp_path, encoders, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("key", ["vfm", "vlm"])
+def test_a_revision_of_a_folder_is_refused(key, encoders):
+    with pytest.raises(ValueError, match=f"{key}_revision is 'v2', but {key} is the folder .*; only Hub ids have"):
+        MFuserForSemanticSegmentation.from_vfm_vlm_pretrained(**encoders, **{f"{key}_revision": "v2"})
+
+
 def recipe_of(tmp_path, data, **settings):
     recipe = write_recipe(tmp_path, data)
     common = yaml.safe_load(recipe.read_text()) | {"model_config": {**FUSION, "crop_size": 64, "crop_stride": 42}}

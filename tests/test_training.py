@@ -329,6 +329,13 @@ def test_scalars_that_fsdp_cannot_shard_are_scalars_again_in_saved_models(tmp_pa
     assert_same_weights(weights_of(MFuserForSemanticSegmentation.from_pretrained(tmp_path)), before)
 
 
+def test_a_batch_that_no_epoch_fills_is_refused(tmp_path):
+    fields = {"per_device_train_batch_size": len(Samples()) + 1, "dataloader_drop_last": True}
+    with pytest.raises(ValueError, match="so dataloader_drop_last drops them all; set it to false"):
+        trainer_in(tmp_path, **fields)
+    trainer_in(tmp_path, **fields | {"dataloader_drop_last": False})
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path):
     tiny_model(decoder_num_layers=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"unexpected: decoder\.layers\.2\."):
@@ -336,6 +343,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     tiny_model(decoder_num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"missing: decoder\.layers\.1\."):
         restore_weights(tiny_model(), tmp_path)
+    damaged = tiny_model()
+    with torch.no_grad():
+        damaged.mfuser.prompts[0, 0, 0] = float("nan")
+    damaged.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'damaged'}: 1 tensors hold NaN or infinite"):
+        restore_weights(tiny_model(), tmp_path / "damaged")
     trainer = trainer_in(tmp_path / "run", save_strategy="no")
     with pytest.raises(ValueError, match=r"weights in the checkpoint do not fit .* missing: decoder\.layers\.1\."):
         trainer.train(resume_from_checkpoint=str(tmp_path))

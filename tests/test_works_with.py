@@ -14,7 +14,7 @@ import torch
 from fake_hub import use_fake_hub
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import save_tiny_encoders
+from tiny_models import CLIP, DINOV2, save_tiny_encoders, tiny_model
 
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.frozen_encoders_mfuser import recorded_encoders
@@ -70,6 +70,12 @@ def test_pipeline(run):
     assert all(part["mask"].size == (960, 720) for part in first)
 
 
+def test_pipeline_of_batches(run):
+    sizes = [(960, 720), (300, 200)]
+    for parts, size in zip(run("pipeline", "batches")["parts"], sizes, strict=True):
+        assert parts and {part["mask"].size for part in parts} == {size}
+
+
 def test_trainer(run):
     names = run("trainer")
     assert 0 <= names["metrics"]["eval_mean_iou"] <= 1
@@ -96,6 +102,21 @@ def test_bitsandbytes(run):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert share_of_equal_labels(run("bitsandbytes")) > 0.99
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_bitsandbytes_in_4_bits(run, tmp_path):
+    wide = {"hidden_size": 128, "intermediate_size": 128, "projection_dim": 64}
+    encoders = {name: CLIP[name] | wide for name in ("vlm_config", "text_config")}
+    tiny_model(vfm_config=DINOV2 | {"hidden_size": 128}, crop_size=256, crop_stride=170, **encoders).save_pretrained(
+        tmp_path / "wide"
+    )
+    names = run("bitsandbytes", "bitsandbytes_4bit", wide_folder=tmp_path / "wide")
+    assert sum(type(module).__name__ == "Linear4bit" for module in names["quantized"].modules()) > 50
+    with torch.no_grad():
+        model = MFuserForSemanticSegmentation.from_pretrained(tmp_path / "wide")
+        expected = model(**names["inputs"]).logits
+    torch.testing.assert_close(names["logits"], expected, rtol=0, atol=0.1)
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
@@ -164,5 +185,6 @@ def test_hub_without_encoders(run, tmp_path):
 
 
 def test_every_example_has_a_test():
-    tested = set(re.findall(r'run\("(\w+)"', Path(__file__).read_text()))
+    calls = re.findall(r'run\(("\w+"(?:, "\w+")*)', Path(__file__).read_text())
+    tested = {name.strip('"') for names in calls for name in names.split(", ")}
     assert tested | {"start"} == set(EXAMPLES)

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+# Optimizers of which Transformers ignores `optim_args`.
+WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+
 
 @dataclass
 class MFuserTrainingArguments(TrainingArguments):
@@ -77,12 +80,12 @@ class MFuserTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "monitor_steps", "max_nonfinite_steps")
-        for name in counts:
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*batches, "gradient_accumulation_steps", "monitor_steps", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps"):
-            if not getattr(self, name) > 0:
+        for name in ("num_train_epochs", "learning_rate", "schedule_power", "save_steps", "eval_steps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "min_learning_rate", "dataloader_num_workers"):
             if not getattr(self, name) >= 0:
@@ -97,7 +100,19 @@ class MFuserTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"save_total_limit is {self.save_total_limit}; it must be at least 1, or null to keep all checkpoints"
             )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be 0, since the loss of masks has "
+                "no smoothing of labels"
+            )
+        if self.optim_args and self.optim in WITHOUT_OPTIM_ARGS:
+            raise ValueError(f"optim_args is {self.optim_args!r}, which has no effect with optim {self.optim}")
         super().__post_init__()
+        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs:
+            raise ValueError(
+                f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs}, which has no effect with lr_scheduler_type "
+                "polynomial; use schedule_power, min_learning_rate and warmup_start"
+            )
         if self.lr_scheduler_type == "polynomial" and self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}; it must be at most learning_rate "

@@ -141,8 +141,8 @@ def check_selection(
             The monitored domains.
 
     Raises:
-        ValueError: If `metric` names a monitored domain, or none of several validation sets, or if a monitored domain
-            is also given as validation data.
+        ValueError: If `metric` names a monitored domain, none of several validation sets or no metric, or if a
+            monitored domain is also given as validation data.
     """
     named: Mapping[str, Dataset | None] = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for name, dataset in monitored.items():
@@ -167,6 +167,7 @@ def check_selection(
             f"metric_for_best_model is {metric}; with several validation sets it must name one of them, such as "
             f"{available[0]}"
         )
+    raise ValueError(f"metric_for_best_model is {metric}; it must be one of {', '.join(available)}")
 
 
 def _same_rows(first: Dataset, second: Dataset | None) -> bool:

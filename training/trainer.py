@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,13 @@ class MFuserTrainer(Trainer):
         if args.parallel_mode.value == "distributed" and args.device.type != "cpu":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_sampler = train_sampler
+        drawn = train_dataset if train_sampler is None else train_sampler
+        batch = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and isinstance(drawn, Sized) and len(drawn) < batch:
+            raise ValueError(
+                f"a batch of all processes has {batch} samples and an epoch {len(drawn)}, so dataloader_drop_last "
+                "drops them all; set it to false or per_device_train_batch_size to less"
+            )
         self.run_record, self.tokenizer = run_record, tokenizer
         self.loss_is_finite: torch.Tensor | bool = True  # since the last optimizer step
         self._loss_sums: dict[str, torch.Tensor] = {}
