@@ -67,6 +67,13 @@ def test_the_pixels_follow_from_image_corruption_and_seed_alone(name):
     assert np.array_equal(Corruption(name, 3, seed=1)(image), first) == (name in random)
 
 
+def test_each_image_has_its_own_noise():
+    first, second = np.full((32, 40, 3), 128, np.uint8), np.full((32, 40, 3), 128, np.uint8)
+    second[0, 0] = 0
+    results = [np.array(Corruption("gaussian_noise", 3)(Image.fromarray(pixels))) for pixels in (first, second)]
+    assert (results[0] != results[1]).mean() > 0.9
+
+
 class Corrupted(torch.utils.data.Dataset):
     def __init__(self, names, order):
         self.names, self.order = names, order
