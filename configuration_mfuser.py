@@ -41,6 +41,11 @@ class MFuserConfig(PreTrainedConfig):
         use_text_encoder (`bool`, *optional*, defaults to `True`):
             `False` for a model that stores its class embeddings and has no text encoder, see
             [`MFuserModel.store_class_embeddings`].
+        use_fusion, use_enhancer, use_vfm (`bool`, *optional*, default to `True`):
+            For ablations, as in tables 4 and 6 of the paper: `False` for a model without MVFusers between its
+            encoders, which then exchange nothing; without the MTEnhancer, so that class embeddings do not depend on
+            the image; or without a vision foundation model, which requires `use_fusion=False` and ignores
+            `vfm_config`.
         class_token_ids (`list[list[int]]`, *optional*):
             One row of token ids per class (start, name, end, padding), in the order of `id2label`, so that a
             checkpoint needs no tokenizer.
@@ -140,6 +145,9 @@ class MFuserConfig(PreTrainedConfig):
     vlm_config: SubConfig = None
     text_config: SubConfig = None
     use_text_encoder: bool = True
+    use_fusion: bool = True
+    use_enhancer: bool = True
+    use_vfm: bool = True
     class_token_ids: list | None = None
     text_prompt_length: int = 5
 
@@ -223,6 +231,11 @@ class MFuserConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
+    def vfm_size(self) -> int:
+        """Width of the tokens of the vision foundation model; 0 without one."""
+        return self.vfm_config.hidden_size if self.use_vfm else 0
+
+    @property
     def num_levels(self) -> int:
         """Levels of the feature pyramid that the transformer decoder attends to (strides 32, 16 and 8)."""
         return len(self.fusion_out_layers) - 1
@@ -230,6 +243,8 @@ class MFuserConfig(PreTrainedConfig):
     @property
     def layer_pairs(self) -> list[tuple[int, int]]:
         """For each MVFuser, the layers of the VFM and of the VLM that precede it (1-based, the last of each)."""
+        if not self.use_vfm:
+            return [(0, layer) for layer in range(1, self.vlm_config.num_hidden_layers + 1)]
         if self.fusion_layer_pairs is not None:
             return [tuple(pair) for pair in self.fusion_layer_pairs]
         return [(layer, layer) for layer in range(1, self.vfm_config.num_hidden_layers + 1)]
@@ -319,7 +334,7 @@ class MFuserConfig(PreTrainedConfig):
                 f"text_config.model_type is {text.model_type!r}; the text encoder of a {vlm.model_type!r} is a "
                 f"{TEXT_TOWER_OF[vlm.model_type]!r}"
             )
-        if vfm.patch_size != vlm.patch_size:
+        if self.use_vfm and vfm.patch_size != vlm.patch_size:
             raise ValueError(
                 f"vfm_config.patch_size is {vfm.patch_size} and vlm_config.patch_size {vlm.patch_size}; they must be "
                 "equal, so that both token grids coincide (from_vfm_vlm_pretrained resamples the patch kernels)"
@@ -343,7 +358,12 @@ class MFuserConfig(PreTrainedConfig):
 
     def _check_fusion(self):
         vfm, vlm = self.vfm_config, self.vlm_config
-        if self.fusion_layer_pairs is None and vfm.num_hidden_layers != vlm.num_hidden_layers:
+        if not self.use_vfm and (self.use_fusion or self.fusion_layer_pairs is not None):
+            raise ValueError(
+                f"use_vfm is False, use_fusion is {self.use_fusion} and fusion_layer_pairs {self.fusion_layer_pairs}; "
+                "a single encoder has nothing to fuse: it needs use_fusion=False and no fusion_layer_pairs"
+            )
+        if self.use_vfm and self.fusion_layer_pairs is None and vfm.num_hidden_layers != vlm.num_hidden_layers:
             raise ValueError(
                 f"the encoders have {vfm.num_hidden_layers} and {vlm.num_hidden_layers} layers; give the layers that "
                 "an MVFuser follows, for example "
@@ -369,7 +389,7 @@ class MFuserConfig(PreTrainedConfig):
                 f"fusion_out_layers is {taps}; it must be four ascending numbers from 1 to {len(pairs)}, the number "
                 "of fused layers"
             )
-        if not self.fusion_project_vfm and vfm.hidden_size != vlm.hidden_size:
+        if self.use_vfm and not self.fusion_project_vfm and vfm.hidden_size != vlm.hidden_size:
             raise ValueError(
                 f"fusion_project_vfm is False; it must be True for encoders of different width, {vfm.hidden_size} and "
                 f"{vlm.hidden_size}"

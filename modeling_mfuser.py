@@ -39,7 +39,7 @@ from .outputs_mfuser import (
     selected_states,
 )
 from .selective_scan import selective_scan
-from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
+from .towers_mfuser import VFM_TOWERS, VLM_TOWERS, NoTower
 from .weights_cache_mfuser import WeightsCache
 from .windows_mfuser import average_over_augmentations, average_over_windows, sliding_windows, windows_per_batch
 
@@ -103,10 +103,16 @@ class MVFuser(nn.Module):
 
 
 class MFuserFusionLayer(GradientCheckpointingLayer):
-    """One step of both encoders, and an MVFuser whose result is added to both streams (equations 2 to 4)."""
+    """
+    One step of both encoders, and an MVFuser whose result is added to both streams (equations 2 to 4). With
+    `use_fusion=False` there is no MVFuser.
+    """
 
     def __init__(self, config: MFuserConfig):
         super().__init__()
+        self.mvfuser: MVFuser | None = None
+        if not config.use_fusion:
+            return
         vfm_size, vlm_size = config.vfm_config.hidden_size, config.vlm_config.hidden_size
         self.mvfuser = MVFuser(config, vlm_size)
         self.vfm_in_proj = nn.Linear(vfm_size, vlm_size) if config.fusion_project_vfm else nn.Identity()
@@ -128,6 +134,8 @@ class MFuserFusionLayer(GradientCheckpointingLayer):
         """
         device = vfm_states.device  # the layers of the encoders may be on others
         vfm_states, vlm_states = run_vfm(vfm_states).to(device), run_vlm(vlm_states).to(device)
+        if self.mvfuser is None:
+            return vfm_states, vlm_states
         fused = self.mvfuser(torch.cat([self.vfm_in_proj(vfm_states), vlm_states], dim=1))  # (B, Lv + L, D)
         for_vfm, for_vlm = fused.split([vfm_states.shape[1], vlm_states.shape[1]], dim=1)
         return vfm_states + self.vfm_out_proj(for_vfm), vlm_states + for_vlm
@@ -211,13 +219,14 @@ class MFuserModel(MFuserPreTrainedModel):
         config.check()
         vlm_tower = VLM_TOWERS[config.vlm_config.model_type]
         embedding_size = vlm_tower.embedding_size(config)
-        self.vfm = VFM_TOWERS[config.vfm_config.model_type](config)
+        self.vfm: Any = VFM_TOWERS[config.vfm_config.model_type](config) if config.use_vfm else NoTower(config)
         self.vlm = vlm_tower(config)
         self.fusion_layers = nn.ModuleList(MFuserFusionLayer(config) for _ in config.layer_pairs)
-        vfm_size, vlm_size = config.vfm_config.hidden_size, config.vlm_config.hidden_size
-        self.merge_proj = nn.Linear(vfm_size, vlm_size) if config.fusion_project_vfm else nn.Identity()
+        vfm_size, vlm_size = config.vfm_size, config.vlm_config.hidden_size
+        project_vfm = config.use_vfm and config.fusion_project_vfm
+        self.merge_proj = nn.Linear(vfm_size, vlm_size) if project_vfm else nn.Identity()
         self.pyramid = MFuserPyramid(vfm_size + vlm_size)
-        self.enhancer = MTEnhancer(config, embedding_size)
+        self.enhancer: Any = MTEnhancer(config, embedding_size) if config.use_enhancer else None
         self.prompts: Any = None  # `None` if the class embeddings are stored
         self.stored_class_embeddings: Any = None  # `None` if they are computed
         if config.use_text_encoder:
@@ -245,8 +254,8 @@ class MFuserModel(MFuserPreTrainedModel):
     def freeze_unused_parameters(self):
         """
         Disables the gradients of encoder parameters that no output depends on, since `DistributedDataParallel` waits
-        for every gradient: layers after the last MVFuser, mask tokens and, with CLIP, the last norm of the vision
-        foundation model.
+        for every gradient: layers after the last MVFuser, mask tokens, with CLIP the last norm of the vision
+        foundation model and, with SigLIP and no MTEnhancer, the probe that pools an image.
         """
         last_vfm, last_vlm = self.config.layer_pairs[-1]
         unused = [*self.vfm.layers[last_vfm:], *self.vlm.layers[last_vlm:]]
@@ -254,9 +263,12 @@ class MFuserModel(MFuserPreTrainedModel):
             unused.append(self.vfm.final_norm)
         for module in unused:
             module.requires_grad_(False)
-        mask_token = getattr(self.vfm.vision.embeddings, "mask_token", None)
-        if mask_token is not None:
-            mask_token.requires_grad_(False)
+        tokens = [getattr(self.vfm.vision.embeddings, "mask_token", None)] if self.config.use_vfm else []
+        if self.enhancer is None:
+            tokens.append(getattr(getattr(self.vlm.vision, "head", None), "probe", None))
+        for token in tokens:
+            if token is not None:
+                token.requires_grad_(False)
 
     def class_embeddings(self) -> torch.Tensor:
         """
@@ -358,7 +370,8 @@ class MFuserModel(MFuserPreTrainedModel):
         vfm_attentions, vlm_attentions = self._attentions_by_encoder(encoded.attentions)
         global_embedding, dense_embedding = self._merge(encoded.vfm_last_hidden_state, encoded.vlm_last_hidden_state)
         text = class_embeddings.expand(pixel_values.shape[0], -1, -1)
-        text = self.enhancer(text, torch.cat([global_embedding, dense_embedding], dim=1))
+        if self.enhancer is not None:
+            text = self.enhancer(text, torch.cat([global_embedding, dense_embedding], dim=1))
         dense_embedding = dense_embedding.to(text.device)
         score_map = F.normalize(text, dim=-1) @ F.normalize(dense_embedding, dim=-1).transpose(1, 2)  # (B, K, h * w)
         grid = encoded.fused_maps[0].shape[-2:]
@@ -401,6 +414,8 @@ class MFuserModel(MFuserPreTrainedModel):
 
     def _merge(self, vfm_states: torch.Tensor, vlm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Last tokens of both encoders -> global (B, 1, E) and dense (B, h * w, E) embeddings."""
+        if not self.config.use_vfm:
+            return self.vlm.merge(vlm_states, torch.zeros_like(vlm_states))
         if self.vlm.merges_normalised_vfm:
             vfm_states = self.vfm.final_norm(vfm_states)
         # Register tokens, and the class token with SigLIP, have no counterpart in the vision-language model.
@@ -438,8 +453,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
     def __init__(self, config: MFuserConfig):
         super().__init__(config)
         self.mfuser = MFuserModel(config)
-        channels = config.vfm_config.hidden_size + config.vlm_config.hidden_size
-        embedding_size = self.mfuser.enhancer.gamma.shape[0]
+        channels = config.vfm_size + config.vlm_config.hidden_size
+        embedding_size = VLM_TOWERS[config.vlm_config.model_type].embedding_size(config)
         self.pixel_decoder = MFuserPixelDecoder(config, channels, embedding_size)
         self.decoder = MFuserDecoder(config, embedding_size)
         self.criterion = MFuserLoss(config)

@@ -58,7 +58,8 @@ def write_model_card(folder: Path, config: MFuserConfig, title: str, about: str)
         about (`str`):
             A paragraph on the origin of the weights and their intended use.
     """
-    encoders = [ENCODER_NAMES.get(part.model_type, part.model_type) for part in (config.vfm_config, config.vlm_config)]
+    parts = (config.vfm_config, config.vlm_config) if config.use_vfm else (config.vlm_config,)
+    encoders = [ENCODER_NAMES.get(part.model_type, part.model_type) for part in parts]
     card = CARD.format(
         title=title,
         about=about,

@@ -303,6 +303,8 @@ class ModelWithFrozenEncoders(PreTrainedModel):
         if not trainable_only:
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
             return
+        if not self.config.use_vfm:
+            raise ValueError("use_vfm is False; trainable_only is for models with both encoders, save this one whole")
         hub_kwargs = {
             name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "create_pr") if name in kwargs
         }
@@ -377,7 +379,7 @@ def _check_encoders_are_present(model: PreTrainedModel, report: Mapping[str, Any
     missing = set(report["missing_keys"])
     for key in ENCODERS:
         weights = {name for name, _ in getattr(model.base_model, key).named_parameters(prefix=f"{inner}{key}")}
-        if path is not None and weights <= missing:
+        if path is not None and weights and weights <= missing:  # none with `use_vfm=False`
             raise ValueError(
                 f"{path} lacks the weights of the {ENCODERS[key]}, and has no {ENCODERS_FILE} that says where they "
                 "are: give encoders={'vfm': ..., 'vlm': ...}, the folders or Hub ids that it was trained with"

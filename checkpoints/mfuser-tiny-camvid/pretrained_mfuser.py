@@ -135,6 +135,8 @@ class PretrainedEncoders:
 
         For the arguments see [`MFuserPreTrainedModel.from_vfm_vlm_pretrained`]; `fields` override derived values.
         """
+        if not fields.get("use_vfm", True):
+            raise ValueError("use_vfm is False; a model of two pretrained encoders needs use_vfm=True")
         if tokenizer is None:
             tokenizer = pretrained_tokenizer(self.vlm_source, revision=self.vlm_revision)
         elif isinstance(tokenizer, str):

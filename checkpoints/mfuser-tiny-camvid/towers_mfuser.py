@@ -244,6 +244,25 @@ class DINOv3ViTTower(Dinov2Tower):
 # --- vision-language models -----------------------------------------------------------------------------------------
 
 
+class NoTower(nn.Module):
+    """Stands for the vision foundation model where there is none: its tokens have no channels, and it no layers."""
+
+    layers = ()
+
+    def __init__(self, config: MFuserConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.final_norm = nn.Identity()
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Pixels (B, 3, H, W) -> tokens (B, h * w, 0) and no further inputs of layers."""
+        height, width = (side // self.patch_size for side in pixel_values.shape[-2:])
+        return pixel_values.new_empty(pixel_values.shape[0], height * width, 0), {}
+
+    def run_layers(self, layers: range, layer_inputs: dict, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
 class VisionLanguageTower(nn.Module):
     """
     What all vision-language models have in common. Subclasses implement `forward`, `merge` and `encode_text`.
