@@ -107,7 +107,7 @@ def quantized(model: Any, kind: str) -> Any:
     return quantize(model, kind) if kind in QUANTIZATIONS else model.to(getattr(torch, kind))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FLOPs are not counted in inference mode
 def benchmark_quantized(options) -> list[dict]:
     """One crop on a CPU by quantisation, beside the time of float32's matrix products; the error of the scores."""
     model = inference_model("cpu", "float32", options.crop)
@@ -148,5 +148,6 @@ def quantized_peak_gibibytes(kind: str, crop: int) -> float:
 
 def benchmark_quantized_memory(options) -> list[dict]:
     return [
-        {"model": kind, "peak GiB": in_own_process(quantized_peak_gibibytes, kind, options.crop)} for kind in MODELS
+        {"model": kind, "peak GiB": in_own_process(quantized_peak_gibibytes, kind, options.crop, keep_freed=False)}
+        for kind in MODELS
     ]

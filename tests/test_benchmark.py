@@ -146,3 +146,13 @@ def test_postprocessing_gives_the_labels_it_is_compared_with():
     scores = torch.randn(5, 40, 60)
     expected, found = (function(scores, (80, 120)) for function in benchmark_data.POSTPROCESSING.values())
     assert torch.equal(expected, found.long())
+
+
+def test_quantised_models_are_compared_with_float32(monkeypatch):
+    monkeypatch.setattr(quantization, "inference_model", lambda *_: tiny_model())
+    monkeypatch.setattr(quantization, "gemm", lambda *_: (lambda: None, 1.0))
+    rows = quantization.benchmark_quantized(benchmark.parse_arguments(["quantized", "--crop", "64", "--rounds", "1"]))
+    assert [row["model"] for row in rows] == ["float32", "bfloat16", "int8-weight-only", "int8-dynamic"]
+    errors = [row["error of the scores, %"] for row in rows]
+    assert errors[0] == 0 and all(0 < error < 5 for error in errors[1:])
+    assert rows[0]["share of float32's time"] == 1 and rows[0]["same labels, %"] == 100

@@ -414,7 +414,7 @@ def test_classes_that_differ_are_named(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     alive = {}
-    for count in (3, 30):
+    for count in (3, 300):
         rows = list(pixels_and_labels(count, sizes=((40, 40),)))
         domain = open_domain("mine", write_dataset(tmp_path / f"{count}/validation.parquet", rows))
         model, seen = Colours(), []
@@ -426,7 +426,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         model.register_forward_hook(look)
         evaluate_domain(model, MFuserImageProcessor(), domain, progress=False)
         alive[count] = max(seen)
-    assert alive[30] == alive[3]
+    # Threads are ahead by a number of images that varies; a map of one byte per pixel of every image would be more.
+    image, ahead = 40 * 40 * 32, scoring.BATCHES_AHEAD + 2
+    assert alive[300] - alive[3] <= ahead * image < 297 * 40 * 40
 
 
 def _bytes_of_tensors() -> int:
