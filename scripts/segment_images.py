@@ -102,7 +102,7 @@ def segment_images(
         segmented.confidence = None
 
     with images_at_once(model) as together:
-        images = in_order(_step(read), map(Segmented, sources), threads=1, ahead=READ_AHEAD)
+        images: Iterable[Segmented] = in_order(_step(read), map(Segmented, sources), threads=1, ahead=READ_AHEAD)
         if together == 1:
             images = map(_step(run_model), images)
         else:
