@@ -19,11 +19,10 @@ from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
 from mfuser.data.domain import EvaluationSize
 from mfuser.data.preparation import prepare
 from mfuser.data.tables import CITYSCAPES, DOMAINS
-from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
 from mfuser.evaluation.report import describe, shortfalls
-from mfuser.evaluation.scoring import evaluate_domain
+from mfuser.evaluation.scoring import BATCHES_AHEAD, evaluate_domain
 from mfuser.postprocessing_mfuser import label_map_of_scores
 
 OWN_SIZE = {"P2": EvaluationSize()}  # the size of the images
@@ -427,7 +426,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         evaluate_domain(model, MFuserImageProcessor(), domain, progress=False)
         alive[count] = max(seen)
     # Threads are ahead by a number of images that varies; a map of one byte per pixel of every image would be more.
-    image, ahead = 40 * 40 * 32, scoring.BATCHES_AHEAD + 2
+    image, ahead = 40 * 40 * 32, BATCHES_AHEAD + 2
     assert alive[300] - alive[3] <= ahead * image < 297 * 40 * 40
 
 
