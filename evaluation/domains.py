@@ -1,5 +1,6 @@
 """The domains that are scored: finding their images and labels, wherever they are, and checking their classes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +56,8 @@ class EvaluationDomain:
             The name of the domain's label map that gives the train ids; `None` if it is unknown.
         skipped (`tuple[dict]`, *optional*):
             `name` and `reason` of the pairs that were left out so far.
+        distortion (`Callable`, *optional*):
+            Takes the image of a row as RGB, in its own size, and returns the image to segment, in the same size.
     """
 
     name: str
@@ -66,6 +69,7 @@ class EvaluationDomain:
     label_map: LabelMap
     label_map_name: str | None
     skipped: tuple[dict[str, str], ...] = ()
+    distortion: Callable[[Image.Image], Image.Image] | None = None
 
     @property
     def expected_images(self) -> int | None:
@@ -121,6 +125,8 @@ class EvaluationDomain:
         """
         try:
             image, ids = self.rows.read(index)
+            if self.distortion is not None:
+                image = self.distortion(image)
             return LabelledImage(image, None if ids is None else self.label_map(ids))
         except MemoryError:
             raise

@@ -12,10 +12,10 @@ except ImportError:
     matplotlib_figure = None  # type: ignore[assignment]
 
 
-def require_matplotlib() -> None:
-    """Raises `ImportError` if matplotlib is not installed."""
+def require_matplotlib(what: str = "reliability diagrams") -> None:
+    """Raises `ImportError`, with `what` needs it, if matplotlib is not installed."""
     if matplotlib_figure is None:
-        raise ImportError('reliability diagrams need the package matplotlib: pip install "mfuser[report]"')
+        raise ImportError(f'{what} need the package matplotlib: pip install "mfuser[report]"')
 
 
 def reliability_figure(panels: dict[str, dict[str, Any]]):

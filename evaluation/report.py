@@ -1,4 +1,9 @@
-"""The report of an evaluation as text: a table of scores, a line per domain, and what was missing."""
+"""
+The results of an evaluation as text: tables, a line per domain, and what was missing.
+
+Functions whose name ends in `_rows` return the cells of a table, the header first. `score_table` and `summary` align
+them for a terminal; `mfuser report` makes pages of them.
+"""
 
 from typing import Any
 
@@ -6,6 +11,11 @@ from mfuser.data.tables import MAPILLARY
 
 
 def score_table(domains: dict[str, dict[str, Any]]) -> str:
+    """The table of [`score_rows`], aligned."""
+    return _table(score_rows(domains))
+
+
+def score_rows(domains: dict[str, dict[str, Any]]) -> list[list[str]]:
     """
     A table of IoU in percent: one row per class, one column per domain or condition.
 
@@ -14,7 +24,7 @@ def score_table(domains: dict[str, dict[str, Any]]) -> str:
             The results of `evaluate_domain` by name.
 
     Returns:
-        `str`: The table, with a dash where a class does not count.
+        `list[list[str]]`: The table, with a dash where a class does not count.
     """
     columns: dict[str, dict[str, Any]] = {}
     for title, result in domains.items():
@@ -27,10 +37,10 @@ def score_table(domains: dict[str, dict[str, Any]]) -> str:
     rows += [[name, *(_class_iou(scores, name) for scores in columns.values())] for name in names]
     rows.append(["mean IoU", *(f"{100 * scores['mean_iou']:.2f}" for scores in columns.values())])
     rows.append(["images", *(str(scores["images"]) for scores in columns.values())])
-    return _table(rows)
+    return rows
 
 
-def confidence_table(domains: dict[str, dict[str, Any]]) -> str:
+def confidence_rows(domains: dict[str, dict[str, Any]]) -> list[list[str]]:
     """
     A table of the figures about confidences in percent: one row per domain or condition, without and with calibration.
 
@@ -48,7 +58,62 @@ def confidence_table(domains: dict[str, dict[str, Any]]) -> str:
                 header = ["confidence", "", "ECE", "AUROC", "AUPR", *shares]
                 values = (each["ece"], each["auroc"], each["aupr"], *(at["mean_iou"] for at in each["coverage"]))
                 rows.append([label, name, *("-" if value is None else f"{100 * value:.2f}" for value in values)])
-    return _table([header, *rows])
+    return [header, *rows]
+
+
+def corruption_rows(domains: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """
+    A table of mean IoU in percent: one row per domain and corruption, one column per severity.
+
+    Args:
+        domains (`dict[str, dict]`):
+            The results of `mfuser evaluate` by name, at least one of them with `corruptions`.
+    """
+    scores = {title: result["corruptions"] for title, result in domains.items() if "corruptions" in result}
+    # Severities may be missing in a result that was interrupted.
+    severities = sorted({level for each in scores.values() for by in each["scores"].values() for level in by})
+    rows = [["corruption", "", *(f"severity {severity}" for severity in severities), "mean"]]
+    for title, corruptions in scores.items():
+        for name, by_severity in corruptions["scores"].items():
+            values = [by_severity[level]["mean_iou"] if level in by_severity else None for level in severities]
+            values.append(corruptions["mean_iou_by_corruption"][name])
+            rows.append([title, name, *("-" if value is None else f"{100 * value:.2f}" for value in values)])
+    return rows
+
+
+def condition_rows(domains: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """
+    A table of mean IoU in percent: one row per domain, and per corruption of it; one column per condition.
+
+    Args:
+        domains (`dict[str, dict]`):
+            The results of `mfuser evaluate` by name, at least one of them with conditions.
+    """
+    conditions = list(dict.fromkeys(name for result in domains.values() for name in result["conditions"]))
+    rows = [["mean IoU", "", *conditions]]
+    for title, result in domains.items():
+        if not result["conditions"]:
+            continue
+        scores = {"": {name: each["mean_iou"] for name, each in result["conditions"].items()}}
+        for corruption, by_severity in result.get("corruptions", {}).get("scores", {}).items():
+            scores[corruption] = _mean_by_condition([each["conditions"] for each in by_severity.values()])
+        for label, by_condition in scores.items():
+            values = (by_condition.get(name) for name in conditions)
+            rows.append([title, label, *("-" if value is None else f"{100 * value:.2f}" for value in values)])
+    return rows
+
+
+def _mean_by_condition(scores: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over severities of each condition that has a score at all of them."""
+    names = [name for name in scores[0] if all(name in each for each in scores)]
+    return {name: sum(each[name] for each in scores) / len(scores) for name in names}
+
+
+def skipped_when_corrupted(result: dict[str, Any]) -> list[dict[str, str]]:
+    """`name` and `reason` of the images of a domain that were skipped under a corruption alone, once each."""
+    scores = result.get("corruptions", {}).get("scores", {})
+    skipped = [skip for by_severity in scores.values() for each in by_severity.values() for skip in each["skipped"]]
+    return list({each["name"]: each for each in skipped}.values())
 
 
 def _class_iou(scores: dict[str, Any], name: str) -> str:
@@ -79,7 +144,11 @@ def summary(report: dict[str, Any]) -> str:
     domains = report["domains"]
     lines = [score_table(domains), ""] if any(result["pooled"] for result in domains.values()) else []
     if any("confidence" in result for result in domains.values()):
-        lines += [confidence_table(domains), ""]
+        lines += [_table(confidence_rows(domains)), ""]
+    if any("corruptions" in result for result in domains.values()):
+        lines += [_table(corruption_rows(domains)), ""]
+        if any(result["conditions"] for result in domains.values()):
+            lines += [_table(condition_rows(domains)), ""]
     for title, result in domains.items():
         if result["mean_iou"] is None:
             lines.append(f"{title}: {result['unlabelled_images']} images without labels, predicted only")
@@ -91,9 +160,27 @@ def summary(report: dict[str, Any]) -> str:
                     f"all pixels pooled: {100 * result['pooled']['mean_iou']:.2f} %)"
                 )
             lines.append(f"{title}: {score}{describe(report['protocol'], result)}")
+        if "corruptions" in result:
+            lines.append(f"{title}, corrupted: {_corrupted(report['protocol'], result)}")
+        skipped = skipped_when_corrupted(result)
+        if skipped:
+            first = f"{skipped[0]['name']}: {skipped[0]['reason']}"
+            lines.append(f"{title}: skipped {len(skipped)} under corruptions alone, the first: {first}")
     if report["mean_iou"] is not None and len(domains) > 1:
         lines.append(f"mean over domains: {100 * report['mean_iou']:.2f} %")
     return "\n".join(lines)
+
+
+def _corrupted(protocol: dict[str, Any], result: dict[str, Any]) -> str:
+    """The score of a domain under corruptions, and which these are."""
+    score, corruptions = result["corruptions"], protocol["corruptions"]
+    relative = score["relative_mean_iou"]
+    share = "" if relative is None else f", {100 * relative:.1f} % of that without corruptions"
+    severities = ", ".join(map(str, corruptions["severities"]))
+    return (
+        f"{100 * score['mean_iou']:.2f} % mean IoU{share} ({len(corruptions['names'])} corruptions, "
+        f"severities {severities}, seed {corruptions['seed']})"
+    )
 
 
 def describe(protocol: dict[str, Any], result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.domain import EvaluationSize
 from mfuser.evaluation.domains import EvaluationDomain
+from mfuser.evaluation.image_scores import ImageScore, score_of_image
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.evaluation.protocols import Sample
 
@@ -22,9 +23,11 @@ class DomainMetric:
             The domain.
         device (`torch.device`):
             The device of the confusion matrices.
+        image_classes (`list[int]`, *optional*):
+            Class ids over which the score of each single image is averaged. By default images are not scored singly.
     """
 
-    def __init__(self, domain: EvaluationDomain, device: torch.device):
+    def __init__(self, domain: EvaluationDomain, device: torch.device, image_classes: list[int] | None = None):
         self.domain = domain
         self.device = device
         self.row_conditions = domain.rows.conditions
@@ -32,6 +35,8 @@ class DomainMetric:
         self.labelled = dict.fromkeys(self.by_condition, 0)
         self.unlabelled = 0
         self.problems: list[tuple[int, str]] = []
+        self.image_classes = image_classes
+        self.images: list[ImageScore] = []
 
     def _new_metric(self) -> MeanIoU:
         return MeanIoU(len(self.domain.id2label), IGNORE_INDEX, self.device)
@@ -43,7 +48,15 @@ class DomainMetric:
             return
         condition = self.row_conditions[sample.row]
         self.labelled[condition] += 1
-        self.by_condition[condition].update(prediction, sample.label)
+        if self.image_classes is None:
+            self.by_condition[condition].update(prediction, sample.label)
+            return
+        image = self._new_metric()
+        image.update(prediction, sample.label)
+        self.by_condition[condition].merge(image)
+        score = score_of_image(sample.row, image, self.image_classes)
+        if score is not None:
+            self.images.append(score)
 
     def skip(self, row: int, problem: str) -> None:
         """Records that the row at that position cannot be used, and why."""
@@ -52,10 +65,11 @@ class DomainMetric:
     def reduce(self, accelerator) -> None:
         """Sums the counts over all processes. To be called once, by each of them."""
         self.by_condition = {name: metric.reduce(accelerator) for name, metric in self.by_condition.items()}
-        parts = gather_object([(self.labelled, self.unlabelled, self.problems)])
-        self.labelled = {name: sum(labelled[name] for labelled, _, _ in parts) for name in self.labelled}
-        self.unlabelled = sum(unlabelled for _, unlabelled, _ in parts)
-        self.problems = sorted(problem for _, _, problems in parts for problem in problems)
+        parts = gather_object([(self.labelled, self.unlabelled, self.problems, self.images)])
+        self.labelled = {name: sum(labelled[name] for labelled, *_ in parts) for name in self.labelled}
+        self.unlabelled = sum(unlabelled for _, unlabelled, *_ in parts)
+        self.problems = sorted(problem for _, _, problems, _ in parts for problem in problems)
+        self.images = sorted(score for *_, images in parts for score in images)
 
     @property
     def skipped(self) -> list[dict[str, str]]:

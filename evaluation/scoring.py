@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mfuser.errors import is_out_of_memory, one_line
 from mfuser.evaluation.confidence import DomainConfidence
 from mfuser.evaluation.domains import EvaluationDomain, check_classes
+from mfuser.evaluation.image_scores import chosen_examples
 from mfuser.evaluation.predictions import PredictionWriter
 from mfuser.evaluation.protocols import (
     EvaluationOptions,
@@ -38,6 +39,7 @@ def evaluate_domain(
     accelerator: Accelerator | None = None,
     progress: bool = True,
     confidence: bool = False,
+    examples: int = 0,
 ) -> dict[str, Any]:
     """
     Segments every image of a domain once and scores the result.
@@ -65,6 +67,8 @@ def evaluate_domain(
             Whether to show a progress bar.
         confidence (`bool`, *optional*, defaults to `False`):
             Whether to add figures about the confidences, see [`DomainConfidence.result`].
+        examples (`int`, *optional*, defaults to 0):
+            How many of the worst, the median and the best images to name, see [`chosen_examples`].
 
     Returns:
         `dict`: The result, ready for JSON. `mean_iou` (in [0, 1]; `None` without labels) is the mean over conditions
@@ -74,7 +78,7 @@ def evaluate_domain(
         `label_size` ("full" or "half") describe what was scored. Scores hold `mean_iou`, `mean_accuracy`,
         `overall_accuracy`, `per_class_iou` by name, `classes_averaged` and the `confusion_matrix` (rows: labels;
         columns: predictions, the last column for predictions of no class). `confidence` holds the figures about the
-        confidences, if they are requested and there are labels.
+        confidences, if they are requested and there are labels, and `examples` the chosen images.
 
     Raises:
         ValueError: If the classes of model and domain differ, the options do not fit the domain, there is nothing to
@@ -97,7 +101,7 @@ def evaluate_domain(
     evaluation_size, classes = options.evaluation_size(domain), domain.scored_classes(options.classes)
     batches = share_of_batches(len(domain.rows), options.batch_size, rank, processes)
     loader = sample_loader(ProtocolSamples(domain, processor, evaluation_size), batches, options.workers)
-    metric = DomainMetric(domain, model.device)
+    metric = DomainMetric(domain, model.device, image_classes=classes if examples else None)
     confidences = DomainConfidence(domain, model) if confidence else None
     model.eval()
     images = sum(len(batch) for batch in batches)
@@ -112,6 +116,8 @@ def evaluate_domain(
         if processes > 1:
             confidences.reduce(accelerator)
         result["confidence"] = confidences.result(classes)
+    if examples:
+        result["examples"] = chosen_examples(metric.images, domain.rows.names, examples)
     return result
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "app": ("app", "segment images on a page in the browser"),
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
+    "report": ("report", "turn results of evaluate into a page, and compare them"),
     "calibrate": ("calibrate", "fit the confidences of a model on its source"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
     "export": ("export", "export a model to torch.export, ONNX or AOTInductor"),
@@ -28,7 +29,14 @@ COMMANDS = {
 }
 
 # Packages that an extra installs.
-EXTRAS = {"accelerate": "train", "datasets": "train", "evaluate": "train", "yaml": "train", "gradio": "app"}
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "evaluate": "train",
+    "yaml": "train",
+    "gradio": "app",
+    "jinja2": "report",
+}
 DEBUG = "--debug"
 FAILED, INTERRUPTED = 2, 130  # exit codes
 

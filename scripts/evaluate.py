@@ -4,9 +4,11 @@
     mfuser evaluate --model MODEL --domains cityscapes=DIR bdd100k=DIR mapillary=DIR acdc=DIR
     mfuser evaluate --model MODEL --domains camvid=DIR camvid:dusk=DIR --flip --output camvid.json
     mfuser evaluate --model MODEL --domains cityscapes:test=DIR --save-predictions submission
+    mfuser evaluate --model MODEL --domains cityscapes=DIR --corruptions weather jpeg_compression --examples 3
     accelerate launch -m mfuser.scripts.evaluate --model MODEL --domains ...
 
-docs/evaluation.md describes the protocols and the JSON.
+docs/evaluation.md describes the protocols and the JSON, docs/robustness.md the corruptions. `mfuser report` turns the
+JSON into a page.
 """
 
 import argparse
@@ -28,16 +30,27 @@ from tqdm import tqdm
 
 from mfuser import __version__
 from mfuser.data.tables import DOMAINS, MAPILLARY
+from mfuser.evaluation.corruptions import (
+    CORRUPTIONS,
+    GROUPS,
+    SEVERITIES,
+    CorruptionProtocol,
+    corrupted_domain,
+    corrupted_result,
+    corruption_names,
+    corruption_summary,
+)
 from mfuser.evaluation.domains import EvaluationDomain, check_classes, open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, EvaluationOptions
 from mfuser.evaluation.reliability_diagram import require_matplotlib, write_reliability_diagram
-from mfuser.evaluation.report import shortfalls, summary
+from mfuser.evaluation.report import shortfalls, skipped_when_corrupted, summary
 from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
 from mfuser.files import make_folder, sha256, write_text
 from mfuser.loading import load_for_inference
 from mfuser.quantization import add_quantize_argument, quantize
 from mfuser.scripts import cli
+from mfuser.scripts.example_panels import write_examples
 
 # How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -119,6 +132,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="write one reliability diagram per domain as PNG; implies --confidence, needs matplotlib",
     )
     parser.add_argument(
+        "--corruptions",
+        nargs="*",
+        metavar="NAME",
+        help="also score corrupted images: all 15 common corruptions, or those named, by name or group "
+        f"({', '.join(GROUPS)}); needs mfuser[robustness]. Names: {', '.join(CORRUPTIONS)}",
+    )
+    parser.add_argument(
+        "--severities",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help=f"severities of the corruptions, from {SEVERITIES[0]} to {SEVERITIES[-1]} (default: all)",
+    )
+    parser.add_argument("--corruption-seed", type=int, metavar="N", help="seed of the corruptions (default: 0)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write the images with the N worst, median and best scores of each domain as PNG, with prediction, label "
+        "and errors, into a folder beside --output (default: 0)",
+    )
+    parser.add_argument(
         "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"
     )
     parser.add_argument(
@@ -150,6 +186,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for option, value in (("map", parsed.mapillary_map), ("labels", parsed.mapillary_labels)):
         if value and "mapillary" not in (name for _, name, *_ in parsed.domains):
             parser.error(f"--mapillary-{option} is for mapillary, which is not among the --domains")
+    for option, value in (("severities", parsed.severities), ("corruption-seed", parsed.corruption_seed)):
+        if value is not None and parsed.corruptions is None:
+            parser.error(f"--{option} is for --corruptions, which is not given")
+    if parsed.examples < 0:
+        parser.error(f"--examples is {parsed.examples}; it must be at least 0")
     return parsed
 
 
@@ -157,7 +198,7 @@ def domain_argument(text: str) -> tuple[str, str, str | None, str]:
     """(title, domain, split, source) of NAME[:SPLIT]=SOURCE."""
     title, equals, source = text.partition("=")
     name, colon, split = title.partition(":")
-    if not (name and equals and source and (split or not colon)) or "/" in title:
+    if not (name and equals and source and (split or not colon)) or "/" in title or not title.strip("."):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=SOURCE or NAME:SPLIT=SOURCE")
     return title, name, split or None, source
 
@@ -224,6 +265,9 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
             prediction_files(domain, parsed.save_predictions)
         elif not domain.labelled:
             raise ValueError(f"{domain.name}: its split {domain.split} has no labels; give --save-predictions DIR")
+        for option in ("corruptions", "examples"):
+            if getattr(parsed, option) not in (None, 0) and not domain.labelled:
+                raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which --{option} needs")
     return domains
 
 
@@ -256,13 +300,27 @@ def new_report(model, origin: dict[str, Any], options: EvaluationOptions, accele
     }
 
 
-def add_result(report: dict[str, Any], title: str, result: dict[str, Any], total: int) -> None:
-    """Adds the result of one of `total` domains to a report, and the mean over domains once all are there."""
-    report["domains"][title] = result
-    report["complete"] = len(report["domains"]) == total
-    scores = [each["mean_iou"] for each in report["domains"].values() if each["mean_iou"] is not None]
-    if report["complete"] and scores:
+def finish(report: dict[str, Any]) -> None:
+    """Adds the means over domains to a report that has the results of all domains."""
+    report["complete"] = True
+    results = report["domains"].values()
+    scores = [result["mean_iou"] for result in results if result["mean_iou"] is not None]
+    if scores:
         report["mean_iou"] = sum(scores) / len(scores)
+    if "corruptions" in report["protocol"]:
+        corrupted = [result["corruptions"]["mean_iou"] for result in results]
+        report["mean_corrupted_iou"] = sum(corrupted) / len(corrupted)
+
+
+def corruption_protocol(parsed: argparse.Namespace) -> CorruptionProtocol | None:
+    """The requested corruptions, if there are any."""
+    if parsed.corruptions is None:
+        return None
+    return CorruptionProtocol(
+        corruption_names(parsed.corruptions),
+        SEVERITIES if parsed.severities is None else tuple(parsed.severities),
+        parsed.corruption_seed or 0,
+    )
 
 
 def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -282,6 +340,7 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         check_scores_are_those_of_the_model(options)
     if parsed.reliability_diagrams is not None:
         require_matplotlib()
+    corruptions = corruption_protocol(parsed)
     check_processes(parsed, accelerator)
     device = accelerator.device if parsed.device is None else torch.device(parsed.device)
     folder, revision = model_folder(parsed.model)
@@ -294,19 +353,40 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
     origin = {"name": parsed.model, "revision": revision, "sha256": hashes}
     report = new_report(model, origin, options, accelerator)
     report["run"]["quantization"] = parsed.quantize
+    if corruptions is not None:
+        report["protocol"]["corruptions"] = corruptions.record()
+
+    def scored(domain: EvaluationDomain, save_predictions: Path | None = None, examples: int = 0) -> dict[str, Any]:
+        return evaluate_domain(
+            model, processor, domain, options, save_predictions, accelerator, True, with_confidence, examples
+        )
+
+    def write_report() -> None:
+        if leader:
+            write_text(parsed.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+
     for title, domain in domains.items():
         began = time.monotonic()
-        result = evaluate_domain(
-            model, processor, domain, options, parsed.save_predictions, accelerator, confidence=with_confidence
-        )
-        add_result(report, title, result | {"seconds": round(time.monotonic() - began, 1)}, len(domains))
+        result = scored(domain, parsed.save_predictions, parsed.examples)
+        report["domains"][title] = result
         if leader:
             for line in shortfalls(title, result):
                 tqdm.write(line, file=sys.stderr)
-            # Written after every domain, so that an interrupted run keeps the results it has.
-            write_text(parsed.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
             if parsed.reliability_diagrams is not None and "confidence" in result:
                 write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
+            if parsed.examples:
+                result["examples"] = write_examples(parsed.output, title, model, processor, domain, options, result)
+        # Written after every domain and every corruption, so that an interrupted run keeps the results it has.
+        write_report()
+        under_corruption: dict[str, dict[str, Any]] = {}
+        for corruption in corruptions.all() if corruptions else ():
+            each = corrupted_result(scored(corrupted_domain(domain, corruption)), result)
+            under_corruption.setdefault(corruption.name, {})[str(corruption.severity)] = each
+            result["corruptions"] = corruption_summary(under_corruption, result["mean_iou"])
+            write_report()
+        result["seconds"] = round(time.monotonic() - began, 1)
+    finish(report)
+    write_report()
     return report
 
 
@@ -323,7 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(summary(report))
         print(f"written to {parsed.output}")
     accelerator.end_training()
-    return 1 if any(result["skipped"] for result in report["domains"].values()) else 0
+    return (
+        1 if any(result["skipped"] or skipped_when_corrupted(result) for result in report["domains"].values()) else 0
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     files = [path for folder in (".", *PACKAGES) for path in (ROOT / folder).glob("*.py")]
-    files += [ROOT / "py.typed", *(ROOT / "recipes").glob("*.yaml")]
+    files += [ROOT / "py.typed", *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "scripts/templates").iterdir()]
     files += [
         ROOT / DEMONSTRATION / name
         for name in ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")

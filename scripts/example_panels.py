@@ -1,0 +1,111 @@
+"""Panels of example images: the image, its prediction, its label, and the pixels that are wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.evaluation.domains import EvaluationDomain
+from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
+from mfuser.evaluation.scoring import image_scores
+from mfuser.files import write_image
+from mfuser.postprocessing_mfuser import label_map_of_scores
+from mfuser.scripts import palettes
+
+TILE_WIDTH = 480  # larger images are reduced
+OPACITY = 0.6
+WRONG = (255, 23, 68)
+CAPTION_HEIGHT, GAP = 24, 6
+
+
+def write_examples(
+    output: Path,
+    title: str,
+    model,
+    processor,
+    domain: EvaluationDomain,
+    options: EvaluationOptions,
+    result: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """
+    Segments the chosen images of a domain again and writes their panels into a folder beside the report.
+
+    Args:
+        output (`Path`):
+            The JSON file of the report. The folder of its panels is `NAME_examples`.
+        title (`str`):
+            The name of the domain in the report, after which its subfolder is named.
+        model, processor, domain, options:
+            What `evaluate_domain` was given.
+        result (`dict`):
+            What it returned.
+
+    Returns:
+        `list[dict]`: The examples of the result, each with its `file` relative to the folder of the report.
+    """
+    samples = ProtocolSamples(domain, processor, options.evaluation_size(domain))
+    folder = Path(f"{output.stem}_examples", title.replace(":", "-"))
+    (output.parent / folder).mkdir(parents=True, exist_ok=True)
+    colours = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)  # black where a label is ignored
+    colours[: len(domain.id2label)] = palettes.class_colours(list(domain.id2label.values()))
+    written, numbers = [], dict.fromkeys((each["kind"] for each in result["examples"]), 0)
+    for example in result["examples"]:
+        numbers[example["kind"]] += 1
+        file = folder / f"{example['kind']}-{numbers[example['kind']]}.png"
+        sample = samples[example["row"]]
+        if sample.problem is not None or sample.label is None:
+            raise ValueError(f"{title}: {example['name']} was scored, and cannot be read any more: {sample.problem}")
+        prediction = _prediction(model, sample.pixel_values, sample.size, options)
+        height, width = sample.size  # half that of the image in one protocol
+        image = domain.read(example["row"]).image.resize((width, height))
+        write_image(output.parent / file, panel(image, prediction, sample.label.numpy(), colours))
+        written.append(example | {"file": file.as_posix()})
+    return written
+
+
+@torch.inference_mode()
+def _prediction(model, pixel_values: torch.Tensor, size: tuple[int, int], options: EvaluationOptions) -> np.ndarray:
+    scores = image_scores(model, pixel_values[None].to(model.device, model.dtype), options)
+    return label_map_of_scores(scores[0], size).cpu().numpy()
+
+
+def panel(image: Image.Image, prediction: np.ndarray, label: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """
+    Draws an image, its prediction, its label and its errors beside each other, with captions.
+
+    Args:
+        image (`Image.Image`):
+            An RGB image.
+        prediction, label (`np.ndarray` of shape `(height, width)`):
+            Class ids; 255 in the label is ignored.
+        colours (`np.ndarray` of shape `(256, 3)`):
+            RGB colours by id.
+
+    Returns:
+        `Image.Image`: The panel. Wrong pixels are red, ignored ones black.
+    """
+    known = label != IGNORE_INDEX
+    wrong = known & (prediction != label)
+    errors = np.repeat(np.asarray(image.convert("L"))[..., None], 3, axis=-1) // 2 + 100
+    errors[wrong] = WRONG
+    errors[~known] = 0
+    share = 100 * wrong.sum() / max(known.sum(), 1)
+    tiles = {
+        "image": image,
+        "prediction": palettes.overlay(image, prediction, colours, OPACITY),
+        "label": palettes.overlay(image, label, colours, OPACITY),
+        f"errors, {share:.1f} % of the labelled pixels": Image.fromarray(errors),
+    }
+    width = min(image.width, TILE_WIDTH)
+    height = max(round(image.height * width / image.width), 1)
+    size = (len(tiles) * (width + GAP) - GAP, height + CAPTION_HEIGHT)
+    picture, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=14)
+    draw = ImageDraw.Draw(picture)
+    for number, (caption, tile) in enumerate(tiles.items()):
+        left = number * (width + GAP)
+        draw.text((left + 2, CAPTION_HEIGHT // 2), caption, fill="black", font=font, anchor="lm")
+        picture.paste(tile.resize((width, height), Image.Resampling.BOX), (left, CAPTION_HEIGHT))
+    return picture
