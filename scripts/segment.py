@@ -18,7 +18,8 @@ from mfuser.scripts import cli, palettes
 from mfuser.scripts.segment_arguments import parse_arguments
 from mfuser.scripts.segment_images import segment_images
 from mfuser.scripts.segment_inputs import Kind, Source, find_sources
-from mfuser.scripts.segment_results import Drawing, is_done, is_free, settings_of, write_legend
+from mfuser.scripts.segment_results import Drawing, image_files, is_done, is_free, settings_of, write_legend
+from mfuser.scripts.segment_score import read_labels, score
 from mfuser.scripts.segment_video import VideoOptions, segment_video, stopping_on_signals
 from mfuser.scripts.video import import_av
 
@@ -76,6 +77,8 @@ def check_options(parsed: argparse.Namespace, sources: list[Source]) -> None:
         for option in ("confidence", "panel"):
             if getattr(parsed, option):
                 raise CommandError(f"--{option} is for images, and the inputs are videos")
+    if parsed.labels is not None and (kinds != {Kind.IMAGE} or len(sources) > 1):
+        raise CommandError(f"--labels is for one image, and the inputs are {len(sources)} images or videos")
     if kinds == {Kind.IMAGE} and parsed.smoothing:
         raise CommandError("--smoothing is for videos, and the inputs are images; give frames as a pattern")
     if kinds != {Kind.IMAGE}:
@@ -105,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     drawing = Drawing(
         classes, colours, parsed.alpha, parsed.confidence, parsed.panel, is_calibrated=settings["is_calibrated"]
     )
+    truth = None if parsed.labels is None else read_labels(parsed.labels, sources[0].path, len(class_names))
     make_folder(parsed.output)
     write_legend(parsed.output, drawing)
 
@@ -130,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings=settings,
     )
     summary.print(classes, parsed.output)
+    if truth is not None and not summary.skipped:
+        print(score(image_files(parsed.output / sources[0].place)["labels"], truth, len(class_names)))
     if was_stopped:
         print("mfuser segment: interrupted; the files of the last video are complete up to there", file=sys.stderr)
         return cli.INTERRUPTED

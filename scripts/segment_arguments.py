@@ -72,6 +72,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="write the image, its overlay with a legend and its confidence side by side as NAME_panel.jpg (images)",
     )
     parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="the true labels of an image, a PNG of class ids with 255 for pixels that do not count; its mean IoU is "
+        "printed (one image; `mfuser evaluate` scores a dataset)",
+    )
+    parser.add_argument(
         "--smoothing",
         type=_weight,
         default=0.0,

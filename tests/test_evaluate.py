@@ -19,6 +19,7 @@ from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
 from mfuser.data.domain import EvaluationSize
 from mfuser.data.preparation import prepare
 from mfuser.data.tables import CITYSCAPES, DOMAINS
+from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
 from mfuser.evaluation.report import describe, shortfalls

@@ -441,3 +441,29 @@ def test_a_panel_of_an_image_of_any_shape_has_a_bounded_size(size):
     classes = {index: f"a class with a name that is far too long for its column {index}" for index in range(40)}
     drawn = panel.draw_panel(image, image, labels, confidence, classes, palettes.class_colours(classes.values()), True)
     assert drawn.width < 2000 and drawn.height < 2000
+
+
+def test_the_score_of_an_image_is_printed_and_unusable_labels_are_refused_before_segmenting(model, tmp_path, capsys):
+    output, truth = tmp_path / "out", tmp_path / "truth.png"
+    write_image(tmp_path / "street.png")
+    assert run(tmp_path / "street.png", "--output", output) == 0
+    labels = np.asarray(Image.open(output / "street_labels.png")).copy()
+    wrong = labels.copy()
+    wrong[:, : labels.shape[1] // 2] = (wrong[:, : labels.shape[1] // 2] + 1) % 3
+    for values, right in ((labels, "100.0 %"), (wrong, "50.0 %")):
+        Image.fromarray(values).save(truth)
+        capsys.readouterr()
+        assert run(tmp_path / "street.png", "--output", output, "--labels", truth) == 0
+        assert f"{right} of the pixels right" in capsys.readouterr().out
+    for values, message in (
+        (labels[1:], "height x width"),
+        (np.full_like(labels, 7), "neither classes"),
+        (np.full_like(labels, 255), "no pixel has a class"),
+    ):
+        Image.fromarray(values).save(truth)
+        assert run(tmp_path / "street.png", "--output", tmp_path / "new", "--labels", truth) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert run(tmp_path / "street.png", "--labels", tmp_path / "none.png") == 2
+    write_image(tmp_path / "other.png")
+    assert run(tmp_path / "street.png", tmp_path / "other.png", "--labels", truth) == 2
+    assert "--labels is for one image" in capsys.readouterr().err
