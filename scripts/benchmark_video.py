@@ -17,12 +17,13 @@ from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import palettes
 from mfuser.scripts.arguments import DEFAULT_MODEL
 from mfuser.scripts.benchmark_measuring import in_turns
+from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_images import read_image, segment_images
 from mfuser.scripts.segment_inputs import Kind, Source
 from mfuser.scripts.segment_results import Drawing, Segmented, write_image_results
 from mfuser.scripts.segment_video import VideoOptions, segment_video
 from mfuser.scripts.segmentation import segment
-from mfuser.scripts.video import DEFAULT_RATE, NumberedFrames, VideoWriter
+from mfuser.scripts.video import NumberedFrames, VideoWriter
 
 NUM_FRAMES = 48
 SIZES = ((360, 480), (720, 960))

@@ -5,7 +5,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from mfuser.scripts.arguments import DEFAULT_MODEL, add_device_argument, add_quantize_argument
-from mfuser.scripts.video import DEFAULT_RATE
+
+DEFAULT_RATE = Fraction(25)  # frames per second, where a video does not say
 
 DESCRIPTION = """Segments images and videos. For each image, it writes into the output folder
   NAME_overlay.jpg   the image, overlaid with the colours of its classes

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mfuser.errors import CommandError, is_expected, one_line
+from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_inputs import Kind, Source
 
-DEFAULT_RATE = Fraction(25)
 # What an MP4 file can hold; Matroska holds any sound.
 MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}
 MISSING_SECONDS = 1.0  # a video that ends earlier than its header says, by more than this, is truncated

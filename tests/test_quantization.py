@@ -180,6 +180,7 @@ def test_commands_quantise_what_they_load(command, arguments, tmp_path, monkeypa
     seen = []
     module = importlib.import_module(f"mfuser.scripts.{command}")
     monkeypatch.setattr(module, "load_for_inference", lambda *args: ("a model", "a processor"))
+    monkeypatch.setattr(module, "settings_of", lambda *args: {"is_calibrated": False}, raising=False)
     monkeypatch.setattr(module, "quantize", lambda *args: seen.append(args) or sys.exit())
     monkeypatch.chdir(tmp_path)
     Path("no.png").touch()

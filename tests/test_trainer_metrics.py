@@ -62,7 +62,8 @@ def test_the_trainer_of_the_guide_equals_mfusers_and_gathers_no_scores(tmp_path,
     assert {name: names["metrics"][name] for name in scores} == {name: expected[name] for name in scores}
     metric = MeanIoU(len(CLASSES))
     with torch.no_grad():
-        metric.update(model(samples.batch["pixel_values"]).logits.argmax(dim=1), samples.batch["labels"])
+        for image, label in zip(samples.batch["pixel_values"], samples.batch["labels"], strict=True):
+            metric.update(model(image[None]).logits.argmax(dim=1), label[None])
     assert names["metrics"]["eval_mean_iou"] == pytest.approx(metric.compute()["mean_iou"], rel=1e-6)
 
 
