@@ -297,6 +297,7 @@ torch.save(found, sys.argv[4])
 """
 
 
+@pytest.mark.slow
 def test_auto_classes_and_the_pipeline_load_it_where_mfuser_is_not_installed(saved, tmp_path):
     model, folder = saved
     Image.new("RGB", (80, 72), (90, 120, 30)).save(tmp_path / "image.png")

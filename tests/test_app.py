@@ -634,6 +634,7 @@ def test_the_server_connects_to_no_other_machine(tiny_page):
     assert hosts <= {"127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_a_stopped_server_leaves_no_files(browser, command):
     address, folder, process = command
     browser.open(address)

@@ -143,6 +143,7 @@ def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, s
     assert json.loads((copy / "config.json").read_text())["confidence_calibration"] == calibration
 
 
+@pytest.mark.slow
 def test_the_command_refuses_what_it_cannot_calibrate(tmp_path, saved_model, capsys):
     unlabelled = write_dataset(tmp_path / "test/test.parquet", pixels_and_labels(1), labelled=False)
     one = write_dataset(tmp_path / "one/validation.parquet", pixels_and_labels(1))

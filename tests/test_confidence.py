@@ -340,6 +340,7 @@ def test_the_command_reports_confidences_and_draws_them(tmp_path, saved_model, c
     assert "without test-time augmentation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_give_exactly_the_figures_of_one(tmp_path, saved_model):
     rows = list(pixels_and_labels(5))
     source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow", "snow", "rain"])

@@ -69,6 +69,7 @@ def test_the_table_shows_conditions_beside_the_pool_and_a_dash_where_a_class_doe
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, capsys):
     rows = list(pixels_and_labels(9))  # odd, so that images repeated to fill up the shares would be noticed
     rows[2] = (rows[2][0], rows[2][1][:-1])  # a bad pair, in the second process

@@ -150,6 +150,7 @@ def test_argmax_gives_labels(tmp_path, stand_in, capsys):
     assert run_artefact.segment(image, run_artefact.load(output), run_artefact.describe(output)).shape == (100, 150)
 
 
+@pytest.mark.slow
 def test_a_whole_image_artefact_equals_the_model_from_one_window_upwards(tmp_path, stand_in, capsys):
     folder, output = save(tmp_path / "model"), tmp_path / "artefact"
     command = ["export", folder, "--format", "torch-export", "--whole-image", "--output", str(output)]

@@ -370,6 +370,7 @@ def test_convert_never_writes_into_a_folder_that_holds_anything(content, tmp_pat
 
 
 @pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
+@pytest.mark.slow
 def test_a_conversion_that_ends_at_any_file_operation_leaves_nothing_or_a_whole_model(fault, tmp_path):
     model, work = tiny_model(), tmp_path / "work"
     (tmp_path / "authors.pth").write_bytes(b"weights")

@@ -29,6 +29,7 @@ def printed(notebook) -> str:
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_with_few_steps(tmp_path):
     notebook = executed(tmp_path, max_steps=1)
     assert re.search(r"road +\d+\.\d%", printed(notebook)) and re.search(r"mean_iou +\d+\.\d%", printed(notebook))

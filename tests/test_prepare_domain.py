@@ -218,6 +218,7 @@ def test_an_unreadable_file_stops_the_run_instead_of_counting_as_a_bad_pair(tmp_
 # independent of the number of workers
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_byte(tmp_path):
     raw = fake.gta5(tmp_path / "raw", count=7)
     fake.write(raw / "labels/00003.png", b"damaged")
@@ -246,6 +247,7 @@ preparation.prepare("gta5", sys.argv[1], sys.argv[2], shard_size=2)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_stopped(tmp_path, capsys):
     raw, out = fake.gta5(tmp_path / "raw", count=7), tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, raw, out], capture_output=True)
@@ -263,6 +265,7 @@ def test_a_killed_run_continues_where_it_stopped(tmp_path, capsys):
     assert contents(out) == contents(tmp_path / "uninterrupted")
 
 
+@pytest.mark.slow
 def test_a_finished_folder_remains_whole_while_it_is_rewritten(tmp_path):
     out = tmp_path / "out"
     run("gta5", fake.gta5(tmp_path / "raw", count=7), out)
@@ -492,6 +495,7 @@ def test_rows_with_an_empty_cell_are_bad_pairs(tmp_path):
     assert record["splits"]["train"]["skipped"] == [{"name": "1.png", "reason": "label: not an image file"}]
 
 
+@pytest.mark.slow
 def test_raw_ids_in_a_column_are_mapped_by_their_domain(tmp_path):
     parquet(tmp_path / "raw/train.parquet", range(34), name=False)
     run("cityscapes", tmp_path / "raw", tmp_path / "out", image_column="pixels", label_column="mask", workers=2)

@@ -99,6 +99,7 @@ def test_values_that_are_not_finite_are_not_rounded_away():
         assert layer(tokens).isnan().all() and layer(tokens).shape == (1, 3, 4)
 
 
+@pytest.mark.slow
 def test_a_cpu_that_overflows_sums_of_8_bit_products_is_refused():
     """Without VNNI, oneDNN adds pairs of products in 16 bits; its setting leaves out the instructions."""
     code = "from mfuser.quantization import int8_products_are_exact as exact; print(exact())"

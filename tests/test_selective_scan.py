@@ -229,6 +229,7 @@ def test_last_state_is_where_a_following_scan_would_begin(path):
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the Triton kernels")
+@pytest.mark.slow
 def test_triton_kernels_hold_in_the_interpreter():
     """All tests above that take `path`, with the Triton kernels, in a process of their own."""
     pytest.importorskip("triton")

@@ -62,6 +62,7 @@ def test_exported_graph_is_loaded_where_the_code_is_not(captured, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_exported_graph_becomes_onnx(captured):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -6,6 +6,7 @@ import sys
 
 import fake_downloads as fake
 import numpy as np
+import pytest
 
 from mfuser.data.label_maps import LabelMap, read_label
 from mfuser.data.layouts import find_pairs
@@ -14,6 +15,7 @@ from mfuser.data.shards import Conversion, convert, cut_into_shards
 from mfuser.data.tables import DOMAINS
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_outlive_a_killed_parent(tmp_path):
     script = (
         "import os, sys\n"

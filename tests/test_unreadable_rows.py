@@ -163,6 +163,7 @@ def test_training_ends_with_one_line_that_names_the_row(workers, whole, tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_training_skips_unreadable_rows_on_request_and_the_card_counts_them(workers, whole, tmp_path):
     folder = damaged(whole, tmp_path / "data", {1: ("image", IMAGE[:200]), 3: ("label", b"x")})
     recipe = write_recipe(tmp_path, folder)
