@@ -200,5 +200,16 @@ def weights_hash(model: MFuserForSemanticSegmentation) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in _plain_tensors(tensor.detach()):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor of a quantised model consists of; a plain tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):  # the protocol of tensor subclasses, such as torchao's
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain_tensors(getattr(tensor, name))
