@@ -201,7 +201,7 @@ def weights_hash(model: MFuserForSemanticSegmentation) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for part in _plain_tensors(tensor.detach()):
-            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

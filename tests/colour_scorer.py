@@ -1,6 +1,9 @@
 """A model that scores pixels by their colour, and small datasets for it, for the tests of evaluation."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import datasets
@@ -67,3 +70,15 @@ def expected_iou(pairs, classes):
     matrix = confusion_matrix(label[label != 255], prediction[label != 255], labels=range(classes))
     with np.errstate(invalid="ignore"):
         return matrix, matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+
+
+def run_evaluate(processes, cache, *arguments):
+    """Runs `mfuser evaluate` in one or several new processes on the CPU; `cache` is the folder of the datasets."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "mfuser.scripts.evaluate", *map(str, arguments), "--device", "cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

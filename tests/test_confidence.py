@@ -1,17 +1,14 @@
 """Confidences are calibrated probabilities where a model was calibrated, and the figures about them are right."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from colour_scorer import pixels_and_labels, write_dataset
+from colour_scorer import pixels_and_labels, run_evaluate, write_dataset
 from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from tiny_models import tiny_batch, tiny_config, tiny_model
@@ -344,16 +341,9 @@ def test_the_command_reports_confidences_and_draws_them(tmp_path, saved_model, c
 def test_two_processes_give_exactly_the_figures_of_one(tmp_path, saved_model):
     rows = list(pixels_and_labels(5))
     source = write_dataset(tmp_path / "data/validation.parquet", rows, ["fog", "fog", "snow", "snow", "rain"])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    for number, command in ((1, [sys.executable, "-m"]), (2, launch)):
+    for number in (1, 2):
         arguments = "--model", saved_model, "--domains", f"mine={source}", "--output", tmp_path / f"{number}.json"
-        finished = subprocess.run(
-            [*command, "mfuser.scripts.evaluate", *map(str, arguments), "--workers=0", "--device=cpu", "--confidence"],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        finished = run_evaluate(number, tmp_path / "cache", *arguments, "--workers=0", "--confidence")
         assert finished.returncode == 0, finished.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
     assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2)

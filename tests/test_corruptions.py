@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from colour_scorer import Colours, pixels_and_labels, write_dataset
+from colour_scorer import Colours, pixels_and_labels, run_evaluate, write_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -279,14 +277,7 @@ def test_two_processes_give_the_scores_and_examples_of_one(tmp_path, saved_model
         ]
 
     assert command.main([str(argument) for argument in arguments(1)]) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mfuser.scripts.evaluate"]
-    finished = subprocess.run(
-        [sys.executable, *launch, *map(str, arguments(2)), "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    finished = run_evaluate(2, tmp_path / "cache", *arguments(2))
     assert finished.returncode == 0, finished.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{number}.json").read_text())["domains"]["mine"] for number in (1, 2))
     assert one["corruptions"] == two["corruptions"]

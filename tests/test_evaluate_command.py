@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 
 import fake_downloads as fake
 import numpy as np
 import pytest
 import torch
-from colour_scorer import pixels_and_labels, write_dataset
+from colour_scorer import pixels_and_labels, run_evaluate, write_dataset
 
 from mfuser.evaluation.report import score_table
 from mfuser.scripts import evaluate as command
@@ -82,14 +79,7 @@ def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, caps
 
     assert command.main([str(argument) for argument in arguments(1)]) == 1  # one was skipped
     assert "mine: skipped 1, the first: 00000002:" in capsys.readouterr().err
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mfuser.scripts.evaluate"]
-    finished = subprocess.run(
-        [sys.executable, *launch, *map(str, arguments(2)), "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    finished = run_evaluate(2, tmp_path / "cache", *arguments(2))
     one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
     assert (one["run"]["processes"], two["run"]["processes"]) == (1, 2), finished.stderr[-3000:]
     for report in (one, two):

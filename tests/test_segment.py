@@ -455,6 +455,10 @@ def test_the_score_of_an_image_is_printed_and_unusable_labels_are_refused_before
         capsys.readouterr()
         assert run(tmp_path / "street.png", "--output", output, "--labels", truth) == 0
         assert f"{right} of the pixels right" in capsys.readouterr().out
+    Image.fromarray(np.minimum(labels, 1)).save(truth)  # without unicorns, which the model finds
+    assert run(tmp_path / "street.png", "--output", output, "--labels", truth) == 0
+    sky = (labels == 1).sum() / (labels > 0).sum()
+    assert f"mean IoU {100 * (1 + sky) / 2:.1f} % over the 2 classes in the labels" in capsys.readouterr().out
     for values, message in (
         (labels[1:], "height x width"),
         (np.full_like(labels, 7), "neither classes"),

@@ -21,7 +21,8 @@ from tiny_models import tiny_model
 
 from mfuser import MFuserImageProcessor
 from mfuser.scripts import segment, segment_video, video
-from mfuser.scripts.segmentation import class_scores, frames_at_once, images_at_once, labels_of_scores
+from mfuser.scripts.segment_results import settings_of
+from mfuser.scripts.segmentation import class_scores, frames_at_once, images_at_once, labels_of_scores, weights_hash
 
 pytest.importorskip("av")
 from videos import moving_bar, picture, read_video, rotate_clockwise, write_video
@@ -539,3 +540,32 @@ def test_a_video_four_times_as_long_takes_no_more_memory(tmp_path, saved_model):
         code, peaks[number] = map(int, printed.stdout.splitlines()[-1].split())
         assert code == 0
     assert peaks[400] < peaks[100] + 40, peaks
+
+
+def test_results_depend_on_every_weight_and_not_on_where_or_by_which_version_the_model_was_saved(monkeypatch):
+    model, other = tiny_model(), tiny_model()
+    other.load_state_dict(model.state_dict())
+    other.config._name_or_path = "elsewhere"
+    processor = MFuserImageProcessor()
+    with monkeypatch.context() as later:
+        later.setattr("transformers.configuration_utils.__version__", "99.0")
+        assert other.config.to_dict()["transformers_version"] == "99.0"
+        settings = settings_of(other, processor, {})
+    assert settings_of(model, processor, {}) == settings
+    for name, tensor in list(other.state_dict().items())[:: len(other.state_dict()) // 20]:
+        before = tensor.clone()
+        tensor.view(-1)[-1:] += 1
+        assert settings_of(model, processor, {}) != settings_of(other, processor, {}), name
+        tensor.copy_(before)
+
+
+def test_the_hash_of_weights_that_torchao_quantised_depends_on_them():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    hashes = set()
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False))
+        quantize_(model, Int8WeightOnlyConfig())
+        hashes.add(weights_hash(model))
+    assert len(hashes) == 2
