@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -88,14 +87,10 @@ def attention_flops(query_shape, key_shape, value_shape, *args, **kwargs) -> int
 
 
 def peak_gibibytes(device: str) -> float:
+    """The peak since [`forget_peak`], or since the start: of the GPU's memory, or of this process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def peak_resident_gibibytes() -> float:
-    """The peak since [`forget_peak`], of a process on the CPU."""
-    return status_kibibytes("VmHWM") / 2**20
+    return status_kibibytes("VmHWM") / 2**20  # `ru_maxrss` would start from the memory of the parent process
 
 
 def forget_peak(device: str):

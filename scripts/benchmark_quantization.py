@@ -17,7 +17,7 @@ from mfuser.scripts.benchmark_measuring import (
     gemm,
     in_own_process,
     in_turns,
-    peak_resident_gibibytes,
+    peak_gibibytes,
 )
 from mfuser.scripts.benchmark_model import inference_model
 
@@ -143,7 +143,7 @@ def quantized_peak_gibibytes(kind: str, crop: int) -> float:
     model = quantized(inference_model("cpu", "float32", crop), kind)
     forget_peak("cpu")
     model(torch.randn(1, 3, crop, crop, dtype=model.dtype))
-    return peak_resident_gibibytes()
+    return peak_gibibytes("cpu")
 
 
 def benchmark_quantized_memory(options) -> list[dict]:

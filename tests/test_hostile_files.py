@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from colour_scorer import NAMES, Colours, pixels_and_labels
+from peak_memory import segment_peak_mebibytes
 from PIL import Image
 from test_segment import ThresholdModel, files, run, write_image
 from tiny_models import tiny_model
@@ -286,22 +285,11 @@ def test_no_tensor_but_the_label_map_grows_with_the_image():
     assert elements[1250] == elements[2500] < model.config.num_labels * 2500 * width
 
 
-MEMORY = """
-import resource, sys
-from mfuser.scripts import cli
-code = cli.main(["segment", sys.argv[1], "--output", sys.argv[2], "--device", "cpu"])
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
 @pytest.mark.slow
 def test_4000_x_6000_pixels_are_segmented_within_1400_mib(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((6000, 4000), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg")
-    command = [sys.executable, "-c", MEMORY, str(tmp_path / "large.jpg"), str(tmp_path / "out")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    code, mebibytes = map(int, printed.split())
-    assert code == 0 and mebibytes < 1400
+    assert segment_peak_mebibytes(tmp_path / "large.jpg", "--output", tmp_path / "out") < 1400
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------------------

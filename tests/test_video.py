@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import weakref
 from fractions import Fraction
@@ -15,6 +14,7 @@ import fault_injection
 import numpy as np
 import pytest
 import torch
+from peak_memory import segment_peak_mebibytes
 from PIL import Image
 from test_segment import ThresholdModel, files, run, write_image
 from tiny_models import tiny_model
@@ -518,27 +518,13 @@ def test_the_number_of_frames_in_memory_does_not_grow_with_the_video(model, tmp_
     assert len(labels_in(tmp_path / "out" / "a_labels.npz")[0]) == number
 
 
-PEAK = """
-import re, sys
-from pathlib import Path
-from mfuser.scripts import cli
-code = cli.main(["segment", *sys.argv[1:], "--device", "cpu"])
-# Not `ru_maxrss`, which starts from the memory of the process that this one was forked from.
-print(code, int(re.search("VmHWM: *([0-9]+)", Path("/proc/self/status").read_text().expandtabs(1))[1]) // 1024)
-"""
-
-
 @pytest.mark.slow
 def test_a_video_four_times_as_long_takes_no_more_memory(tmp_path, saved_model):
     peaks = {}
     for number in (100, 400):
         write_video(tmp_path / f"{number}.mp4", bars(number, height=240, width=320), sound="aac")
-        arguments = [str(tmp_path / f"{number}.mp4"), "--model", str(saved_model), "--output", str(tmp_path / "out")]
-        printed = subprocess.run(
-            [sys.executable, "-c", PEAK, *arguments, "--size", "128x96"], capture_output=True, text=True, check=True
-        )
-        code, peaks[number] = map(int, printed.stdout.splitlines()[-1].split())
-        assert code == 0
+        video, output = tmp_path / f"{number}.mp4", tmp_path / "out"
+        peaks[number] = segment_peak_mebibytes(video, "--model", saved_model, "--output", output, "--size", "128x96")
     assert peaks[400] < peaks[100] + 40, peaks
 
 

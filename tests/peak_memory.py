@@ -1,0 +1,21 @@
+"""Peak memory of `mfuser segment` in a process of its own."""
+
+import subprocess
+import sys
+
+# Not `ru_maxrss`, which starts from the memory of the process that this one was forked from.
+SEGMENT = """
+import re, sys
+from pathlib import Path
+from mfuser.scripts import cli
+code = cli.main(["segment", *sys.argv[1:], "--device", "cpu"])
+print(code, int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+
+
+def segment_peak_mebibytes(*arguments: object) -> int:
+    command = [sys.executable, "-c", SEGMENT, *map(str, arguments)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, peak = map(int, printed.splitlines()[-1].split())
+    assert code == 0, printed
+    return peak
