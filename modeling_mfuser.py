@@ -520,6 +520,11 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         ```
         """
         self.mfuser.check_pixels(pixel_values)
+        if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
+            raise ValueError(
+                f"labels have {tuple(labels.shape[-2:])} pixels and pixel_values {tuple(pixel_values.shape[-2:])}; an "
+                "image needs labels of its own size"
+            )
         if not self.training and max(pixel_values.shape[-2:]) > self.config.crop_size:
             for name, value in (
                 ("output_hidden_states", output_hidden_states),
@@ -571,11 +576,6 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
 
     def _forward_by_windows(self, pixel_values, labels, class_mask):
         height, width = pixel_values.shape[-2:]
-        if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
-            raise ValueError(
-                f"labels have {tuple(labels.shape[-2:])} pixels and pixel_values {(height, width)}; an image that is "
-                "segmented by windows needs labels of its own size"
-            )
         config = self.config
         config.check_windows()  # fields may be set after loading
         together = config.windows_per_batch or windows_per_batch(

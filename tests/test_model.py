@@ -375,7 +375,8 @@ def test_impossible_pixels_are_refused(pixel_values, message):
         ((64, 64), torch.full((2, 64, 64), -1), r"labels hold \[-1\]; they must be class ids from 0 to 3"),
         ((64, 64), torch.zeros(2, 64, 64), "dtype torch.float32; they must be class ids, that is integers"),
         ((64, 64), torch.zeros(1, 64, 64, dtype=torch.long), r"shape \(1, 64, 64\); it must be \(2, height, width\)"),
-        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), "needs labels of its own size"),
+        ((64, 64), torch.zeros(2, 32, 64, dtype=torch.long), r"labels have \(32, 64\) pixels .* of its own size"),
+        ((64, 128), torch.zeros(2, 32, 64, dtype=torch.long), r"labels have \(32, 64\) pixels .* of its own size"),
     ],
 )
 def test_impossible_labels_are_refused(size, labels, message):

@@ -57,6 +57,25 @@ REFUSED = [
     ("accelerator_config.nope=1", "Trainer has a field that does not exist: AcceleratorConfig.__init__() got an"),
     ("label_names=[mask]", "label_names has no effect in mfuser train; use label_column"),
     ("lr_scheduler_kwargs.num_cycles=1", "lr_scheduler_kwargs is {'num_cycles': 1}, which has no effect with"),
+    (
+        "lr_scheduler_type=constant lr_scheduler_kwargs.num_cycles=1",
+        "lr_scheduler_kwargs is {'num_cycles': 1}, which has no effect with lr_scheduler_type constant",
+    ),
+    (
+        "lr_scheduler_type=cosine lr_scheduler_kwargs.cycles=1",
+        "lr_scheduler_kwargs is {'cycles': 1}, which does not fit lr_scheduler_type cosine: get_cosine_schedule",
+    ),
+    (
+        "lr_scheduler_type=cosine lr_scheduler_kwargs.num_cycles=a",
+        "lr_scheduler_kwargs is {'num_cycles': 'a'}, which does not fit lr_scheduler_type cosine: ",
+    ),
+    (
+        "eval_strategy=steps lr_scheduler_type=reduce_lr_on_plateau lr_scheduler_kwargs.factor=2",
+        "which does not fit lr_scheduler_type reduce_lr_on_plateau: Factor should be < 1.0",
+    ),
+    ("neftune_noise_alpha=5", "neftune_noise_alpha is 5; it is for language models and must be None"),
+    ("use_liger_kernel=true", "use_liger_kernel is True; it is for language models and must be False"),
+    ("include_num_input_tokens_seen=all", "include_num_input_tokens_seen is 'all'; it is for language models and must"),
     ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the loss of masks has"),
     ("optim_args=beta=1", "optim_args is 'beta=1', which has no effect with optim adamw_torch"),
     # ranges

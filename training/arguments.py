@@ -2,11 +2,22 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-# Optimizers of which Transformers ignores `optim_args`.
+# Optimizers of which Transformers ignores `optim_args`, and schedules of which it ignores `lr_scheduler_kwargs`.
 WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+WITHOUT_SCHEDULER_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+# Schedules that follow a metric rather than the number of steps.
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+# Settings for language models, and their values without effect.
+FOR_LANGUAGE_MODELS = {
+    "include_num_input_tokens_seen": "no",
+    "liger_kernel_config": None,
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+}
 
 
 @dataclass
@@ -108,16 +119,34 @@ class MFuserTrainingArguments(TrainingArguments):
         if self.optim_args and self.optim in WITHOUT_OPTIM_ARGS:
             raise ValueError(f"optim_args is {self.optim_args!r}, which has no effect with optim {self.optim}")
         super().__post_init__()
-        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs:
-            raise ValueError(
-                f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs}, which has no effect with lr_scheduler_type "
-                "polynomial; use schedule_power, min_learning_rate and warmup_start"
-            )
+        for name, unset in FOR_LANGUAGE_MODELS.items():
+            if getattr(self, name) != unset:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is for language models and must be {unset}")
+        if self.lr_scheduler_kwargs:
+            self._check_scheduler_kwargs()
         if self.lr_scheduler_type == "polynomial" and self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}; it must be at most learning_rate "
                 f"({self.learning_rate})"
             )
+
+    def _check_scheduler_kwargs(self) -> None:
+        kind, given = SchedulerType(self.lr_scheduler_type), f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs}"
+        if kind == SchedulerType.POLYNOMIAL:
+            raise ValueError(
+                f"{given}, which has no effect with lr_scheduler_type polynomial; use schedule_power, "
+                "min_learning_rate and warmup_start"
+            )
+        if kind in WITHOUT_SCHEDULER_KWARGS:
+            raise ValueError(f"{given}, which has no effect with lr_scheduler_type {kind.value}")
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        try:  # some values are used first in a later step
+            scheduler = get_scheduler(kind, optimizer, 1, 4, self.lr_scheduler_kwargs)
+            for _ in range(4 if kind.value not in BY_METRIC else 0):
+                optimizer.step()
+                scheduler.step()
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(f"{given}, which does not fit lr_scheduler_type {kind.value}: {error}") from error
 
 
 __all__ = ["MFuserTrainingArguments"]
