@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mfuser.errors import CommandError
 
-GEMM_SIZE = 4096
+GEMM_SIZE, COPY_BYTES = 4096, 2**28
 Name = TypeVar("Name")
 
 
@@ -71,6 +71,13 @@ def gemm(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
     """A large matrix product, and how many floating-point operations it is."""
     a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype)
     return lambda: a @ a, 2.0 * GEMM_SIZE**3
+
+
+def copy(device: str) -> tuple[Callable[[], object], int]:
+    """A copy of a large tensor, and how many bytes it reads and writes."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * COPY_BYTES
 
 
 def count_flops(run: Callable[[], object]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mfuser.scripts.benchmark_measuring import forget_peak, in_own_process, in_turns, status_kibibytes
+from mfuser.scripts.benchmark_measuring import copy, forget_peak, in_own_process, in_turns, status_kibibytes
 from mfuser.selective_scan import mamba_ssm_scan, selective_scan
 
 SCAN_SHAPE = {"batch": 1, "dim": 512, "length": 2050, "state": 16}  # an MVFuser of the full-size CLIP variant
@@ -83,6 +83,8 @@ def scan_bytes(inputs: list[torch.Tensor], backward: bool) -> int:
 
 def benchmark_scan(options) -> list[dict]:
     rows: list[dict[str, Any]] = []
+    run_copy, copied = copy(options.device)  # not in turns with the scans, whose inputs it would drop from the caches
+    bandwidth = copied / in_turns({"copy": run_copy}, options.rounds, options.device)["copy"]
     for length in (514, SCAN_SHAPE["length"], 8194):  # the tokens of crops of 256, 512 and 1024
         inputs = scan_inputs(options.device, **(SCAN_SHAPE | {"length": length}))
         names = list(SCANS) if length == SCAN_SHAPE["length"] else [name for name in SCANS if name != "step loop"]
@@ -91,7 +93,8 @@ def benchmark_scan(options) -> list[dict]:
             for name, seconds in in_turns(candidates, options.rounds, options.device).items():
                 row = {"scan": name, "tokens": length, "pass": "forward + backward" if backward else "forward"}
                 row["ms"] = seconds * 1e3
-                row["GB/s of inputs and outputs"] = scan_bytes(inputs, backward) / seconds / 1e9
+                moved = scan_bytes(inputs, backward) / seconds
+                row |= {"GB/s of inputs and outputs": moved / 1e9, "of a copy's bandwidth": moved / bandwidth}
                 if length == SCAN_SHAPE["length"]:
                     arguments = (name, backward, options.device)
                     row["peak MiB"] = in_own_process(scan_peak_mebibytes, *arguments, keep_freed=False)
