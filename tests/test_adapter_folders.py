@@ -153,7 +153,7 @@ def test_encoders_that_have_changed_or_are_unknown_are_not_left_out(saved, tmp_p
     ):
         model.save_pretrained(tmp_path / "changed", trainable_only=True)
     whole = MFuserForSemanticSegmentation.from_pretrained(folder / "whole")
-    with pytest.raises(ValueError, match=r"it is unknown which they are; give encoders=\{'vfm': ..., 'vlm': ...\}"):
+    with pytest.raises(ValueError, match=r"their origin is unknown; give encoders=\{'vfm': ..., 'vlm': ...\}"):
         whole.save_pretrained(tmp_path / "unknown", trainable_only=True)
     assert not (tmp_path / "changed").exists() and not (tmp_path / "unknown").exists()
     whole.save_pretrained(tmp_path, trainable_only=True, encoders={key: str(folder / key) for key in ("vfm", "vlm")})

@@ -234,7 +234,7 @@ def test_names_are_fixed_without_text_encoder_or_tokenizer(tiny_folder, tmp_path
     ("arguments", "message"),
     [
         (["--port", "0"], "'0' must be a whole number from 1 to 65535"),
-        (["--port", "{taken}"], "--port {taken} cannot be listened on"),
+        (["--port", "{taken}"], "cannot listen on --host 127.0.0.1 --port {taken}"),
         (["--device", "gpu"], "'gpu' must be an available device"),
     ],
 )

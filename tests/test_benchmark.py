@@ -70,7 +70,7 @@ def test_figures_are_printed_as_a_table_and_written_with_the_machine(tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "no part speed; there are scan, forward"),
+        (["speed"], "unknown part speed; the parts are scan, forward"),
         (["metric", "--rounds", "0"], "argument --rounds: '0' must be an integer of at least 1"),
         (["metric", "--threads", "two"], "argument --threads: 'two' must be an integer of at least 1"),
         (["metric", "--device", "gpu"], "argument --device: 'gpu' must be an available device"),

@@ -164,7 +164,7 @@ def test_a_file_in_place_of_a_folder_is_reported(model, tmp_path, capsys):
     (tmp_path / "out" / "deep").write_text("mine")
     assert run(tmp_path / "images", "--output", tmp_path / "out") == 1
     printed = capsys.readouterr()
-    assert re.search("skipped .*a.png: .*out/deep cannot be made, because .* is a file", printed.err)
+    assert re.search("skipped .*a.png: .*out/deep cannot be created: .* is a file", printed.err)
     assert "segmented: 1, skipped: 1" in printed.out and (tmp_path / "out" / "deep").read_text() == "mine"
     assert run(tmp_path / "images", "--output", tmp_path / "out" / "deep") == 2
     assert "mfuser segment: " in (error := capsys.readouterr().err) and "is a file; choose another folder" in error

@@ -369,7 +369,7 @@ def test_images_with_complete_results_are_skipped_and_others_are_not(model, tmp_
         before = len(model.sizes)
         assert run(tmp_path / "images", "--output", output, "--skip-existing", *arguments) == 1
         number = len(model.sizes) - before
-        done = f", done before: {2 - number}," if number < 2 else ","
+        done = f", already done: {2 - number}," if number < 2 else ","
         assert f"segmented: {number}, skipped: 1{done}" in capsys.readouterr().out
         return number
 
@@ -470,4 +470,4 @@ def test_the_score_of_an_image_is_printed_and_unusable_labels_are_refused_before
     assert run(tmp_path / "street.png", "--labels", tmp_path / "none.png") == 2
     write_image(tmp_path / "other.png")
     assert run(tmp_path / "street.png", tmp_path / "other.png", "--labels", truth) == 2
-    assert "--labels is for one image" in capsys.readouterr().err
+    assert "--labels applies to one image" in capsys.readouterr().err

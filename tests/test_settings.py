@@ -41,8 +41,8 @@ REFUSED = [
     ("augmentation.crop_size=a", "augmentation.crop_size is 'a'; it must be an integer"),
     ("monitor_data=data/acdc", "monitor_data is 'data/acdc'; it must be a dictionary (each value a string)"),
     # names
-    ("learning_rat=1", "there is no setting 'learning_rat'; did you mean 'learning_rate'?"),
-    ("crop_size=256", "there is no setting 'crop_size'; did you mean 'model_config.crop_size'?"),
+    ("learning_rat=1", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+    ("crop_size=256", "unknown setting 'crop_size'; did you mean 'model_config.crop_size'?"),
     ("model_config.crop_sise=64", "model_config has no setting 'crop_sise'; did you mean 'crop_size'?"),
     (
         "model_config.vfm_config.hiden_size=64",
@@ -79,7 +79,7 @@ REFUSED = [
         "include_num_input_tokens_seen=all",
         "include_num_input_tokens_seen is 'all'; it is for language models and must",
     ),
-    ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the loss of masks has"),
+    ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the mask loss does not"),
     ("optim_args=beta=1", "optim_args is 'beta=1', which has no effect with optim adamw_torch"),
     # ranges
     ("max_steps=0", "max_steps is 0; it must be at least 1, or -1 for num_train_epochs"),

@@ -1,4 +1,4 @@
-"""`mfuser segment` on videos: every frame at its time, with the sound; damage is named, and memory bounded."""
+"""`mfuser segment` on videos: frames keep their timestamps and the audio; damage is reported, memory is bounded."""
 
 import json
 import os
@@ -276,7 +276,7 @@ def test_a_truncated_video_is_named_and_its_frames_are_kept(model, tmp_path, cap
         assert re.search(rf"incomplete \S*{name}: .*(truncated|reading fails|damaged).*; the frames", printed.err), (
             name
         )
-        assert "segmented: 1, of these incomplete: 1, skipped: 0" in printed.out
+        assert "segmented: 1 (incomplete: 1), skipped: 0" in printed.out
         results = tmp_path / "out" / Path(name).stem
         labels, _ = labels_in(Path(f"{results}_labels.npz"))
         assert 20 < len(labels) < 50
@@ -318,7 +318,7 @@ def without_frames(path: Path) -> None:
 
 
 NO_VIDEOS = {
-    "sound.mp4": (sound_alone, "it contains no video, only sound"),
+    "sound.mp4": (sound_alone, "it contains no video, only audio"),
     "index.mp4": (without_index, "it is not a video that can be read"),
     "frames.mp4": (without_frames, "it contains no frame that can be decoded|it is not a video that can be read"),
     "text.mp4": (lambda path: path.write_text("no video"), "it is not a video that can be read"),
@@ -379,9 +379,9 @@ def test_a_missing_package_is_named_with_its_extra(model, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.mp4", "--confidence"], "--confidence is for images, and the inputs are videos"),
-        (["a.mp4", "--panel"], "--panel is for images, and the inputs are videos"),
-        (["a.png", "--smoothing", "0.5"], "--smoothing is for videos, and the inputs are images"),
+        (["a.mp4", "--confidence"], "--confidence applies to images, but the inputs are videos"),
+        (["a.mp4", "--panel"], "--panel applies to images, but the inputs are videos"),
+        (["a.png", "--smoothing", "0.5"], "--smoothing applies to videos, but the inputs are images"),
     ],
 )
 def test_an_option_without_an_effect_is_refused(model, tmp_path, capsys, arguments, message):
@@ -474,7 +474,7 @@ def test_finished_videos_are_skipped_and_others_are_not(model, tmp_path, capsys,
     def done(*arguments) -> bool:
         frames = len(model.sizes)
         assert run(tmp_path / "a.mp4", "--output", tmp_path / "out", "--skip-existing", *arguments) == 0
-        assert (len(model.sizes) == frames) == ("done before: 1" in capsys.readouterr().out)
+        assert (len(model.sizes) == frames) == ("already done: 1" in capsys.readouterr().out)
         return len(model.sizes) == frames
 
     assert not done()
