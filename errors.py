@@ -1,10 +1,10 @@
-"""Which exceptions input or the machine can cause, and their messages in one line. Imports no library."""
+"""Exceptions that the input or the machine can cause, and their messages in one line. Imports no library."""
 
 import sys
 
 # Errors that input can cause, besides those of EXPECTED_LIBRARY_ERRORS.
 EXPECTED_ERRORS = (OSError, ValueError, ImportError, MemoryError)
-# Errors of libraries that derive from none of these. The libraries are imported by whatever raises them.
+# Errors of libraries that derive from none of these. A library that raises one has been imported already.
 EXPECTED_LIBRARY_ERRORS = (
     ("safetensors", "SafetensorError"),
     ("yaml", "YAMLError"),
@@ -17,7 +17,7 @@ NO_MEMORY_ON_CPU = ("can't allocate memory", "not enough memory")  # of PyTorch'
 
 
 class CommandError(Exception):
-    """A condition that ends a command with one line although no argument and no file is wrong."""
+    """An error that ends a command with one line, although no argument and no file is invalid."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether input, or the machine, can cause an error, so that its message suffices; other errors are bugs."""
+    """Whether an error is caused by the input or the machine, so that its message suffices; others are bugs."""
     if isinstance(error, (*EXPECTED_ERRORS, CommandError)) or is_out_of_memory(error):
         return True
     loaded = ((sys.modules.get(module), name) for module, name in EXPECTED_LIBRARY_ERRORS)

@@ -1,4 +1,4 @@
-"""Loading of saved models: whole ones, and ones that were saved without their frozen encoders."""
+"""Loading of saved models, both complete ones and those saved without their frozen encoders."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ def load_model(
 
 @contextmanager
 def _naming_damaged_files(folder: str) -> Iterator[None]:
-    """Replaces errors of libraries that do not name the file at fault."""
+    """Replaces errors of libraries that do not name the invalid file."""
     for file in Path(folder).glob("*.json") if Path(folder).is_dir() else ():
         read_json(file)
     try:

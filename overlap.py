@@ -1,4 +1,4 @@
-"""Steps of a command that run at the same time, in threads, with results in order and a bounded number in between."""
+"""Steps of a command that run concurrently, in threads, with ordered results and a bounded number of pending items."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,8 +12,8 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Operations of a model of fewer parameters are too short for several cores; such a model runs in several threads, each
-# on cores of its own.
+# The operations of a model with fewer parameters are too short for several cores; such a model runs in several
+# threads, each on its own cores.
 SMALL_MODEL = 50_000_000
 MAX_MODEL_THREADS = 8
 
@@ -24,7 +24,7 @@ def in_order(
     """
     Calls `function` on every item in threads, and yields the results in the order of the items.
 
-    An exception of `function` is raised in the place of its result.
+    An exception of `function` is raised when its result is due.
 
     Args:
         function (`Callable`):
@@ -34,7 +34,7 @@ def in_order(
         threads (`int`):
             Number of threads.
         ahead (`int`):
-            Number of items that are taken before the first result is yielded, beside the one awaited.
+            Number of items that are taken before the first result is yielded, in addition to the one awaited.
     """
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads)
@@ -57,7 +57,7 @@ def read_ahead(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]
         items (`Iterable`):
             The items.
         ahead (`int`):
-            Number of items that are read before they are asked for.
+            Number of items that are read in advance.
     """
     iterator, end = iter(items), object()
 
@@ -79,7 +79,7 @@ def is_small(model: Any) -> bool:
 def model_threads(model: Any) -> Iterator[int]:
     """
     The number of threads that should run a model, 1 unless it [`is_small`]. Within the block, PyTorch's threads are
-    shared out to them.
+    divided among them.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):

@@ -16,8 +16,8 @@ from transformers.masking_utils import sdpa_mask
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 
 QUANTIZATIONS = ("int8-weight-only", "int8-dynamic")
-# Not quantised: embeddings, of which the code reads the weights, as it does of SigLIP's pooling head; and the two
-# small projections that give the scan its parameters.
+# Not quantised: embeddings and SigLIP's pooling head, whose weights the code reads directly, and the two small
+# projections that compute the parameters of the scan.
 QUANTIZED = ("vfm.vision.", "vlm.vision.", "fusion_layers.", "merge_proj")
 NOT_QUANTIZED = {"embeddings", "head", "x_proj", "dt_proj"}
 
@@ -58,7 +58,7 @@ class Int8DynamicLinear(nn.Module):
         states = hidden_states.float()
         low, high = (bound.item() for bound in torch.aminmax(states))
         low, high = min(low, 0.0), max(high, 0.0)  # zero is exact
-        if not math.isfinite(high - low):  # the scores are NaN then, which is reported
+        if not math.isfinite(high - low):  # the scores become NaN, which is reported
             return hidden_states.new_full((*hidden_states.shape[:-1], len(self.scale)), math.nan)
         scale = max((high - low) / 255, torch.finfo(torch.float32).tiny)
         zero_point = round(-low / scale)
@@ -122,7 +122,7 @@ AttentionMaskInterface.register(BFLOAT16_ATTENTION, sdpa_mask)
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether the CPU multiplies matrices in bfloat16; `False` where PyTorch does not tell (before 2.10)."""
+    """Whether the CPU multiplies matrices in bfloat16; `False` if PyTorch cannot tell (before 2.10)."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
@@ -188,5 +188,5 @@ def quantize(model: MFuserForSemanticSegmentation, kind: str | None) -> MFuserFo
 
 
 def refuse_to_save(kind: str, *args, **kwargs):
-    """Takes the place of `save_pretrained`, whose files would be loaded as a model that is not quantised."""
-    raise RuntimeError(f"a model quantised to {kind} cannot be saved; save it before, and quantise it after loading")
+    """Replaces `save_pretrained`, whose files would be loaded as a model that is not quantised."""
+    raise RuntimeError(f"a model quantised to {kind} cannot be saved; save it first, and quantise it after loading")

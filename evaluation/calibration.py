@@ -180,8 +180,8 @@ def fit_logistic(features: torch.Tensor, correct: torch.Tensor) -> tuple[torch.T
     """
     if correct.all() or not correct.any():
         raise ValueError(
-            f"{'all' if correct.all() else 'none'} of {len(correct)} pixels are right; to fit confidences, there must "
-            "be right and wrong ones"
+            f"{'all' if correct.all() else 'none'} of {len(correct)} pixels are classified correctly; fitting "
+            "confidences requires both correct and wrong pixels"
         )
     mean, std = features.double().mean(dim=0), features.double().std(dim=0).clamp(min=1e-6)
     inputs, targets = (features - mean) / std, correct.double()

@@ -118,7 +118,7 @@ class ConfidenceHistogram:
         pixels, right = labels.sum(axis=1), correct.sum(axis=1)
         total = int(pixels.sum())
         if total == 0:
-            raise ValueError("no labelled pixel was counted; the figures need at least one")
+            raise ValueError("no labelled pixel was counted; the metrics need at least one")
         bins = _reliability(pixels, right)
         return {
             "ece": sum(each["pixels"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / total,

@@ -1,4 +1,4 @@
-"""`mfuser app`: a page in the browser that segments images; it needs no connection to other machines."""
+"""`mfuser app`: a local web app that segments images; it needs no connection to other machines."""
 
 import argparse
 import signal
@@ -35,7 +35,7 @@ from mfuser.scripts.segment_images import read_image
 # Part of the repository, not of an installed package.
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "street.jpg"
 MAX_FILE_SIZE = "64mb"
-# Bounds on what is kept: results in memory (at most 32 MiB each), files that the page shows.
+# Limits of what is kept: results in memory (at most 32 MiB each), files that the page shows.
 MAX_SESSIONS, RESULT_SECONDS = 16, 3600
 FILE_CHECK_SECONDS, FILE_SECONDS = 60, 600
 
@@ -67,7 +67,7 @@ def _error(text: str) -> str:
 
 
 START = _message("Upload an image, take one with the camera, or use the example.")
-NO_RESULT = _error("There is no result, or it is no longer kept: upload an image.")
+NO_RESULT = _error("There is no result, or it has expired: upload an image.")
 # Files are removed when the settings change, so that they never differ from what the page shows.
 NO_FILES = gr.update(value=None, visible=False)
 
@@ -148,7 +148,7 @@ class Page:
 
 
 def _uploaded_path(payload: ImageData | None) -> str | None:
-    """Replaces `gr.Image.preprocess`, which opens the file, outside of the reach of [`Page.open_image`]'s errors."""
+    """Replaces `gr.Image.preprocess`, which opens the file where [`Page.open_image`] cannot handle its errors."""
     return None if payload is None else payload.path
 
 
@@ -322,16 +322,16 @@ def _port(text: str) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mfuser app",
-        description="Serves a page that segments images in the browser. It loads nothing from other machines.",
+        description="Serves a web app that segments images. It loads nothing from other machines.",
     )
     parser.add_argument(
         "--model",
         default=str(DEFAULT_MODEL),
-        help="folder or Hub name of an MFuser model (default: the demonstration checkpoint of the repository)",
+        help="folder or Hub id of an MFuser model (default: the demonstration checkpoint of the repository)",
     )
     parser.add_argument(
         "--tokenizer",
-        help="folder or Hub name of the tokenizer of the model's text encoder, with which class names can be edited "
+        help="folder or Hub id of the tokenizer of the model's text encoder, with which class names can be edited "
         "(default: that in the model's folder, if any)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
@@ -342,7 +342,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         family = socket.getaddrinfo(parsed.host, parsed.port)[0][0]
         socket.create_server((parsed.host, parsed.port), family=family).close()
     except OSError as error:
-        parser.error(f"--host {parsed.host} --port {parsed.port} cannot be listened on: {error.strerror}")
+        parser.error(f"cannot listen on --host {parsed.host} --port {parsed.port}: {error.strerror}")
     return parsed
 
 

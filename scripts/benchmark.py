@@ -17,23 +17,23 @@ from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_device_argument
 from mfuser.scripts.benchmark_measuring import machine
 
-DESCRIPTION = """Measures what it compares in turns, in one run, on random models, and prints tables.
-  scan           the selective scan beside its reference formulation and, if it is installed, mamba_ssm
+DESCRIPTION = """Measures the variants that it compares in turns, in one run, on random models, and prints tables.
+  scan           the selective scan, its reference formulation and, if it is installed, mamba_ssm
   forward        one crop of the full-size model, and its parts
   memory         memory of a process that segments one crop
   image          images of 1, 4 and 18 windows
-  windows        an image of 18 windows, by the number of windows in a forward
+  windows        an image of 18 windows, by the number of windows per forward pass
   train          one training step
-  loading        reading and augmenting a sample, beside a training step
+  loading        reading and augmenting a sample, compared with a training step
   linear         quantised linear layers (CPU)
   quantized      one crop of the quantised full-size model (CPU)
   quantized-memory   memory of a process that segments that crop
-  metric         mean IoU, beside evaluate
+  metric         mean IoU, compared with evaluate
   augmentation   training augmentation
   postprocessing scores of 1024 x 2048 to labels
   start          `mfuser segment` of one image, from a fresh process
   video          `mfuser segment` of images one by one, overlapped, and as a video
-  evaluation     `mfuser evaluate` with the demonstration model: images a second, and where the time goes"""
+  evaluation     `mfuser evaluate` with the demonstration model: images per second, and the time of each step"""
 
 
 def run_part(module: str, function: str, options) -> list[dict]:
@@ -89,16 +89,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="mfuser benchmark", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="see above; all of them by default")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument("--threads", type=positive, help="processor threads (default: torch's)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds to measure (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     add_device_argument(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--compile", action="store_true", help="compile the model in image, with torch.compile")
     parser.add_argument("--crop", type=positive, default=512, help="side of the crop in forward and memory")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.parts) - set(PARTS)):
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
     options.device = str(options.device)
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     return options

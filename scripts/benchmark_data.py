@@ -1,4 +1,4 @@
-"""Time of what surrounds the model: metric, augmentation, post-processing."""
+"""Time of the steps before and after the model: augmentation, post-processing, metric."""
 
 import io
 from functools import partial
@@ -18,7 +18,7 @@ from mfuser.scripts.benchmark_model import train_step
 
 
 class HistogramMeanIou(evaluate.Metric):
-    """evaluate's mean_iou by its published definition (the script is on the Hub): three histograms a map."""
+    """evaluate's mean_iou by its published definition (the script is on the Hub): three histograms per map."""
 
     def _info(self):
         image = datasets.Image()
@@ -37,7 +37,7 @@ class HistogramMeanIou(evaluate.Metric):
 
 
 def benchmark_metric(options) -> list[dict]:
-    """Mean IoU of 100 maps of 1024 x 2048, ours beside evaluate's mean_iou."""
+    """Mean IoU of 100 maps of 1024 x 2048, compared with evaluate's mean_iou."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 19, (100, 32, 64), dtype=np.uint8)
     labels = np.kron(coarse, np.ones((32, 32), np.uint8))
@@ -61,9 +61,9 @@ def benchmark_metric(options) -> list[dict]:
     return [
         {
             "metric": name,
-            "ms a map": 1e3 * value / len(labels),
+            "ms per map": 1e3 * value / len(labels),
             "mIoU": float(scores[name]),
-            "times evaluate's speed": seconds["evaluate"] / value,
+            "speedup over evaluate": seconds["evaluate"] / value,
         }
         for name, value in seconds.items()
     ]
@@ -83,7 +83,7 @@ def argmax_of_resized(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tens
 
 
 def postprocessing_peak_mebibytes(name: str, device: str, resized: bool) -> float:
-    """Memory beyond the scores, measured in a process of its own."""
+    """Memory beyond the scores, measured in a separate process."""
     scores = evaluation_scores(device, resized)
     POSTPROCESSING[name](scores[:, :64, :64], (64, 64))
     forget_peak(device)
@@ -121,7 +121,7 @@ def benchmark_postprocessing(options) -> list[dict]:
 
 
 def benchmark_loading(options) -> list[dict]:
-    """A training sample, decoded and augmented on one core, beside a training step of batch 2."""
+    """A training sample, decoded and augmented on one core, compared with a training step of batch 2."""
     generator = np.random.default_rng(0)
     noise = Image.fromarray(generator.integers(0, 255, (66, 120, 3), dtype=np.uint8)).resize((1914, 1052))
     files = {}

@@ -1,4 +1,4 @@
-"""What all benchmarks measure with: time in turns, memory of a process of its own, floating-point operations."""
+"""Measurements that the benchmarks share: time in turns, memory in a separate process, floating-point operations."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ Name = TypeVar("Name")
 
 
 def machine(device: str) -> dict:
-    """What the figures were measured on."""
+    """The machine and the library versions that the measurements are from."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -53,7 +53,7 @@ def synchronise(device: str):
 def in_turns(
     candidates: Mapping[Name, Callable[[], object]], rounds: int, device: str, warm_up: bool = True
 ) -> dict[Name, float]:
-    """Median seconds of each candidate, all run once in every round; with `warm_up` the first doesn't count."""
+    """Median seconds of each candidate; each round runs all of them once. With `warm_up`, the first is not counted."""
     seconds = defaultdict(list)
     for counted in [False] * warm_up + [True] * rounds:
         for name, run in candidates.items():
@@ -82,7 +82,7 @@ def copy(device: str) -> tuple[Callable[[], object], int]:
 
 def count_flops(run: Callable[[], object]) -> int:
     """Floating-point operations of matrix products, convolutions and attention; the scan's are left out."""
-    # torch counts attention on a GPU alone
+    # torch counts attention only on a GPU
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run()
@@ -101,7 +101,7 @@ def peak_gibibytes(device: str) -> float:
 
 
 def forget_peak(device: str):
-    """Starts the measurement of a peak anew: memory that was freed before does not count."""
+    """Resets the peak: memory that was freed before does not count."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -116,10 +116,10 @@ def status_kibibytes(field: str) -> int:
 
 def in_own_process(function: Callable, *arguments, keep_freed: bool = True):
     """
-    Result of a function of a module in a fresh process, where nothing else has touched memory.
+    Result of a function of a module in a new process, in which nothing else has allocated memory.
 
-    Without `keep_freed` memory goes back to the system at once: peaks are exact then, but allocation is slow.
-    Arguments and result travel as JSON.
+    Without `keep_freed`, freed memory is returned to the system at once: peaks are then exact, but allocation is slow.
+    Arguments and result are passed as JSON.
     """
     code = (
         f"import json, torch, {function.__module__} as module;"

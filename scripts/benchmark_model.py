@@ -38,7 +38,7 @@ def random_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticS
 
 
 def inference_model(device: str, dtype: str, crop: int = 512) -> Any:
-    """As `mfuser segment` and `mfuser evaluate` lay it out in memory."""
+    """A full-size model in the memory format of `mfuser segment` and `mfuser evaluate`."""
     return random_model(device, dtype, crop).to(memory_format=torch.channels_last)
 
 
@@ -55,7 +55,7 @@ def part_modules(model: MFuserForSemanticSegmentation) -> dict[str, list[torch.n
 
 
 class PartTimer:
-    """Seconds inside each part of a model, by hooks; on a GPU every part waits for the one before."""
+    """Seconds in each part of a model, measured by hooks, which synchronise with a GPU."""
 
     def __init__(self, model, device: str):
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -70,7 +70,7 @@ class PartTimer:
 
 
 def benchmark_forward(options) -> list[dict]:
-    """One crop, whole and by part, beside the time that its matrix products would take at the rate of a large one."""
+    """One crop, in total and by part, compared with its matrix products at the rate of a large matrix product."""
     dtype = getattr(torch, options.dtype)
     model = inference_model(options.device, options.dtype, options.crop)
     pixels = torch.randn(1, 3, options.crop, options.crop, device=options.device, dtype=dtype)
@@ -96,7 +96,7 @@ def benchmark_forward(options) -> list[dict]:
     rows.append({"part": "pyramid and the rest", "ms": rest})
     whole = {"part": "one crop", "ms": 1e3 * seconds["whole"], "TFLOP": flops / 1e12}
     whole["GEMM TFLOP/s"] = rate / 1e12
-    whole["times its matrix products"] = seconds["whole"] * rate / flops
+    whole["time / time of its matrix products"] = seconds["whole"] * rate / flops
     return [*rows, whole]
 
 
@@ -115,7 +115,7 @@ def benchmark_memory(options) -> list[dict]:
 
 @torch.no_grad()
 def benchmark_image(options) -> list[dict]:
-    """Images of 1, 4 and 18 windows: the time a window should not grow with their number."""
+    """Images of 1, 4 and 18 windows: the time per window should not grow with their number."""
     dtype, device = getattr(torch, options.dtype), options.device
     model = inference_model(device, options.dtype)
     run = torch.compile(model) if options.compile else model
@@ -129,14 +129,14 @@ def benchmark_image(options) -> list[dict]:
         forget_peak(device)
         seconds = in_turns({size: partial(run, pixels)}, options.rounds, device, warm_up=device.startswith("cuda"))
         row = {"image": "x".join(map(str, size)), "windows": windows, "compiled": str(options.compile)}
-        row |= {"s": seconds[size], "s a window": seconds[size] / windows}
+        row |= {"s": seconds[size], "s per window": seconds[size] / windows}
         rows.append(row | ({"peak GiB": peak_gibibytes(device)} if device.startswith("cuda") else {}))
     return rows
 
 
 @torch.no_grad()
 def benchmark_windows(options) -> list[dict]:
-    """An image of 18 windows by the number of windows in a forward, beside the number chosen by free memory."""
+    """An image of 18 windows, by the number of windows per forward pass; marks the number chosen by free memory."""
     dtype, device = getattr(torch, options.dtype), options.device
     model = inference_model(device, options.dtype)
     pixels = torch.randn(1, 3, 1024, 2048, device=device, dtype=dtype)
@@ -149,7 +149,7 @@ def benchmark_windows(options) -> list[dict]:
         config.windows_per_batch = together
         forget_peak(device)
         seconds = in_turns({together: partial(model, pixels)}, options.rounds, device, device.startswith("cuda"))
-        row: dict[str, Any] = {"windows in a forward": together, "s a window": seconds[together] / 18}
+        row: dict[str, Any] = {"windows per forward": together, "s per window": seconds[together] / 18}
         row["chosen by free memory"] = "yes" if together == min(chosen, 18) else ""
         rows.append(row | ({"peak GiB": peak_gibibytes(device)} if device.startswith("cuda") else {}))
     return rows

@@ -1,4 +1,4 @@
-"""Quantised layers and a quantised full-size model beside float32: time, memory and how far the scores move."""
+"""Quantised layers and a quantised full-size model compared with float32: time, memory and error of the scores."""
 
 import copy
 import warnings
@@ -70,7 +70,7 @@ LINEAR_LAYERS: dict[str, Callable[[nn.Linear], Callable[[torch.Tensor], torch.Te
 
 @torch.inference_mode()
 def benchmark_linear(options) -> list[dict]:
-    """One linear layer on a CPU: time as a share of float32's, and the error of the output."""
+    """One linear layer on a CPU: time relative to float32, and the error of the output."""
     rows: dict[str, dict[str, Any]] = {name: {"linear layer": name} for name in LINEAR_LAYERS}
     engine = torch.backends.quantized.engine
     for tokens, size_in, size_out in LINEAR_SHAPES:
@@ -81,7 +81,7 @@ def benchmark_linear(options) -> list[dict]:
         layers = {}
         for name, build in LINEAR_LAYERS.items():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecations of beaten candidates
+                warnings.simplefilter("ignore")  # some candidates are deprecated
                 try:
                     layer = build(linear)
                     given = states.bfloat16() if name == "bfloat16 throughout" else states
@@ -109,7 +109,7 @@ def quantized(model: Any, kind: str) -> Any:
 
 @torch.no_grad()  # FLOPs are not counted in inference mode
 def benchmark_quantized(options) -> list[dict]:
-    """One crop on a CPU by quantisation, beside the time of float32's matrix products; the error of the scores."""
+    """One crop on a CPU by quantisation, compared with the float32 matrix products; the error of the scores."""
     model = inference_model("cpu", "float32", options.crop)
     models = {kind: quantized(copy.deepcopy(model), kind) for kind in MODELS if kind != "float32"}
     models = {"float32": model, **models}
@@ -128,8 +128,8 @@ def benchmark_quantized(options) -> list[dict]:
         {
             "model": kind,
             "s": seconds[kind],
-            "share of float32's time": seconds[kind] / seconds["float32"],
-            "times float32's matrix products": seconds[kind] / floor,
+            "time / time of float32": seconds[kind] / seconds["float32"],
+            "time / time of float32 matrix products": seconds[kind] / floor,
             "error of the scores, %": 100 * relative_error(scores[kind], scores["float32"]),
             "same labels, %": 100 * (labels[kind] == labels["float32"]).float().mean().item(),
         }

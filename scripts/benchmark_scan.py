@@ -13,7 +13,7 @@ SCAN_SHAPE = {"batch": 1, "dim": 512, "length": 2050, "state": 16}  # an MVFuser
 
 
 def step_loop(u, delta, A, B, C, D, delta_bias):
-    """mamba_ssm's reference formulation: all coefficients first, then one small step a token."""
+    """mamba_ssm's reference formulation: all coefficients first, then one small step per token."""
     delta = F.softplus(delta + delta_bias[:, None])
     decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
     drive = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
@@ -62,7 +62,7 @@ def run_scan(name: str, inputs: list[torch.Tensor], backward: bool):
 
 
 def scan_peak_mebibytes(name: str, backward: bool, device: str) -> float:
-    """Memory that one call takes beyond its inputs, measured in a process of its own."""
+    """Memory that one call takes beyond its inputs, measured in a separate process."""
     inputs = scan_inputs(device, **SCAN_SHAPE)
     run_scan(name, scan_inputs(device, **(SCAN_SHAPE | {"length": 40})), backward)
     forget_peak(device)
@@ -102,5 +102,5 @@ def benchmark_scan(options) -> list[dict]:
     loops = {row["pass"]: row["ms"] for row in rows if row["scan"] == "step loop"}
     for row in rows:
         if row["tokens"] == SCAN_SHAPE["length"]:
-            row["times the step loop's speed"] = loops[row["pass"]] / row["ms"]
+            row["speedup over the step loop"] = loops[row["pass"]] / row["ms"]
     return rows

@@ -57,7 +57,7 @@ def write_examples(
         file = folder / f"{example['kind']}-{numbers[example['kind']]}.png"
         sample = samples[example["row"]]
         if sample.problem is not None or sample.label is None:
-            raise ValueError(f"{title}: {example['name']} was scored, and cannot be read any more: {sample.problem}")
+            raise ValueError(f"{title}: {example['name']} was scored, but can no longer be read: {sample.problem}")
         prediction = _prediction(model, sample.pixel_values, sample.size, options)
         height, width = sample.size  # half that of the image in one protocol
         image = domain.read(example["row"]).image.resize((width, height))

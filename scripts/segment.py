@@ -64,9 +64,9 @@ class Summary:
             print(share_table(list(classes.values()), self.counts[list(classes)]))
         parts = [f"segmented: {self.segmented}", f"skipped: {self.skipped}"]
         if self.incomplete:
-            parts.insert(1, f"of these incomplete: {self.incomplete}")
+            parts[0] += f" (incomplete: {self.incomplete})"
         if self.done:
-            parts.append(f"done before: {self.done}")
+            parts.append(f"already done: {self.done}")
         print(f"{', '.join(parts)}, results in {output}")
 
 
@@ -76,11 +76,11 @@ def check_options(parsed: argparse.Namespace, sources: list[Source]) -> None:
     if Kind.IMAGE not in kinds:
         for option in ("confidence", "panel"):
             if getattr(parsed, option):
-                raise CommandError(f"--{option} is for images, and the inputs are videos")
+                raise CommandError(f"--{option} applies to images, but the inputs are videos")
     if parsed.labels is not None and (kinds != {Kind.IMAGE} or len(sources) > 1):
-        raise CommandError(f"--labels is for one image, and the inputs are {len(sources)} images or videos")
+        raise CommandError(f"--labels applies to one image, but the inputs are {len(sources)} images or videos")
     if kinds == {Kind.IMAGE} and parsed.smoothing:
-        raise CommandError("--smoothing is for videos, and the inputs are images; give frames as a pattern")
+        raise CommandError("--smoothing applies to videos, but the inputs are images; give frames as a pattern")
     if kinds != {Kind.IMAGE}:
         import_av()
 

@@ -1,4 +1,4 @@
-"""Arguments of `mfuser segment`, read without PyTorch: `--help` comes at once."""
+"""Arguments of `mfuser segment`, parsed without PyTorch, so that `--help` is fast."""
 
 import argparse
 from fractions import Fraction
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mfuser.scripts.arguments import DEFAULT_MODEL, add_device_argument, add_quantize_argument
 
-DEFAULT_RATE = Fraction(25)  # frames per second, where a video does not say
+DEFAULT_RATE = Fraction(25)  # frames per second, if the video does not specify them
 
 DESCRIPTION = """Segments images and videos. For each image, it writes into the output folder
   NAME_overlay.jpg   the image, overlaid with the colours of its classes
@@ -14,7 +14,7 @@ DESCRIPTION = """Segments images and videos. For each image, it writes into the 
   NAME_confidence.png   with --confidence: the confidence of each pixel, from 0 (black) to 1 (white)
   NAME_panel.jpg     with --panel: the image, its overlay and its confidence side by side, with a legend
 for each video
-  NAME_overlay.mp4   the video, overlaid with the colours of its classes, with its times and its sound
+  NAME_overlay.mp4   the video, overlaid with the colours of its classes, with its timestamps and its audio
   NAME_labels.npz    the label map of each frame
   NAME_video.json    the number of frames, the share of each class, and whether the results are complete
 and once
@@ -22,7 +22,7 @@ and once
 It prints the share of each class in all pixels. Classes with the name of a Cityscapes class have its colour.
 A file that cannot be read, segmented or written is named and skipped. Results of one image never replace those of
 another, also of an earlier run: they are numbered, NAME-2. Results of the same image are replaced.
-Ctrl-C or SIGTERM during a video finishes its files with the frames so far.
+Ctrl-C or SIGTERM during a video finalises its files with the frames so far.
 Exit code: 0 if everything was segmented, 1 if an image was skipped or a video is damaged, 2 if the command could not
 run, 130 if it was interrupted (a camera or an address, which have no end: 0)."""
 
@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--model",
-        help="folder or Hub name of an MFuser model (default: the demonstration checkpoint of the repository)",
+        help="folder or Hub id of an MFuser model (default: the demonstration checkpoint of the repository)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("segmented"), help="folder to write to (default: segmented)"

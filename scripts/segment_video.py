@@ -1,4 +1,4 @@
-"""`mfuser segment` on videos: frames are decoded, segmented and encoded at the same time, in bounded memory."""
+"""`mfuser segment` on videos: frames are decoded, segmented and encoded concurrently, in bounded memory."""
 
 import json
 import signal
@@ -57,7 +57,7 @@ class VideoOptions:
 
 @dataclass
 class Batch:
-    """Frames of one size, the packets of sound that come before the last of them, and what the model found."""
+    """Frames of one size, the audio packets that precede the last of them, and the results of the model."""
 
     frames: list[Frame] = field(default_factory=list)
     packets: list[Any] = field(default_factory=list)
@@ -98,7 +98,7 @@ def stopping_on_signals() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        print("\nfinishing the files; interrupt again to give them up", file=sys.stderr)
+        print("\nfinishing the files; interrupt again to discard them", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -187,7 +187,7 @@ def _until(stop: threading.Event, video: Video) -> Iterator[Any]:
 def _batches(
     items: Iterable[Any], model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, is_live: bool
 ) -> Iterator[Batch]:
-    """Groups frames of one size that are segmented in one forward, with the sound in between."""
+    """Groups frames of one size that are segmented in one forward pass, with the audio packets in between."""
     batch, number = Batch(), 1
     for item in items:
         if not isinstance(item, Frame):
@@ -269,7 +269,7 @@ class _Finisher:
 
 class VideoResults:
     """
-    The files of a video. They are opened with the first frame, and replace earlier ones together, when they are whole.
+    The files of a video. They are opened at the first frame, and replace earlier ones together once they are complete.
 
     Args:
         source (`Source`): The video.
@@ -292,13 +292,13 @@ class VideoResults:
         self.source, self.video, self.drawing, self.stack = source, video, drawing, stack
         self.output, self.files = output, video_files(output / source.place)
         self.record = record_of(source, settings)
-        self.waiting: list[Any] = []  # sound before the first frame
+        self.waiting: list[Any] = []  # audio packets before the first frame
         self.writer: VideoWriter | None = None
 
     def _open(self, frame: Frame) -> None:
         make_folder(self.files["record"].parent)
         if not self.files["record"].exists():
-            self._write_record(complete=False)  # the files beside it are this video's
+            self._write_record(complete=False)  # the files next to it belong to this video
         self.format = container_format(self.video)
         stream = self.stack.enter_context(atomic_writer(self.files[self.format]))
         labels = self.stack.enter_context(atomic_writer(self.files["labels"]))
@@ -318,7 +318,7 @@ class VideoResults:
         write_text(self.files["record"], json.dumps(record, indent=2) + "\n")
 
     def copy(self, packet: Any) -> None:
-        """Copies a packet of sound."""
+        """Copies an audio packet."""
         if self.writer is None:
             self.waiting.append(packet)
         else:
@@ -342,7 +342,7 @@ class VideoResults:
         self._write_record(complete=False)
         self.stack.close()
         for kind in {"mp4", "matroska"} - {self.format}:
-            self.files[kind].unlink(missing_ok=True)  # of an earlier run, with other sound
+            self.files[kind].unlink(missing_ok=True)  # of an earlier run, with audio of another codec
         shares = result.counts / result.counts.sum()
         self._write_record(
             complete=not (result.problem or result.was_stopped),

@@ -145,8 +145,8 @@ def typed(value: Any, annotation: Any, name: str) -> Any:
     """
     A setting as the type that is declared for it.
 
-    Conversions lose nothing: integers are numbers and 1e3 is an integer, `no` is `False` where a boolean is declared,
-    an integer is its digits where a string is declared, and one value is a list of one.
+    Conversions are lossless: integers are numbers and 1e3 is an integer, `no` is `False` where a boolean is declared,
+    an integer is its digits where a string is declared, and a single value is a list of one.
 
     Args:
         value (`Any`):
@@ -291,7 +291,7 @@ def check_names(
         if name not in known:
             fields = [each for each in more if each.rpartition(".")[2] == name]
             hint = f"; did you mean {fields[0]!r}?" if fields else nearest(str(name), known)
-            raise ValueError(f"{f'{role} has' if role else 'there is'} no setting {name!r}{hint}")
+            raise ValueError(f"{f'{role} has no' if role else 'unknown'} setting {name!r}{hint}")
 
 
 __all__ = ["SettingsLoader", "check_names", "parse_yaml", "read_recipe", "read_settings", "typed"]

@@ -1,4 +1,4 @@
-"""Frames and sound in and out: video files and addresses by PyAV, numbered images by PIL, cameras by OpenCV."""
+"""Reading and writing of frames and audio: video files and URLs by PyAV, numbered images by PIL, cameras by OpenCV."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from mfuser.errors import CommandError, is_expected, one_line
 from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_inputs import Kind, Source
 
-# What an MP4 file can hold; Matroska holds any sound.
+# Audio codecs that an MP4 file can hold; Matroska can hold any.
 MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}
 MISSING_SECONDS = 1.0  # a video that ends earlier than its header says, by more than this, is truncated
 NETWORK_TIMEOUT = (20.0, 20.0)  # seconds to open a stream, and without data
@@ -54,7 +54,7 @@ class Video:
         rate (`Fraction`): Frames per second, on average.
         num_frames (`int`, *optional*): Number of frames, if the source says.
         pixel_aspect (`Fraction`): Width of a pixel in relation to its height.
-        sound (`list`): Streams of PyAV whose packets are part of the iteration.
+        sound (`list`): PyAV's audio streams, whose packets are part of the iteration.
         note (`str`): What is left out, if anything.
         problem (`str`): What was found wrong after the iteration, if anything.
     """
@@ -68,7 +68,7 @@ class Video:
     problem = ""
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields every [`Frame`], and every packet of sound in between."""
+        """Yields every [`Frame`], and every audio packet in between."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class StoredVideo(Video):
         streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams:
             self.container.close()
-            raise ValueError("it contains no video, only sound or other data")
+            raise ValueError("it contains no video, only audio or other data")
         self.stream = streams[0]
         if self.stream.codec_context is None:
             self.container.close()
@@ -131,14 +131,14 @@ class StoredVideo(Video):
         tracks = self.container.streams.audio
         self.sound = [track for track in tracks if track.codec_context is not None]
         if len(self.sound) < len(tracks):
-            self.note = f"{len(tracks) - len(self.sound)} sound tracks of an unknown kind are left out"
+            self.note = f"{len(tracks) - len(self.sound)} audio tracks of an unknown codec are left out"
         duration = self.container.duration
         self.seconds = duration / self.av.time_base if duration and not is_live else None
         self.stated_packets = self.stream.frames or None
         self.num_frames = self.stated_packets
         if self.num_frames is None and self.seconds:
             self.num_frames = max(1, round(self.seconds * self.rate))
-        # Streams often start at an arbitrary time. A negative one belongs to sound that is not played.
+        # Streams often start at an arbitrary time. A negative one belongs to audio that is not played.
         self.start = Fraction(max(self.container.start_time or 0, 0), self.av.time_base)
 
     def __iter__(self) -> Iterator[Any]:
@@ -273,13 +273,13 @@ class Camera(Video):
 
 
 def container_format(video: Video) -> str:
-    """`mp4`, or `matroska` if MP4 cannot hold the sound."""
+    """`mp4`, or `matroska` if MP4 cannot hold the audio."""
     return "mp4" if all(stream.codec_context.name in MP4_SOUND for stream in video.sound) else "matroska"
 
 
 class VideoWriter:
     """
-    Writes a video of the same times, with the same sound, as H.264.
+    Writes an H.264 video with the same timestamps and the same audio as another video.
 
     A picture of another size than the first is resized to it. As H.264 halves the resolution of colours, an odd width
     or height grows by one pixel, which repeats the last.
@@ -288,7 +288,7 @@ class VideoWriter:
         stream (`BinaryIO`):
             Where to write; it must be seekable.
         video (`Video`):
-            The video, whose times and sound are taken over.
+            The video, whose timestamps and audio are kept.
         size (`tuple[int, int]`):
             (height, width) of the first picture.
     """
@@ -317,12 +317,12 @@ class VideoWriter:
         self.container.mux(self.stream.encode(frame))
 
     def copy(self, packet: Any) -> None:
-        """Copies a packet of sound."""
+        """Copies an audio packet."""
         packet.stream = self.sound[packet.stream.index]
         self.container.mux(packet)
 
     def close(self) -> None:
-        """Writes what the encoder holds back, and the index."""
+        """Writes the frames that the encoder has buffered, and the index."""
         self.container.mux(self.stream.encode(None))
         self.container.close()
 

@@ -153,7 +153,7 @@ def test_encoders_that_have_changed_or_are_unknown_are_not_left_out(saved, tmp_p
     ):
         model.save_pretrained(tmp_path / "changed", trainable_only=True)
     whole = MFuserForSemanticSegmentation.from_pretrained(folder / "whole")
-    with pytest.raises(ValueError, match=r"it is unknown which they are; give encoders=\{'vfm': ..., 'vlm': ...\}"):
+    with pytest.raises(ValueError, match=r"their origin is unknown; give encoders=\{'vfm': ..., 'vlm': ...\}"):
         whole.save_pretrained(tmp_path / "unknown", trainable_only=True)
     assert not (tmp_path / "changed").exists() and not (tmp_path / "unknown").exists()
     whole.save_pretrained(tmp_path, trainable_only=True, encoders={key: str(folder / key) for key in ("vfm", "vlm")})
@@ -164,7 +164,7 @@ def test_encoders_that_have_changed_or_are_unknown_are_not_left_out(saved, tmp_p
 
 
 @pytest.mark.parametrize("model_class", [MFuserForSemanticSegmentation, MFuserModel])
-def test_it_loads_as_the_whole_model_does(saved, model_class):
+def test_the_folder_loads_like_that_of_the_whole_model(saved, model_class):
     _, folder = saved
     part, report = model_class.from_pretrained(folder / "part", output_loading_info=True)
     whole, expected = model_class.from_pretrained(folder / "whole", output_loading_info=True)
@@ -175,7 +175,7 @@ def test_it_loads_as_the_whole_model_does(saved, model_class):
     assert trainable == {name for name, weight in whole.named_parameters() if weight.requires_grad}
 
 
-def test_arguments_of_from_pretrained_have_their_effect(saved):
+def test_arguments_of_from_pretrained_take_effect(saved):
     _, folder = saved
     arguments = dict(dtype=torch.bfloat16, crop_stride=21, device_map={"": "cpu"}, attn_implementation="eager")
     part, whole = (
@@ -186,7 +186,7 @@ def test_arguments_of_from_pretrained_have_their_effect(saved):
     assert part.config._attn_implementation == "eager"
 
 
-def test_a_part_of_it_can_stay_on_disk(saved, tmp_path):
+def test_a_part_of_the_weights_can_stay_on_disk(saved, tmp_path):
     model, folder = saved
     limits = dict(device_map="auto", max_memory={"cpu": "500KB"}, offload_folder=tmp_path)
     loaded = MFuserForSemanticSegmentation.from_pretrained(folder / "part", **limits)
@@ -253,7 +253,7 @@ def test_folders_of_earlier_versions_name_encoders_without_hashes(saved, copied)
     assert_same_weights(MFuserForSemanticSegmentation.from_pretrained(copied / "part"), saved[0])
 
 
-def test_without_the_names_of_its_encoders_it_is_refused(saved, copied):
+def test_a_folder_that_does_not_name_its_encoders_is_refused(saved, copied):
     (copied / "part" / ENCODERS_FILE).unlink()
     with pytest.raises(ValueError, match=r"lacks the weights of the vision foundation model.* no encoders\.json"):
         MFuserForSemanticSegmentation.from_pretrained(copied / "part")
@@ -262,7 +262,7 @@ def test_without_the_names_of_its_encoders_it_is_refused(saved, copied):
     assert_same_weights(loaded, saved[0])
 
 
-def test_encoders_are_refused_where_they_mean_nothing(saved):
+def test_encoders_without_a_meaning_are_refused(saved):
     _, folder = saved
     with pytest.raises(ValueError, match="whole holds the weights of its encoders; encoders must not be given"):
         MFuserForSemanticSegmentation.from_pretrained(
@@ -298,7 +298,7 @@ torch.save(found, sys.argv[4])
 
 
 @pytest.mark.slow
-def test_auto_classes_and_the_pipeline_load_it_where_mfuser_is_not_installed(saved, tmp_path):
+def test_auto_classes_and_the_pipeline_load_the_folder_where_mfuser_is_not_installed(saved, tmp_path):
     model, folder = saved
     Image.new("RGB", (80, 72), (90, 120, 30)).save(tmp_path / "image.png")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
@@ -320,7 +320,7 @@ def test_auto_classes_and_the_pipeline_load_it_where_mfuser_is_not_installed(sav
     assert (tmp_path / "again" / "frozen_encoders_mfuser.py").is_file()
 
 
-def test_the_segment_command_works_on_it(saved, tmp_path):
+def test_the_segment_command_works_on_the_folder(saved, tmp_path):
     _, folder = saved
     Image.new("RGB", (80, 72), (90, 120, 30)).save(tmp_path / "image.png")
     for kind in ("part", "whole"):
@@ -333,7 +333,7 @@ def test_the_segment_command_works_on_it(saved, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_it_is_uploaded_without_its_encoders(saved, how, monkeypatch, tmp_path):
+def test_the_model_is_uploaded_without_its_encoders(saved, how, monkeypatch, tmp_path):
     _, folder = saved
     model, hub = MFuserForSemanticSegmentation.from_pretrained(folder / "part"), use_fake_hub(monkeypatch)
     if how == "push_to_hub":

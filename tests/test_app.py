@@ -196,7 +196,7 @@ def test_edited_names_leave_the_model_of_other_visitors_unchanged(tiny_folder):
     )
 
 
-def test_few_lists_of_names_are_kept(tiny_folder):
+def test_only_a_few_lists_of_names_are_cached(tiny_folder):
     segmenter = tiny_segmenter(tiny_folder)
     first = segmenter.model_with(["road"])
     assert segmenter.model_with(["road"]) is first
@@ -234,7 +234,7 @@ def test_names_are_fixed_without_text_encoder_or_tokenizer(tiny_folder, tmp_path
     ("arguments", "message"),
     [
         (["--port", "0"], "'0' must be a whole number from 1 to 65535"),
-        (["--port", "{taken}"], "--port {taken} cannot be listened on"),
+        (["--port", "{taken}"], "cannot listen on --host 127.0.0.1 --port {taken}"),
         (["--device", "gpu"], "'gpu' must be an available device"),
     ],
 )
@@ -511,7 +511,7 @@ def test_the_controls_redraw_the_result(demonstration, segmented, tmp_path):
     page.change(lambda: page.slide("#opacity", 0.5))
 
 
-def test_the_example_image_is_at_hand(demonstration, tmp_path):
+def test_the_example_image_can_be_selected(demonstration, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     demonstration.upload(tmp_path / "black.png")
     demonstration.change(lambda: demonstration.click("#example"))

@@ -58,11 +58,11 @@ def test_parts_of_a_forward_add_up_to_less_than_the_whole():
 
 
 def test_figures_are_printed_as_a_table_and_written_with_the_machine(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(benchmark.PARTS, "metric", lambda options: [{"metric": "ours", "ms a map": 3.14159}])
+    monkeypatch.setitem(benchmark.PARTS, "metric", lambda options: [{"metric": "ours", "ms per map": 3.14159}])
     assert benchmark.main(["metric", "--json", str(tmp_path / "figures.json")]) == 0
     assert "| ours | 3.14 |" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["metric"] == [{"metric": "ours", "ms a map": 3.14159}]
+    assert figures["metric"] == [{"metric": "ours", "ms per map": 3.14159}]
     assert {"processor", "cores", "threads", "torch", "device"} <= set(figures["machine"])
     assert figures["command"][:3] == ["mfuser", "benchmark", "metric"]
 
@@ -70,7 +70,7 @@ def test_figures_are_printed_as_a_table_and_written_with_the_machine(tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "no part speed; there are scan, forward"),
+        (["speed"], "unknown part speed; the parts are scan, forward"),
         (["metric", "--rounds", "0"], "argument --rounds: '0' must be an integer of at least 1"),
         (["metric", "--threads", "two"], "argument --threads: 'two' must be an integer of at least 1"),
         (["metric", "--device", "gpu"], "argument --device: 'gpu' must be an available device"),
@@ -155,4 +155,4 @@ def test_quantised_models_are_compared_with_float32(monkeypatch):
     assert [row["model"] for row in rows] == ["float32", "bfloat16", "int8-weight-only", "int8-dynamic"]
     errors = [row["error of the scores, %"] for row in rows]
     assert errors[0] == 0 and all(0 < error < 5 for error in errors[1:])
-    assert rows[0]["share of float32's time"] == 1 and rows[0]["same labels, %"] == 100
+    assert rows[0]["time / time of float32"] == 1 and rows[0]["same labels, %"] == 100

@@ -62,7 +62,7 @@ def test_calibration_makes_confidences_those_of_the_accuracy():
 
 
 @pytest.mark.parametrize(
-    ("right", "words"), [(True, "all of 5 pixels are right"), (False, "none of 5 pixels are right")]
+    ("right", "words"), [(True, "all of 5 pixels are classified"), (False, "none of 5 pixels are classified")]
 )
 def test_calibration_needs_right_and_wrong_pixels(right, words):
     with pytest.raises(ValueError, match=words):

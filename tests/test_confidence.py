@@ -350,7 +350,7 @@ def test_two_processes_give_exactly_the_figures_of_one(tmp_path, saved_model):
     assert one["domains"]["mine"]["confidence"] == two["domains"]["mine"]["confidence"]
 
 
-def test_without_matplotlib_the_command_says_so_before_it_works(tmp_path, saved_model, capsys, monkeypatch):
+def test_missing_matplotlib_is_reported_before_the_evaluation(tmp_path, saved_model, capsys, monkeypatch):
     monkeypatch.setattr(reliability_diagram, "matplotlib_figure", None)
     monkeypatch.setattr(evaluate, "evaluate_domain", lambda *_, **__: pytest.fail("segmented"))
     source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))

@@ -30,7 +30,7 @@ def fields(config: MFuserConfig) -> dict:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_comes_back_the_same_by_every_way(pair, tmp_path):
+def test_a_configuration_survives_every_way_of_saving_and_loading(pair, tmp_path):
     config = tiny_config(pair, vlm_drop_path_rate=0.25, loss_mask_weight=3, windows_per_batch=2)
     config.save_pretrained(tmp_path)
     ways = {
@@ -194,7 +194,7 @@ def test_comes_back_the_same_by_every_way(pair, tmp_path):
         (dict(vfm_config=DINOV2 | dict(hidden_size=0)), "vfm_config.hidden_size is 0; it must be an integer of at"),
     ],
 )
-def test_impossible_values_are_refused_with_what_would_be_right(changes, message):
+def test_invalid_values_are_refused_with_the_accepted_ones(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_config(**changes)
 
@@ -265,7 +265,7 @@ def test_a_model_of_stored_class_embeddings_needs_no_token_ids():
     assert tiny_config(use_text_encoder=False, class_token_ids=None).class_token_ids is None
 
 
-def test_what_the_paper_does_for_one_encoder_alone_is_chosen_by_it():
+def test_settings_that_differ_between_the_papers_variants_follow_the_encoder():
     clip, eva02, wider = (tiny_config(pair) for pair in ("dinov2+clip", "dinov2+eva02_clip", "wider dinov2+siglip"))
     assert (clip.fusion_project_vfm, eva02.fusion_project_vfm, wider.fusion_project_vfm) == (True, False, True)
     assert (clip.vlm_drop_path_rate, eva02.vlm_drop_path_rate) == (0.1, 0.0)
@@ -303,7 +303,7 @@ def test_the_default_is_the_papers_full_size_clip_variant():
     assert trainable == sum(sizes[key] for key, (_, _, trains) in published.items() if trains)
 
 
-def test_what_other_libraries_ask_a_config_for():
+def test_the_configuration_has_what_other_libraries_read():
     config = tiny_config()
     assert config.hidden_size == config.decoder_hidden_size == 64
     assert config.get_text_config().model_type == "clip_text_model"

@@ -67,7 +67,7 @@ def test_every_published_tensor_is_converted_or_dropped_for_a_reason(full_size):
     assert sum(tensors[key].numel() for key in kept) == sum(tensor.numel() for tensor in expected.values())
 
 
-def test_what_is_dropped_has_no_use(full_size):
+def test_dropped_tensors_are_unused(full_size):
     variant, tensors, trains, _, _ = full_size
     dropped = {key: dropped_reason(key, variant) for key in tensors if dropped_reason(key, variant)}
     assert dropped["backbone.dinov2.mask_token"] == "used only by DINOv2's masked pretraining"
@@ -83,7 +83,7 @@ def test_what_is_dropped_has_no_use(full_size):
     )
 
 
-def test_what_trains_is_what_trained(full_size):
+def test_the_trainable_parameters_are_those_of_the_published_model(full_size):
     variant, tensors, trains, _, model = full_size
     kept = [key for key in trains if dropped_reason(key, variant) is None]
     expected = {name for key in kept for name in convert_tensor(key, tensors[key], variant)}
@@ -306,7 +306,7 @@ def test_siglips_scale_bias_and_tokens_come_from_the_pretrained_one(tmp_path):
     assert config.class_token_ids[1] == [vocabulary["traffic"], vocabulary["light"], end, pad, pad]
 
 
-def test_without_the_pretrained_siglip_it_says_so(tmp_path, capsys):
+def test_a_missing_pretrained_siglip_is_reported(tmp_path, capsys):
     checkpoint = Checkpoint(tmp_path, "siglip")
     del checkpoint.fields["loss_logit_scale"]
     assert checkpoint.convert("--siglip", str(tmp_path / "nowhere")) == 2

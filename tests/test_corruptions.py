@@ -223,7 +223,7 @@ def test_a_domain_without_labels_is_refused(tmp_path, saved_model, capsys, optio
     assert f"has no labels, which {option[0]} needs" in capsys.readouterr().err
 
 
-def test_without_the_library_the_command_says_so_before_it_works(tmp_path, saved_model, capsys, monkeypatch):
+def test_a_missing_library_is_reported_before_the_evaluation(tmp_path, saved_model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     assert run("--model", saved_model, "--domains", f"mine={tmp_path}", "--corruptions") == 2
     message = capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_every_norm_has_the_published_epsilon():
 
 
 @torch.no_grad()
-def test_pixels_that_fill_no_patch_are_never_seen(model):
+def test_pixels_beyond_the_last_patch_are_ignored(model):
     pixel_values = torch.randn(1, 3, 69, 83)  # 4 x 5 patches of 14 and 13 pixels over
     inside = model.vision_model(pixel_values[..., :56, :70]).last_hidden_state
     assert inside.shape == (1, 1 + 4 * 5, 32)
@@ -248,7 +248,7 @@ def test_contrastive_loss_pairs_images_and_texts(model, inputs):
 
 
 @torch.no_grad()
-def test_text_sees_no_later_token_and_no_padding(model, inputs):
+def test_text_attends_to_no_later_token_and_no_padding(model, inputs):
     ids = inputs["input_ids"]
     other = ids.clone()
     other[0, 5:] = 7  # after the end of the first text
@@ -363,7 +363,7 @@ def test_saved_folder_loads_as_remote_code(model, inputs, tmp_path):
     assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
 
 
-def test_fresh_weights_are_all_drawn():
+def test_all_new_weights_are_initialised():
     torch.manual_seed(0)
     model = Eva02ClipModel.from_pretrained(None, config=tiny_config(initializer_range=0.02), state_dict={})
     assert all(parameter.isfinite().all() for parameter in model.parameters())

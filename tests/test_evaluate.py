@@ -59,7 +59,7 @@ def two_cores():
     torch.set_num_threads(1)
 
 
-def test_images_segmented_side_by_side_have_the_labels_of_one_after_the_other(tmp_path, monkeypatch, two_cores):
+def test_images_segmented_in_parallel_have_the_labels_of_sequential_ones(tmp_path, monkeypatch, two_cores):
     rows = list(pixels_and_labels(7, sizes=((64, 80), (40, 96))))
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
     model, seen = tiny_model(), {}

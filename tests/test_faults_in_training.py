@@ -100,7 +100,7 @@ def check(action, trainer, tmp_path, fault, step):
 
 @pytest.mark.parametrize("fault", [kill, fill_disk])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_nothing_that_was_whole_is_lost(action, fault, trainer, tmp_path):
+def test_no_complete_file_is_lost(action, fault, trainer, tmp_path):
     check(ACTIONS[action], trainer, tmp_path, fault, step=23)
 
 
@@ -108,11 +108,11 @@ def test_nothing_that_was_whole_is_lost(action, fault, trainer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [kill, fill_disk])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_nothing_that_was_whole_is_lost_at_any_change_of_a_file(action, fault, trainer, tmp_path):
+def test_no_complete_file_is_lost_at_any_file_operation(action, fault, trainer, tmp_path):
     assert check(ACTIONS[action], trainer, tmp_path, fault, step=1) > 10
 
 
-def test_deleting_checkpoints_leaves_no_half_of_one(trainer, tmp_path):
+def test_deleting_checkpoints_leaves_no_partial_checkpoint(trainer, tmp_path):
     original = Path(trainer.args.output_dir)
     whole = {path.partition("/")[2] for path in part(files_in(original), "checkpoint-4")}
     for action in (lambda: rotate(tmp_path / "run", 1, None), lambda: remove_earlier_run(tmp_path / "run")):

@@ -199,7 +199,7 @@ def test_a_damaged_model_is_one_line_and_nothing_is_written(damage, message, sav
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_weights_that_are_not_finite_are_refused_by_from_pretrained(saved_model, tmp_path):
+def test_nonfinite_weights_are_refused_by_from_pretrained(saved_model, tmp_path):
     shutil.copytree(saved_model, tmp_path / "model")
     set_weight(float("nan"))(tmp_path / "model")
     for name_or_path in (tmp_path / "model", str(tmp_path / "model")):
@@ -371,7 +371,7 @@ def test_convert_never_writes_into_a_folder_that_holds_anything(content, tmp_pat
 
 @pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
 @pytest.mark.slow
-def test_a_conversion_that_ends_at_any_file_operation_leaves_nothing_or_a_whole_model(fault, tmp_path):
+def test_a_conversion_that_ends_at_any_file_operation_leaves_nothing_or_a_complete_model(fault, tmp_path):
     model, work = tiny_model(), tmp_path / "work"
     (tmp_path / "authors.pth").write_bytes(b"weights")
     work.mkdir()

@@ -71,7 +71,7 @@ BAD_FILES = {
 }
 
 
-def test_a_bad_file_is_named_and_counted_and_the_rest_goes_on(model, tmp_path, capsys):
+def test_a_bad_file_is_named_and_counted_and_the_rest_is_segmented(model, tmp_path, capsys):
     images = tmp_path / "images"
     classes = write_image(images / "aaa.png")
     write_image(images / "zzz.png")
@@ -148,7 +148,7 @@ def test_results_of_another_image_are_never_replaced_also_by_a_later_run(model, 
 
 @pytest.mark.parametrize("name", ["street_labels.png", "street_overlay.jpg"])
 @pytest.mark.parametrize("folder", [True, False])
-def test_a_file_or_folder_of_somebody_else_is_kept(model, tmp_path, name, folder):
+def test_files_and_folders_of_other_origin_are_kept(model, tmp_path, name, folder):
     write_image(tmp_path / "street.png")
     kept = tmp_path / "out" / name / "kept" if folder else tmp_path / "out" / name
     kept.parent.mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_a_file_in_place_of_a_folder_is_reported(model, tmp_path, capsys):
     (tmp_path / "out" / "deep").write_text("mine")
     assert run(tmp_path / "images", "--output", tmp_path / "out") == 1
     printed = capsys.readouterr()
-    assert re.search("skipped .*a.png: .*out/deep cannot be made, because .* is a file", printed.err)
+    assert re.search("skipped .*a.png: .*out/deep cannot be created: .* is a file", printed.err)
     assert "segmented: 1, skipped: 1" in printed.out and (tmp_path / "out" / "deep").read_text() == "mine"
     assert run(tmp_path / "images", "--output", tmp_path / "out" / "deep") == 2
     assert "mfuser segment: " in (error := capsys.readouterr().err) and "is a file; choose another folder" in error
@@ -185,7 +185,7 @@ def test_the_legend_of_other_classes_is_never_replaced(model, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
-def test_results_are_whole_whenever_a_run_ends(model, tmp_path, fault):
+def test_results_are_complete_whenever_a_run_ends(model, tmp_path, fault):
     images, output = tmp_path / "images", tmp_path / "out"
     for name in ("a.png", "deep/b.png"):
         write_image(images / name)

@@ -208,7 +208,7 @@ def test_more_classes_than_a_byte_holds_keep_their_ids():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [(4, 4), (9, 9)])
-def test_scores_that_are_not_finite_are_an_error(value, size):
+def test_nonfinite_scores_are_an_error(value, size):
     scores = torch.rand(3, 4, 4)
     scores[1, 2, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite values: its pixels or the model's weights are not finite"):

@@ -311,7 +311,7 @@ def test_images_of_different_size_are_padded_right_and_below(processor):
     assert inputs["labels"][0, :10].tolist() == small[..., 0].tolist()
 
 
-def test_padding_has_a_size_of_choice_or_can_be_refused(processor):
+def test_padding_has_the_given_size_or_is_disabled(processor):
     assert processor(random_image(), pad_size={"height": 32, "width": 40})["pixel_values"][0].shape == (3, 32, 40)
     with pytest.raises(ValueError, match="pad_size"):
         processor(random_image(), pad_size={"height": 8, "width": 40})
@@ -337,7 +337,7 @@ def test_scores_are_resized_bilinearly_before_the_arg_max(processor):
     assert label_map.tolist() == [[0, 1]]
 
 
-def test_scores_come_along_when_asked_for(processor):
+def test_scores_are_returned_on_request(processor):
     outputs = SimpleNamespace(logits=torch.rand(2, 4, 6, 8).bfloat16())
     results = processor.post_process_semantic_segmentation(
         outputs, target_sizes=torch.tensor([[12, 16], [12, 16]]), return_segmentation_scores=True
@@ -408,7 +408,7 @@ def test_a_processor_that_does_not_pad_takes_scores_as_they_are():
 # Saving and loading
 
 
-def test_settings_survive_saving_and_the_code_travels_along(tmp_path):
+def test_settings_survive_saving_and_the_code_is_saved_with_them(tmp_path):
     processor = MFuserImageProcessor(
         size={"shortest_edge": 720, "longest_edge": 1280}, do_reduce_labels=True, image_mean=[0.1, 0.2, 0.3]
     )

@@ -34,7 +34,7 @@ def test_images_without_labels_or_with_one_class_give_finite_numbers_and_gradien
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_an_image_that_is_ignored_whole_trains_no_mask():
+def test_an_entirely_ignored_image_has_no_mask_loss():
     losses = objective()(**predictions(), labels=torch.full((2, 64, 64), 255))
     assert losses["mask_0"] == losses["dice_1"] == losses["score_map"] == 0
     assert losses["class_0"] > 0  # every query should say "no object"
@@ -102,7 +102,7 @@ def test_each_query_is_matched_to_its_own_class_if_the_image_holds_it():
     assert losses["class_0"] < 1e-6
 
 
-def test_points_are_drawn_where_the_prediction_is_unsure():
+def test_points_are_drawn_where_the_prediction_is_uncertain():
     torch.manual_seed(0)
     logits = torch.linspace(-9, 9, 64).expand(1, 64, 64)  # unsure in the middle, ever surer to both sides
     points = objective(loss_num_points=400).draw_points(logits)
@@ -132,7 +132,7 @@ def test_the_weights_of_the_losses_scale_them():
         torch.testing.assert_close(weighted[name], factor * plain[name])
 
 
-def test_siglips_scale_and_bias_stand_in_for_the_temperature():
+def test_siglips_scale_and_bias_replace_the_temperature():
     inputs, labels = predictions(), tiny_batch()["labels"]
     logits = inputs["score_map"] * torch.tensor(1.5).exp() - 2.0
     expected = F.cross_entropy(
@@ -187,7 +187,7 @@ def test_a_query_without_label_leaves_the_denominator_of_the_class_loss():
     assert weights == 6 and loss.item() == pytest.approx(total / weights, rel=1e-5)
 
 
-def test_with_all_classes_labelled_the_losses_are_those_without_the_argument_bit_by_bit():
+def test_with_all_classes_labelled_the_losses_are_bit_identical_to_those_without_the_argument():
     batch, results = tiny_batch(), []
     for labelled in (None, torch.ones(2, 4, dtype=torch.bool)):
         inputs = {name: x.requires_grad_() for name, x in predictions().items()}

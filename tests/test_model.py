@@ -41,7 +41,7 @@ def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(pair):
 
 
 @PAIR
-def test_save_load_save_is_bit_equal_and_keeps_the_encoders_frozen(pair, tmp_path):
+def test_save_load_save_is_bit_identical_and_keeps_the_encoders_frozen(pair, tmp_path):
     model, batch = tiny_model(pair), tiny_batch()
     model.save_pretrained(tmp_path / "once")
     loaded, report = MFuserForSemanticSegmentation.from_pretrained(tmp_path / "once", output_loading_info=True)
@@ -210,7 +210,7 @@ def test_weights_offloaded_to_disk_give_the_same_scores(tmp_path):
     torch.testing.assert_close(offloaded, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_start_values_are_the_papers():
+def test_initial_values_are_the_papers():
     model = MFuserForSemanticSegmentation(tiny_config())
     mvfusers = [layer.mvfuser for layer in model.mfuser.fusion_layers]
     for mvfuser in mvfusers:

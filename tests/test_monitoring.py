@@ -75,7 +75,7 @@ def validation_of(file):
 # --- no effect on training -------------------------------------------------------------------------------------------
 
 
-def test_training_with_and_without_monitoring_is_bit_equal(tmp_path):
+def test_training_with_and_without_monitoring_is_bit_identical(tmp_path):
     with_it, without = trainer_in(tmp_path, {"night": OtherSamples()}), trainer_in(tmp_path)
     states = []
     for trainer in (without, with_it):
@@ -131,12 +131,12 @@ def test_each_domain_has_a_curve_in_tensorboard(tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["monitor_night_mean_iou", "eval_night_mean_iou", "night_iou_sky", "night"])
-def test_a_score_of_a_monitored_domain_cannot_select(tmp_path, metric):
+def test_a_score_of_a_monitored_domain_cannot_select_a_checkpoint(tmp_path, metric):
     with pytest.raises(ValueError, match=f"metric_for_best_model is {metric}, .*{REASON}"):
         trainer_in(tmp_path, {"night": OtherSamples()}, Samples(), metric_for_best_model=metric)
 
 
-def test_a_domain_whose_name_begins_a_metric_does_not_bar_it(tmp_path):
+def test_a_domain_whose_name_is_the_prefix_of_a_metric_does_not_exclude_it(tmp_path):
     trainer_in(tmp_path, {"mean": OtherSamples(), "iou": OtherSamples()}, Samples(), metric_for_best_model="mean_iou")
 
 

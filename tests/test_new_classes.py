@@ -253,7 +253,7 @@ def test_after_a_refused_call_the_model_is_unchanged(pair, names, options, messa
 
 @pytest.mark.parametrize(("pair", "encoders"), [("dinov2+clip", CLIP), ("dinov2+eva02_clip", EVA02)])
 def test_the_advice_on_long_names_works(pair, encoders):
-    with pytest.raises(ValueError, match="suffice for 5 tokens.*from_vfm_vlm_pretrained.*class_token_length=6"):
+    with pytest.raises(ValueError, match="positions for 5 tokens only.*from_vfm_vlm_pretrained.*class_token_length=6"):
         tiny_model(pair).set_class_names([LONG, "car"], tiny_tokenizer())
     text = encoders["text_config"] | {"max_position_embeddings": 12}
     model = tiny_model(pair, text_config=text)

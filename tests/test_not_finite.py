@@ -31,7 +31,7 @@ def spoil(trainer, steps, kind):
 
 
 @pytest.mark.parametrize(("kind", "max_grad_norm"), [("loss", 0), ("nan", 1.0), ("inf", 0), ("inf", 1.0)])
-def test_a_step_that_is_not_finite_changes_no_weight_and_training_goes_on(tmp_path, kind, max_grad_norm):
+def test_a_nonfinite_step_changes_no_weight_and_training_continues(tmp_path, kind, max_grad_norm):
     trainer = trainer_in(tmp_path, max_steps=3, save_strategy="no", max_grad_norm=max_grad_norm)
     spoil(trainer, {1}, kind)
     before = {}
@@ -52,7 +52,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_training_goes_on(tmp_pa
     assert [entry["nonfinite_steps"] for entry in trainer.state.log_history if "nonfinite_steps" in entry] == [1, 1]
 
 
-def test_many_such_steps_in_a_row_stop_the_training_and_the_last_checkpoint_is_whole(tmp_path):
+def test_many_consecutive_nonfinite_steps_stop_the_training_and_the_last_checkpoint_is_complete(tmp_path):
     trainer = trainer_in(tmp_path, max_steps=9, save_steps=2, max_nonfinite_steps=3)
     spoil(trainer, {2, 4, 5, 6}, "nan")  # the first alone, then three in a row
     with pytest.raises(NotFiniteError, match="3 steps in a row, up to step 7, are not finite, and training stops"):
@@ -67,7 +67,7 @@ def test_many_such_steps_in_a_row_stop_the_training_and_the_last_checkpoint_is_w
     assert resumed.state.global_step == 9
 
 
-def test_weights_that_are_not_finite_are_not_saved_and_the_earlier_result_is_kept(tmp_path):
+def test_nonfinite_weights_are_not_saved_and_the_earlier_result_is_kept(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
     trainer.save_model()
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_earlier_result_is_kep
     st.lists(st.floats(width=32), min_size=1, max_size=20),
     st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
 )
-def test_weights_are_checked_by_every_value(values, dtype):
+def test_every_value_of_the_weights_is_checked(values, dtype):
     if dtype == torch.int64:
         check_finite({"counter": torch.arange(3)}, 0)
         return

@@ -34,7 +34,7 @@ def test_no_more_items_are_taken_than_are_ahead():
     assert taken == list(range(50))
 
 
-def test_steps_run_at_the_same_time():
+def test_steps_run_concurrently():
     both = threading.Barrier(2, timeout=10)  # breaks unless two threads wait for it
 
     def step(item: int) -> int:

@@ -52,7 +52,7 @@ def trained_adapter(folder, **config):
         ("dinov2+clip", dict(target_modules=ENCODERS, modules_to_save=["pyramid", "pixel_decoder", "decoder"])),
     ],
 )
-def test_a_reloaded_adapter_gives_bit_equal_scores(pair, config, saved, tmp_path):
+def test_a_reloaded_adapter_gives_bit_identical_scores(pair, config, saved, tmp_path):
     folder = saved(pair)
     model = trained_adapter(folder, **config)
     expected = scores(model)

@@ -266,7 +266,7 @@ def test_a_killed_run_continues_where_it_stopped(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_finished_folder_remains_whole_while_it_is_rewritten(tmp_path):
+def test_a_finished_folder_remains_complete_while_it_is_rewritten(tmp_path):
     out = tmp_path / "out"
     run("gta5", fake.gta5(tmp_path / "raw", count=7), out)
     raw = fake.gta5(tmp_path / "raw", count=8)
@@ -328,7 +328,7 @@ FAULTS += [(fault, number, "grown") for fault in (kill, fill_disk) for number in
 
 
 @pytest.mark.parametrize(("fault", "number", "before"), FAULTS)
-def test_a_fault_at_any_change_of_a_file_loses_nothing_that_was_whole(tmp_path, fault, number, before):
+def test_a_fault_at_any_file_operation_loses_no_complete_file(tmp_path, fault, number, before):
     check_fault(tmp_path, fault, number, before)
 
 
@@ -336,7 +336,7 @@ def test_a_fault_at_any_change_of_a_file_loses_nothing_that_was_whole(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["new", "grown"])
 @pytest.mark.parametrize("fault", [kill, fill_disk])
-def test_every_fault_in_turn_loses_nothing_that_was_whole(tmp_path, fault, before):
+def test_every_fault_in_turn_loses_no_complete_file(tmp_path, fault, before):
     for number in range(200):
         if check_fault(tmp_path / str(number), fault, number, before):
             assert number > 10

@@ -91,7 +91,7 @@ def test_attention_is_in_bfloat16_where_the_cpu_has_instructions(attention, avai
     assert dtypes == expected
 
 
-def test_values_that_are_not_finite_are_not_rounded_away():
+def test_nonfinite_values_are_not_rounded_away():
     layer = Int8DynamicLinear(nn.Linear(8, 4))
     for value in (torch.nan, torch.inf):
         tokens = torch.zeros(1, 3, 8)

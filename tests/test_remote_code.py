@@ -120,7 +120,7 @@ def fresh_process(request, folders):
     return model, folder, output, torch.load(output / "found.pt")
 
 
-def test_auto_classes_give_the_same_scores_to_the_bit(fresh_process):
+def test_auto_classes_give_bit_identical_scores(fresh_process):
     model, folder, _, found = fresh_process
     pixel_values = MFuserImageProcessor()(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
     assert torch.equal(found["pixel_values"], pixel_values)

@@ -345,7 +345,7 @@ def test_a_result_without_labels_or_options_is_reported(result, report):
     assert "| mine:dusk | - | - | 0 |" in (folder / "report.md").read_text()
 
 
-def test_without_matplotlib_the_command_says_so(evaluated, report, monkeypatch):
+def test_missing_matplotlib_is_reported(evaluated, report, monkeypatch):
     monkeypatch.setattr(reliability_diagram, "matplotlib_figure", None)
     code, folder, errors = report(evaluated / "result.json")
     assert code == 2 and 'pip install "mfuser[report]"' in errors and not folder.exists()

@@ -118,7 +118,7 @@ def test_opacity_runs_from_the_image_to_its_colours(model, tmp_path):
         assert abs(overlay[4, 4] - expected).max() < 4
 
 
-def test_results_have_the_image_size_whatever_the_model_saw(model, tmp_path):
+def test_results_have_the_image_size_whatever_the_size_of_the_model_input(model, tmp_path):
     classes = write_image(tmp_path / "a.png", 24, 32)
     assert run(tmp_path / "a.png", "--output", tmp_path / "out", "--size", "64x60") == 0
     assert model.sizes == [(48, 64)]
@@ -143,7 +143,7 @@ def test_pixels_reach_the_model_in_its_dtype(model, tmp_path):
     assert model.dtypes == [torch.bfloat16]
 
 
-def test_photographs_are_turned_upright(model, tmp_path):
+def test_photographs_are_rotated_upright(model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
     stored = write_image(tmp_path / "a.png", 24, 32, exif=exif)
@@ -176,7 +176,7 @@ def test_folders_are_searched_and_names_that_collide_are_kept_apart(model, tmp_p
     assert len(files(output)) == 2 * len(labels) + 2
 
 
-def test_what_is_no_image_is_reported_and_skipped(model, tmp_path, capsys, monkeypatch):
+def test_files_that_are_not_images_are_reported_and_skipped(model, tmp_path, capsys, monkeypatch):
     write_image(tmp_path / "good.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("L", (60, 60)).save(tmp_path / "bomb.png")  # more than twice as many pixels as PIL allows
@@ -283,7 +283,7 @@ def test_precision_can_be_chosen(saved_model):
     assert model.dtype == torch.bfloat16 and not model.training
 
 
-def test_models_that_would_give_nonsense_are_refused(tmp_path, capsys):
+def test_models_that_cannot_be_used_are_refused(tmp_path, capsys):
     write_image(tmp_path / "a.png")
 
     def error_with(model):
@@ -337,7 +337,7 @@ def test_a_legend_has_room_for_every_class():
 # Several images at once, and results that exist
 
 
-def test_images_side_by_side_give_the_results_and_messages_of_one_after_the_other(model, tmp_path, capsys):
+def test_images_segmented_in_parallel_give_the_results_and_messages_of_sequential_ones(model, tmp_path, capsys):
     images = tmp_path / "images"
     for index in range(12):
         write_image(images / f"{index:02}.png", 24 + index, 32)
@@ -369,7 +369,7 @@ def test_images_with_complete_results_are_skipped_and_others_are_not(model, tmp_
         before = len(model.sizes)
         assert run(tmp_path / "images", "--output", output, "--skip-existing", *arguments) == 1
         number = len(model.sizes) - before
-        done = f", done before: {2 - number}," if number < 2 else ","
+        done = f", already done: {2 - number}," if number < 2 else ","
         assert f"segmented: {number}, skipped: 1{done}" in capsys.readouterr().out
         return number
 
@@ -395,7 +395,7 @@ def test_images_with_complete_results_are_skipped_and_others_are_not(model, tmp_
     assert segmented() == 1 and segmented() == 0
 
 
-def test_an_overlay_that_a_killed_run_left_is_not_taken_for_done(model, tmp_path):
+def test_an_overlay_left_by_a_killed_run_does_not_count_as_complete(model, tmp_path):
     write_image(tmp_path / "a.png")
     output = tmp_path / "out"
     assert run(tmp_path / "a.png", "--output", output, "--alpha", "0.9") == 0
@@ -470,4 +470,4 @@ def test_the_score_of_an_image_is_printed_and_unusable_labels_are_refused_before
     assert run(tmp_path / "street.png", "--labels", tmp_path / "none.png") == 2
     write_image(tmp_path / "other.png")
     assert run(tmp_path / "street.png", tmp_path / "other.png", "--labels", truth) == 2
-    assert "--labels is for one image" in capsys.readouterr().err
+    assert "--labels applies to one image" in capsys.readouterr().err

@@ -230,7 +230,7 @@ def test_last_state_is_where_a_following_scan_would_begin(path):
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the Triton kernels")
 @pytest.mark.slow
-def test_triton_kernels_hold_in_the_interpreter():
+def test_triton_kernels_are_correct_in_the_interpreter():
     """All tests above that take `path`, with the Triton kernels, in a process of their own."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
@@ -442,7 +442,7 @@ def test_scan_on_a_gpu_equals_the_recurrence(triton, monkeypatch):
         ("B", torch.zeros(2, 4, 10, device="meta"), ValueError, "u is on cpu, B on meta"),
     ],
 )
-def test_unfit_input_is_named_with_what_would_fit(name, bad, error, message):
+def test_invalid_input_is_named_with_what_is_accepted(name, bad, error, message):
     with pytest.raises(error, match=message):
         selective_scan(**{**make_inputs(2, 3, 4, 10), name: bad})
 

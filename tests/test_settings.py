@@ -41,8 +41,8 @@ REFUSED = [
     ("augmentation.crop_size=a", "augmentation.crop_size is 'a'; it must be an integer"),
     ("monitor_data=data/acdc", "monitor_data is 'data/acdc'; it must be a dictionary (each value a string)"),
     # names
-    ("learning_rat=1", "there is no setting 'learning_rat'; did you mean 'learning_rate'?"),
-    ("crop_size=256", "there is no setting 'crop_size'; did you mean 'model_config.crop_size'?"),
+    ("learning_rat=1", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+    ("crop_size=256", "unknown setting 'crop_size'; did you mean 'model_config.crop_size'?"),
     ("model_config.crop_sise=64", "model_config has no setting 'crop_sise'; did you mean 'crop_size'?"),
     (
         "model_config.vfm_config.hiden_size=64",
@@ -75,8 +75,11 @@ REFUSED = [
     ),
     ("neftune_noise_alpha=5", "neftune_noise_alpha is 5; it is for language models and must be None"),
     ("use_liger_kernel=true", "use_liger_kernel is True; it is for language models and must be False"),
-    ("include_num_input_tokens_seen=all", "include_num_input_tokens_seen is 'all'; it is for language models and must"),
-    ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the loss of masks has"),
+    (
+        "include_num_input_tokens_seen=all",
+        "include_num_input_tokens_seen is 'all'; it is for language models and must",
+    ),
+    ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the mask loss does not"),
     ("optim_args=beta=1", "optim_args is 'beta=1', which has no effect with optim adamw_torch"),
     # ranges
     ("max_steps=0", "max_steps is 0; it must be at least 1, or -1 for num_train_epochs"),
@@ -160,7 +163,7 @@ def test_no_remains_a_string_where_a_strategy_is_declared():
     assert parse_arguments(["eval_strategy=no", *VALID])[2].eval_strategy == IntervalStrategy.NO
 
 
-def test_conversions_that_lose_nothing_are_made():
+def test_lossless_conversions_are_made():
     _, data, training = parse_arguments(
         ["max_steps=2e4", "output_dir=2024", "train_weights=[1,2]", "train_data=[1,2]"]
     )
@@ -201,7 +204,7 @@ def refusal(function, *arguments):
 
 @settings(max_examples=300, deadline=None)
 @given(values, st.sampled_from(TYPES))
-def test_a_value_is_converted_once_and_for_all_or_refused_by_name(value, annotation):
+def test_a_value_is_converted_idempotently_or_refused_by_name(value, annotation):
     message = refusal(typed, value, annotation, "the_setting")
     if message is not None:
         assert message.startswith("the_setting is ") and "; it must be " in message
@@ -216,7 +219,7 @@ def test_a_value_is_converted_once_and_for_all_or_refused_by_name(value, annotat
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers() | st.booleans() | st.none() | st.text(string.ascii_letters, min_size=1, max_size=8))
-def test_what_yaml_writes_is_read_as_it_was(value):
+def test_values_that_yaml_writes_are_read_back_unchanged(value):
     text = yaml.safe_dump(value).removesuffix("...\n").strip()
     assert parse_yaml(text, "x") == value
 

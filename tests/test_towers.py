@@ -96,7 +96,7 @@ def test_without_fusion_each_encoder_computes_what_it_was_pretrained_to(pair):
 
 
 @torch.no_grad()
-def test_dinov3_turns_its_tokens_by_their_place_in_any_grid():
+def test_rotary_positions_of_dinov3_fit_any_grid():
     model = without_fusion("dinov3+clip")
     pixels = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
     outputs = model.mfuser(normalised(pixels, CLIP), output_hidden_states=True)

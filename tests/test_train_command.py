@@ -99,7 +99,7 @@ def test_the_published_recipes_hold_the_published_numbers(name):
     ("arguments", "message"),
     [
         (["no.yaml"], "the recipe no.yaml does not exist; the published recipes are in"),
-        (["--learning_rat", "1"], "there is no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--learning_rat", "1"], "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["--learning_rate"], "--learning_rate has no value"),
         (["max_steps=1", "output_dir=x"], "train_data is missing"),
     ],

@@ -151,7 +151,7 @@ def test_an_existing_model_card_is_kept_when_the_model_is_uploaded(tmp_path):
     assert (tmp_path / "README.md").read_text() == "ours"
 
 
-def test_void_pixels_do_not_scale_the_loss(tmp_path):
+def test_ignored_pixels_do_not_scale_the_loss(tmp_path):
     trainer = trainer_in(tmp_path, save_strategy="no")
     batch = tiny_batch()
     batch["labels"][:, 16:] = 255
@@ -242,7 +242,7 @@ def killed_while_saving(folder, step):
     return process.exitcode
 
 
-def test_a_run_killed_while_saving_continues_bit_equal_from_its_last_whole_checkpoint(tmp_path):
+def test_a_run_killed_while_saving_resumes_bit_identically_from_its_last_complete_checkpoint(tmp_path):
     whole = trainer_in(tmp_path / "whole")
     whole.train()
     assert killed_while_saving(tmp_path / "killed", step=4) == -signal.SIGKILL
@@ -330,7 +330,7 @@ def test_scalars_that_fsdp_cannot_shard_are_scalars_again_in_saved_models(tmp_pa
     assert_same_weights(weights_of(MFuserForSemanticSegmentation.from_pretrained(tmp_path)), before)
 
 
-def test_a_batch_that_no_epoch_fills_is_refused(tmp_path):
+def test_a_batch_larger_than_an_epoch_is_refused(tmp_path):
     fields = {"per_device_train_batch_size": len(Samples()) + 1, "dataloader_drop_last": True}
     with pytest.raises(ValueError, match="so dataloader_drop_last drops them all; set it to false"):
         trainer_in(tmp_path, **fields)

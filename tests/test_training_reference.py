@@ -33,7 +33,7 @@ def test_new_tensors_start_from_the_distributions_of_the_reference(golden):
     assert not beyond(check_training.initial_value_errors(golden))
 
 
-def test_a_wrong_start_distribution_is_rejected(golden, monkeypatch):
+def test_a_wrong_initial_distribution_is_rejected(golden, monkeypatch):
     def torch_default(layer, **initial_values):
         return layer
 

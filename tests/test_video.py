@@ -1,4 +1,4 @@
-"""`mfuser segment` on videos: every frame at its time, with the sound; damage is named, and memory bounded."""
+"""`mfuser segment` on videos: frames keep their timestamps and the audio; damage is reported, memory is bounded."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def record_in(path: Path) -> dict:
 # --- the promise: all frames, times and sound ------------------------------------------------------------------------
 
 
-def test_a_video_gives_its_overlay_with_the_same_times_and_sound(model, tmp_path, capsys):
+def test_a_video_gives_its_overlay_with_the_same_times_and_audio(model, tmp_path, capsys):
     write_video(tmp_path / "drive.mp4", bars(), NTSC, sound="aac")
     output = tmp_path / "out"
     assert run(tmp_path / "drive.mp4", "--output", output) == 0
@@ -84,7 +84,7 @@ def test_a_video_gives_its_overlay_with_the_same_times_and_sound(model, tmp_path
     assert "drive.mp4: 12 frames" in printed and "segmented: 1, skipped: 0" in printed
 
 
-def test_times_that_are_not_even_are_kept(model, tmp_path):
+def test_variable_frame_rates_are_kept(model, tmp_path):
     times = [0, 40, 45, 60, 200, 1000, 1001, 1500]
     for suffix in ("mkv", "mp4"):
         path = tmp_path / f"phone.{suffix}"
@@ -101,7 +101,7 @@ def test_a_video_that_starts_late_starts_at_zero(model, tmp_path):
     assert read_video(tmp_path / "out" / "tv_overlay.mp4")[1] == [Fraction(index, 25) for index in range(12)]
 
 
-def test_sound_that_mp4_cannot_hold_is_kept_in_matroska(model, tmp_path):
+def test_audio_that_mp4_cannot_hold_is_kept_in_matroska(model, tmp_path):
     write_video(tmp_path / "camera.avi", bars(), sound="pcm_s16le", codec="mpeg4")
     assert run(tmp_path / "camera.avi", "--output", tmp_path / "out") == 0
     assert "camera_overlay.mkv" in files(tmp_path / "out")
@@ -110,7 +110,7 @@ def test_sound_that_mp4_cannot_hold_is_kept_in_matroska(model, tmp_path):
     )
 
 
-def test_a_video_of_a_telephone_is_turned_upright(model, tmp_path):
+def test_a_phone_video_is_rotated_upright(model, tmp_path):
     write_video(tmp_path / "phone.mp4", bars())
     rotate_clockwise(tmp_path / "phone.mp4")
     assert run(tmp_path / "phone.mp4", "--output", tmp_path / "out") == 0
@@ -217,7 +217,7 @@ def test_frames_in_one_forward_stay_within_the_windows_that_a_model_allows():
     assert frames_at_once((4000, 6000), tiny_model(windows_per_batch=10**6), processor) == 1  # their scores are large
 
 
-def test_a_small_model_segments_images_side_by_side_and_a_large_one_does_not(monkeypatch):
+def test_a_small_model_segments_images_in_parallel_and_a_large_one_does_not(monkeypatch):
     threads, model = torch.get_num_threads(), tiny_model()
     torch.set_num_threads(3)
     try:
@@ -235,7 +235,7 @@ def test_a_small_model_segments_images_side_by_side_and_a_large_one_does_not(mon
         torch.set_num_threads(threads)
 
 
-def test_scores_are_smoothed_over_time_and_from_anew_at_another_size(model, tmp_path):
+def test_scores_are_smoothed_over_time_and_smoothing_restarts_at_another_size(model, tmp_path):
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (8, 6, 8), dtype=np.uint8)
     for index, values in enumerate(coarse):
@@ -276,7 +276,7 @@ def test_a_truncated_video_is_named_and_its_frames_are_kept(model, tmp_path, cap
         assert re.search(rf"incomplete \S*{name}: .*(truncated|reading fails|damaged).*; the frames", printed.err), (
             name
         )
-        assert "segmented: 1, of these incomplete: 1, skipped: 0" in printed.out
+        assert "segmented: 1 (incomplete: 1), skipped: 0" in printed.out
         results = tmp_path / "out" / Path(name).stem
         labels, _ = labels_in(Path(f"{results}_labels.npz"))
         assert 20 < len(labels) < 50
@@ -318,7 +318,7 @@ def without_frames(path: Path) -> None:
 
 
 NO_VIDEOS = {
-    "sound.mp4": (sound_alone, "it contains no video, only sound"),
+    "sound.mp4": (sound_alone, "it contains no video, only audio"),
     "index.mp4": (without_index, "it is not a video that can be read"),
     "frames.mp4": (without_frames, "it contains no frame that can be decoded|it is not a video that can be read"),
     "text.mp4": (lambda path: path.write_text("no video"), "it is not a video that can be read"),
@@ -327,7 +327,7 @@ NO_VIDEOS = {
 }
 
 
-def test_what_is_no_video_is_named_and_the_rest_goes_on(model, tmp_path, capsys):
+def test_a_file_that_is_not_a_video_is_named_and_the_rest_is_segmented(model, tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     for name, (write, _) in NO_VIDEOS.items():
@@ -342,7 +342,7 @@ def test_what_is_no_video_is_named_and_the_rest_goes_on(model, tmp_path, capsys)
     assert files(tmp_path / "out") == expected
 
 
-def test_scores_that_are_not_finite_keep_the_results_of_an_earlier_run(model, tmp_path, capsys, monkeypatch):
+def test_nonfinite_scores_keep_the_results_of_an_earlier_run(model, tmp_path, capsys, monkeypatch):
     write_video(tmp_path / "a.mp4", bars())
     assert run(tmp_path / "a.mp4", "--output", tmp_path / "out") == 0
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
@@ -379,9 +379,9 @@ def test_a_missing_package_is_named_with_its_extra(model, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.mp4", "--confidence"], "--confidence is for images, and the inputs are videos"),
-        (["a.mp4", "--panel"], "--panel is for images, and the inputs are videos"),
-        (["a.png", "--smoothing", "0.5"], "--smoothing is for videos, and the inputs are images"),
+        (["a.mp4", "--confidence"], "--confidence applies to images, but the inputs are videos"),
+        (["a.mp4", "--panel"], "--panel applies to images, but the inputs are videos"),
+        (["a.png", "--smoothing", "0.5"], "--smoothing applies to videos, but the inputs are images"),
     ],
 )
 def test_an_option_without_an_effect_is_refused(model, tmp_path, capsys, arguments, message):
@@ -439,7 +439,7 @@ def test_a_signal_finishes_the_files_of_a_video(model, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
-def test_the_results_of_a_video_are_whole_whenever_a_run_ends(model, tmp_path, fault):
+def test_the_results_of_a_video_are_complete_whenever_a_run_ends(model, tmp_path, fault):
     path, output = tmp_path / "a.mp4", tmp_path / "out"
 
     def segmented() -> int:
@@ -474,7 +474,7 @@ def test_finished_videos_are_skipped_and_others_are_not(model, tmp_path, capsys,
     def done(*arguments) -> bool:
         frames = len(model.sizes)
         assert run(tmp_path / "a.mp4", "--output", tmp_path / "out", "--skip-existing", *arguments) == 0
-        assert (len(model.sizes) == frames) == ("done before: 1" in capsys.readouterr().out)
+        assert (len(model.sizes) == frames) == ("already done: 1" in capsys.readouterr().out)
         return len(model.sizes) == frames
 
     assert not done()

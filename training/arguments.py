@@ -113,8 +113,8 @@ class MFuserTrainingArguments(TrainingArguments):
             )
         if self.label_smoothing_factor != 0:
             raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be 0, since the loss of masks has "
-                "no smoothing of labels"
+                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be 0, since the mask loss does not "
+                "support label smoothing"
             )
         if self.optim_args and self.optim in WITHOUT_OPTIM_ARGS:
             raise ValueError(f"optim_args is {self.optim_args!r}, which has no effect with optim {self.optim}")

@@ -52,7 +52,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         if self.consecutive >= args.max_nonfinite_steps:
             raise NotFiniteError(
                 f"the loss or the gradients of {self.consecutive} steps in a row, up to step {step}, are not finite, "
-                "and training stops; these steps changed no weights, and the last checkpoint is whole. A lower "
+                "and training stops; these steps changed no weights, and the last checkpoint is complete. A lower "
                 "learning_rate or a max_grad_norm may help"
             )
         logger.warning(f"The loss or the gradients of step {step} are not finite; it changes no weights.")
@@ -85,7 +85,7 @@ def check_finite(state_dict: dict[str, torch.Tensor], step: int) -> None:
     if bad := nonfinite_tensors(state_dict):
         raise NotFiniteError(
             f"{len(bad)} of the model's tensors, such as {bad[0]}, are not finite after step {step}; they are not "
-            "saved. The last checkpoint is whole; a lower learning_rate or max_grad_norm may help"
+            "saved. The last checkpoint is complete; a lower learning_rate or max_grad_norm may help"
         )
 
 

@@ -1,4 +1,4 @@
-"""Training on Transformers' Trainer: the published recipe, validation on the source domain, and whole checkpoints."""
+"""Training with Transformers' Trainer: the published recipe, validation on the source domain, atomic checkpoints."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ logger = logging.get_logger("transformers.mfuser.training")
 
 
 class _SetEpoch(TrainerCallback):
-    """Sets the sampler's epoch, which Trainer does not do for every way in which a data loader is prepared."""
+    """Sets the epoch of the sampler, which Trainer does only for some kinds of data loaders."""
 
     def __init__(self, sampler):
         self.sampler = sampler
@@ -68,7 +68,7 @@ class MFuserTrainer(Trainer):
       `eval_mean_iou`, `eval_overall_accuracy`, `eval_iou_<class>`. Logits are not collected. With several validation
       sets, their names follow "eval", as in [`Trainer`].
     - Target domains can be monitored: every `monitor_steps` steps their mean IoU is logged as
-      `monitor_<name>_mean_iou`. It cannot select the best checkpoint, and training is bit-equal without it.
+      `monitor_<name>_mean_iou`. It cannot select the best checkpoint, and training is bit-identical without it.
     - Checkpoints and the final model get their names when they are complete, and hold `run_record`. Resuming and
       loading the best model restore every tensor ([`~mfuser.training.checkpoints.accept_saved_names`]). A run that is
       resumed with another length has the learning rates of a run of that length from there on.
@@ -125,7 +125,7 @@ class MFuserTrainer(Trainer):
         if args.save_trainable_only and frozen_encoders(model):
             if encoders is None:
                 raise ValueError(
-                    "save_trainable_only leaves out the frozen encoders, and it is unknown which they are; pass "
+                    "save_trainable_only leaves out the frozen encoders, but their origin is unknown; pass "
                     "encoders={'vfm': ..., 'vlm': ...} (`mfuser train`: vfm and vlm), or set save_trainable_only to "
                     "false"
                 )
@@ -143,7 +143,7 @@ class MFuserTrainer(Trainer):
         if args.dataloader_drop_last and isinstance(drawn, Sized) and len(drawn) < batch:
             raise ValueError(
                 f"a batch of all processes has {batch} samples and an epoch {len(drawn)}, so dataloader_drop_last "
-                "drops them all; set it to false or per_device_train_batch_size to less"
+                "drops them all; set it to false or lower per_device_train_batch_size"
             )
         self.run_record, self.tokenizer = run_record, tokenizer
         self.loss_is_finite: torch.Tensor | bool = True  # since the last optimizer step
@@ -354,7 +354,7 @@ class MFuserTrainer(Trainer):
         With `save_trainable_only`, frozen encoders are left out and named in `encoders.json`.
         """
         final = Path(output_dir or self.args.output_dir)
-        within_checkpoint = UNFINISHED_FOLDER in final.parts  # which becomes visible as a whole
+        within_checkpoint = UNFINISHED_FOLDER in final.parts  # the checkpoint is renamed when it is complete
         folder = final if within_checkpoint else final / UNFINISHED_FOLDER
         # Every process takes part in this: sharded weights are gathered.
         state_dict = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
