@@ -102,7 +102,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*):
                 Tokenizer of the vision-language model, or its folder or Hub id. Defaults to that of `vlm`.
             vfm_revision, vlm_revision (`str`, *optional*):
-                Branch, tag or commit of `vfm` and `vlm` on the Hub. Only a commit stays the same forever.
+                Branch, tag or commit of `vfm` and `vlm` on the Hub. Only a commit never changes.
             crop_size (`int`, *optional*, defaults to 512):
                 Side of the training crops and of the sliding windows, in pixels.
             patch_size (`int`, *optional*):
@@ -149,7 +149,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
     @classmethod
     def is_custom_code(cls) -> bool:
         # For custom code, Transformers skips modules that initialise the weights of their submodules, as the encoders'
-        # attention does. It need not: `_init_weights` leaves loaded weights as they are.
+        # attention does. This is unnecessary, since `_init_weights` does not change loaded weights.
         return False
 
     @torch.no_grad()

@@ -84,8 +84,8 @@ def class_token_ids(
         advice = f"shorter names or class_token_length={needed}"
         if limit is not None and needed > limit:
             advice = (
-                f"shorter names: the positions of this text encoder suffice for {limit} tokens. A new model with more "
-                f"is built by from_vfm_vlm_pretrained(..., class_token_length={needed})"
+                f"shorter names: this text encoder has positions for {limit} tokens only. To build a new model with "
+                f"more, use from_vfm_vlm_pretrained(..., class_token_length={needed})"
             )
         raise ValueError(f"class names longer than {length} tokens: {', '.join(too_long)}; give {advice}")
     has_start_token = all(row[0] == tokenizer.bos_token_id for row in rows)
@@ -332,7 +332,7 @@ class RequestedClasses:
     token_ids: list | None
 
     def give_to(self, model: nn.Module, loading_info: dict | None):
-        """Replaces the classes of the loaded model, warns, and lists the class tables among the mismatched weights."""
+        """Replaces the classes of the loaded model, with a warning, and reports their tables as mismatched weights."""
         before = {name: weight.shape for name, weight in model.named_parameters() if name.endswith(CLASS_TABLES)}
         origin = replace_classes(model, self.class_names, self.token_ids)
         logger.warning(f"{self.folder} was loaded with other classes than it was saved with; {origin}")
@@ -379,7 +379,7 @@ def requested_classes(
     hub_kwargs = {name: kwargs[name] for name in HUB_FIELDS if name in kwargs}
     saved_fields = config_class.get_config_dict(folder, **hub_kwargs)[0]
     if not saved_fields:
-        return None  # Transformers says so
+        return None  # Transformers raises an error
     saved = config_class.from_dict(saved_fields)
     known = label_names(saved.id2label)
     if config is None:

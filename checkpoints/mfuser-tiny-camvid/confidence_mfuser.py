@@ -1,11 +1,11 @@
 """
 Confidence: the estimated probability that the predicted class of a pixel is right.
 
-The scores of mask classification are no probabilities. They sum to anything from 0 to the number of classes: where no
-mask covers a pixel, all are small. Without calibration, the confidence is the share of the best class in their sum.
-With calibration, it is a logistic regression on three numbers: the logarithm of the best score (small where nothing
-that the model knows is found), the logarithm of its ratio to the second best (small where classes are ambiguous), and
-the entropy of the classes in the image (small where a model that sees an unusual image finds only a few classes).
+The scores of mask classification are not probabilities. Their sum is between 0 and the number of classes: if no mask
+covers a pixel, all are small. Without calibration, the confidence is the share of the best class in their sum. With
+calibration, it is a logistic regression on three numbers: the logarithm of the best score (small if no class is
+detected), the logarithm of its ratio to the second best (small if classes are ambiguous), and the entropy of the
+classes in the image (small if the model detects only a few classes, as in unusual images).
 """
 
 import math

@@ -27,7 +27,7 @@ from .weights_cache_mfuser import WeightsCache
 
 @dataclass(frozen=True)
 class Projection:
-    """A 1x1 convolution as the argument of a module. Accelerate's hooks would move a bare module to another device."""
+    """A 1x1 convolution as an argument of a module: Accelerate's hooks would move a bare module to another device."""
 
     conv: nn.Conv2d
 
@@ -97,7 +97,7 @@ class PyramidLevel:
 
 
 class MFuserPyramid(nn.Module):
-    """Four maps at the stride of the patches, fine to coarse, to strides of 1/4, 1/2, 1 and 2 patches."""
+    """Resamples four maps at the stride of the patches to strides of 1/4, 1/2, 1 and 2 patches, fine to coarse."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -363,7 +363,7 @@ class MFuserPixelDecoder(nn.Module):
         return self.mask_proj(F.relu(self.output_conv(fine))), refined
 
     def select_classes(self, rows: torch.Tensor):
-        """Gives class i what was learned for class `rows[i]`, or initial values if that is -1."""
+        """Initialises class i with the parameters of class `rows[i]`, or with initial values if that is -1."""
         initialise = self.initial_values["text_position_embedding"]
         self.text_position_embedding = selected_rows(self.text_position_embedding, rows, initialise)
 
@@ -466,11 +466,11 @@ class MFuserDecoder(nn.Module):
 
     def select_classes(self, rows: torch.Tensor, share_probability: bool):
         """
-        Gives class i what was learned for class `rows[i]`, or initial values if that is -1.
+        Initialises class i with the parameters of class `rows[i]`, or with initial values if that is -1.
 
         Args:
             rows (`torch.Tensor` of shape `(N,)`):
-                Index of a present class, or -1, for each of N new classes.
+                Index of a current class, or -1, for each of N new classes.
             share_probability (`bool`):
                 Whether classes that take the same row of the class head share its probability.
         """

@@ -1,4 +1,4 @@
-"""The configurations of the encoders: which types there are, the paper's defaults, and the checks of their fields."""
+"""The configurations of the encoders: the supported types, the paper's defaults, and the checks of their fields."""
 
 import difflib
 from collections.abc import Iterable, Mapping

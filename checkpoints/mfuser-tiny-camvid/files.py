@@ -17,7 +17,7 @@ from PIL import Image
 @contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """
-    Opens a binary file that replaces `path` when the block ends, and never exists half-written.
+    Opens a binary file that replaces `path` atomically when the block ends.
 
     If the block raises, `path` keeps its previous content. The data is flushed to disk before the file is renamed. If
     the process is killed, a file `.<number>.tmp` may remain beside it.
@@ -57,11 +57,11 @@ def write_image(path: str | Path, image: Image.Image, **options: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents, unless it exists. Raises `ValueError` if a file is in the way."""
+    """Creates a folder and its parents, unless it exists. Raises `ValueError` if a file has the name of a folder."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{path} cannot be made, because {error.filename} is a file; choose another folder") from None
+        raise ValueError(f"{path} cannot be created: {error.filename} is a file; choose another folder") from None
 
 
 def check_new_folder(path: Path) -> None:
@@ -74,7 +74,7 @@ def check_new_folder(path: Path) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """
-    Makes a folder that appears as `path`, complete, when the block ends.
+    Creates a folder that appears as `path`, complete, when the block ends.
 
     If the block raises, nothing remains. If the process is killed, a folder `.mfuser-*` may remain beside `path`.
 
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:  # also of the encoding
         raise ValueError(f"{path} is not a JSON file: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not a JSON file of any use: it is nested too deeply") from None
+        raise ValueError(f"{path} is not a usable JSON file: it is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}; it must hold a JSON object, {{...}}")
     return value

@@ -1,7 +1,7 @@
 """
-Models saved without their frozen encoders, which are named in a file and loaded again from where they came from.
+Models saved without their frozen encoders. A file names the encoders, which are loaded from their original location.
 
-An MFuser is trained on top of public encoders that stay as they are. A folder without them is a third of the size.
+An MFuser is trained on top of public encoders that do not change. A folder without them is a third of the size.
 """
 
 import copy
@@ -32,7 +32,7 @@ from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
 
 logger = logging.get_logger(__name__)
 
-# Beside weights that were saved without the frozen encoders: where each encoder is, and the hashes of its weights.
+# Saved next to weights without the frozen encoders: the location of each encoder, and the hashes of its weights.
 ENCODERS_FILE = "encoders.json"
 ENCODERS = {"vfm": "vision foundation model", "vlm": "vision-language model"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -130,7 +130,7 @@ def _listed(hashes: Mapping[str, str]) -> str:
 
 
 def frozen_encoders(model: PreTrainedModel) -> list[str]:
-    """Those of `vfm` and `vlm` of which no weight is trained."""
+    """The keys of `vfm` and `vlm`, of those encoders that have no trainable weight."""
     return [
         key
         for key in ENCODERS
@@ -151,7 +151,7 @@ def weights_without_encoders(
 @torch.no_grad()
 def checked_encoders(model: PreTrainedModel, encoders: Mapping[str, Any] | None = None) -> dict[str, dict]:
     """
-    Describes the encoders of a model, after making sure that its frozen weights are theirs.
+    Describes the encoders of a model, after checking that its frozen weights equal those of the encoders.
 
     Args:
         model ([`MFuserPreTrainedModel`]):
@@ -168,7 +168,7 @@ def checked_encoders(model: PreTrainedModel, encoders: Mapping[str, Any] | None 
     encoders = encoders or model.encoders
     if not encoders:
         raise ValueError(
-            "the model would be saved without its frozen encoders, and it is unknown which they are; give "
+            "the model would be saved without its frozen encoders, but their origin is unknown; give "
             "encoders={'vfm': ..., 'vlm': ...}, the folders or Hub ids that it was built from, or save it whole"
         )
     pretrained, entries = load_named_encoders(encoders)
@@ -332,7 +332,7 @@ class ModelWithFrozenEncoders(PreTrainedModel):
 
 
 def _with_other_names(known: Mapping[str, dict], encoders: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded encoders, in other places."""
+    """The recorded encoders, at other locations."""
     if unknown := encoders.keys() - ENCODERS.keys():
         raise ValueError(f"encoders names {', '.join(sorted(unknown))}; it can name 'vfm' and 'vlm'")
     moved = {

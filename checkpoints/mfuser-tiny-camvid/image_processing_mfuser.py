@@ -39,7 +39,7 @@ SUPPORTED_SIZES = (
 )
 
 
-# What else the file of a saved image processor may hold, and what Transformers passes on when it loads one.
+# Other fields of the file of a saved image processor, and arguments that Transformers passes when it loads one.
 SAVED_ALONG = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
 
@@ -202,7 +202,7 @@ class MFuserImageProcessor(PilBackend):
                 raise ValueError(f"`{name}` is {size}; every length must be an integer.")
         size = kwargs["size"]
         if size is not None and set(dict(size)) == {"longest_edge"}:
-            # The same size, in a form that Transformers' example scripts can read.
+            # An equivalent form of the size that Transformers' example scripts can read.
             kwargs["size"] = SizeDict(shortest_edge=size.longest_edge, longest_edge=size.longest_edge)
         return kwargs
 

@@ -1,4 +1,4 @@
-"""Initial values of what is new in MFuser: each layer declares its own."""
+"""Initial values of the layers that MFuser adds to its encoders: each layer declares its own."""
 
 import math
 from collections.abc import Callable

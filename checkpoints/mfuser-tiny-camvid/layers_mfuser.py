@@ -1,4 +1,4 @@
-"""The plain layers of MVFuser, MTEnhancer and decoders: attention, MLP, depth-wise convolution."""
+"""Basic layers of MVFuser, MTEnhancer and decoders: attention, MLP, depth-wise convolution."""
 
 from functools import partial
 from itertools import pairwise

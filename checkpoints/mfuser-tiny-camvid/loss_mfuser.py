@@ -28,8 +28,8 @@ def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 def require(valid: torch.Tensor, problem: str) -> bool:
     """
-    Whether `valid`, a single boolean, is true. The host does not wait for a GPU: there, `problem` is raised by the
-    device, later, as a failed assertion.
+    Whether `valid`, a single boolean, is true. On a GPU, there is no synchronisation: the device raises `problem`
+    later, as a failed assertion.
     """
     if valid.device.type in ("cuda", "meta"):
         torch._assert_async(valid, problem)  # it has no public name
@@ -66,10 +66,10 @@ class MFuserLoss(nn.Module):
     predictions and images are computed in one batch, in which masks of absent classes have weight 0. This avoids
     synchronisation with the device.
 
-    Sources that label different classes can be mixed in a batch. What an image's source does not label is unknown, not
-    absent, so nothing is learned about it from that image: its query has no class loss and no mask loss, and its class
-    is left out of the softmax of the other queries and of the score map. The logits of that class have a gradient of
-    exactly zero.
+    Sources that label different classes can be mixed in a batch. A class that the source of an image does not label
+    may still be present in it, so the image does not contribute to the training of this class: its query has no class
+    loss and no mask loss, and it is left out of the softmax of the other queries and of the score map. The gradient of
+    its logits is exactly zero.
     """
 
     def __init__(self, config: MFuserConfig):
@@ -128,7 +128,7 @@ class MFuserLoss(nn.Module):
         Raises:
             ValueError: If the labels have a wrong shape or dtype or hold an invalid class id, or `class_mask`
                 has a wrong shape or dtype, leaves an image without classes, or excludes a class of its labels.
-                Values are checked on a GPU without waiting for it, so that its assertion fails later.
+                On a GPU, values are checked without synchronisation, by an assertion that fails later.
         """
         batch_size, num_classes = class_logits.shape[1:3]
         labels = self.validated(labels, batch_size, num_classes)

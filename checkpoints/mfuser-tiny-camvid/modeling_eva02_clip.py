@@ -140,7 +140,7 @@ class Eva02ClipVisionEmbeddings(nn.Module):
         """Returns position embeddings (1 + grid_height * grid_width, hidden_size), resampled to the grid if needed."""
         rows = torch.arange(self.grid_size**2 + 1, device=self.class_embedding.device)
         table = self.position_embedding(rows)  # called as a module, for Accelerate's hooks
-        # An exported graph would be bound to either case; resampling to the same grid changes nothing.
+        # An exported graph would be specialised to either case; resampling to the same grid changes nothing.
         if not torch.compiler.is_exporting() and (grid_height, grid_width) == (self.grid_size, self.grid_size):
             return table
         grid = table[1:].unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)[None]

@@ -3,7 +3,7 @@ MFuser: two frozen encoders fused by Mamba, and a mask decoder whose queries are
 
 In the order of the paper: MVFuser, fusion layer, MTEnhancer, both encoders in lock-step, the segmentation model. The
 encoders are in towers_mfuser.py, the scan in selective_scan.py, the decoder in decoder_mfuser.py, the losses in
-loss_mfuser.py, sliding windows in windows_mfuser.py. The file is longer than others: it is the paper in one piece.
+loss_mfuser.py, sliding windows in windows_mfuser.py. This file contains all contributions of the paper.
 
 Paper: Zhang and Tan, "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models for
 Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.
@@ -163,7 +163,7 @@ class MTEnhancerLayer(nn.Module):
         normed = self.self_attention_norm(text)
         text = text + self.dropout(self.self_attention(normed, normed, normed))
         normed = self.mvfuser_norm(text)
-        # The scan is causal: with the text before and after the image, each of the two conditions the other.
+        # The scan is causal: the text is placed before and after the image, so that each conditions the other.
         mixed = self.mvfuser(torch.cat([normed, visual, normed], dim=1))  # (B, K + N + K, C)
         num_classes = text.shape[1]
         text = text + mixed[:, :num_classes] + mixed[:, -num_classes:]
@@ -237,7 +237,7 @@ class MFuserModel(MFuserPreTrainedModel):
             initialised(self, stored_class_embeddings=init.trunc_normal_)
         self._class_embeddings_cache = WeightsCache()
         self.post_init()
-        for encoder in (*self.vfm.children(), *self.vlm.children()):  # Transformers collects those of children alone
+        for encoder in (*self.vfm.children(), *self.vlm.children()):  # Transformers collects only those of children
             self._no_split_modules = [*self._no_split_modules, *getattr(encoder, "_no_split_modules", ())]
         self.freeze_unused_parameters()
         if config.freeze_encoders:
@@ -275,7 +275,7 @@ class MFuserModel(MFuserPreTrainedModel):
         Embeddings of the class names in the vision-language space, before any image -> (K, E).
 
         They are cached while no gradients are recorded, see [`WeightsCache`]; `train()` and `eval()` clear the cache.
-        Of a model with offloaded weights they are available as the output `class_embeddings` alone.
+        If weights are offloaded, they are only available as the output `class_embeddings`.
         """
         if self.prompts is None:
             return self.stored_class_embeddings
@@ -466,10 +466,10 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         """
         Replaces the classes by others, without training; to train them, give `class_names` to `from_pretrained`.
 
-        The queries are computed from the embeddings of the new names. What was learned per class (two position
-        embeddings and a row of the class head) is taken from the trained class whose name is equal or most similar.
-        Each query then votes for its own class alone, since the class head cannot distinguish new classes. Names close
-        to trained ones work best; things that training labelled as background are not found.
+        The queries are computed from the embeddings of the new names. The parameters per class (two position
+        embeddings and a row of the class head) are those of the trained class whose name is equal or most similar.
+        Each query then contributes only to the score of its own class, since the class head cannot distinguish new
+        classes. Names close to trained ones work best; objects that were background in training are not found.
 
         Args:
             class_names (`list[str]`): The new classes, in the order of their labels.
@@ -506,8 +506,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             output_hidden_states, output_attentions (*optional*):
                 See [`MFuserModel.forward`]; not available for an image segmented by windows.
             class_mask (`torch.Tensor` of shape `(B, num_labels)`, *optional*):
-                The classes that the source of each image labels, as booleans; the loss teaches nothing about the
-                others. By default all.
+                The classes that the source of each image labels, as booleans; the others do not contribute to the
+                loss. By default all.
             output_confidence (`bool`, *optional*, defaults to `False`):
                 Whether to return the confidence of every pixel, see [`confidence_map`]. It is calibrated if
                 `config.confidence_calibration` is set.

@@ -14,9 +14,9 @@ def label_map_of_scores(scores: torch.Tensor, size: tuple[int, int] | None = Non
     The best class of each pixel, after the scores are resized bilinearly.
 
     The classes are resized and compared one by one, so that besides the scores there are never more than two maps of
-    floating-point values of the size of the result. Of equal scores the first wins, as in `argmax`. The labels are
-    those of an `argmax` over scores that are resized together, except where PyTorch rounds the last bit of one class
-    and of several differently and two scores differ by no more.
+    floating-point values of the size of the result. Ties are resolved to the first class, as in `argmax`. The labels
+    are those of an `argmax` over scores that are resized together, except where two scores differ by no more than the
+    last bit, which PyTorch rounds differently for one class and for several.
 
     Args:
         scores (`torch.Tensor` of shape `(num_labels, height, width)`):
@@ -47,10 +47,10 @@ def _best_class(planes: Iterator[torch.Tensor], labels: torch.Tensor) -> None:
     for index, plane in enumerate(planes, start=1):
         labels.masked_fill_(plane > best, index)
         torch.maximum(best, plane, out=best)
-    if not torch.isfinite(best).all():  # NaN anywhere among the classes is carried on by `maximum`
+    if not torch.isfinite(best).all():  # `maximum` propagates a NaN of any class
         raise ValueError(
             "The scores of an image hold NaN or infinite values: its pixels or the model's weights are not finite, or "
-            "float16 overflows; use bfloat16 or float32 then."
+            "float16 overflows, in which case bfloat16 or float32 must be used."
         )
 
 

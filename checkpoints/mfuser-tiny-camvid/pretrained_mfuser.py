@@ -1,4 +1,4 @@
-"""Two pretrained encoders as parts of an MFuser: their weights, resampled, and the configuration that pairs them."""
+"""Two pretrained encoders as parts of an MFuser: their resampled weights, and the configuration of the pair."""
 
 import copy
 import math
@@ -101,7 +101,7 @@ def nonfinite_tensors(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # for float8
-    # `aminmax` carries NaN on to both bounds.
+    # `aminmax` propagates NaN to both bounds.
     return not tensor.is_floating_point() or all(math.isfinite(bound) for bound in torch.aminmax(values))
 
 

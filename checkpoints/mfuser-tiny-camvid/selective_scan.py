@@ -2,10 +2,10 @@
 
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t        y_t = <C_t, h_t> + D u_t
 
-for every channel on its own, where h_t holds `state` numbers a channel. Written out, the states of a sequence are
-(batch, dim, length, state) numbers; moving those through memory is what makes a plain implementation slow. Here a
-sequence is cut into chunks: the state that enters each chunk is kept, all others live in a small buffer and are
-computed again in backward, so that memory is O(batch * dim * length).
+for every channel independently, where h_t holds `state` numbers per channel. The states of a sequence are (batch, dim,
+length, state) numbers in total, and a plain implementation is slow because it moves all of them through memory. Here a
+sequence is split into chunks: the initial state of each chunk is kept, all other states are held in a small buffer and
+recomputed in the backward pass, so that memory is O(batch * dim * length).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from .selective_scan_export import exported_scan
 
 try:
-    # The compiled extension comes first: without it the package imports, and fails when it is called.
+    # The compiled extension is imported first: without it, the package can be imported but fails when it is called.
     import selective_scan_cuda  # noqa: F401
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as mamba_ssm_scan
 except ImportError:
@@ -35,8 +35,8 @@ except ImportError:
 
 __all__ = ["selective_scan", "use_hub_kernel"]
 
-# What the states of a chunk may take: on a CPU they should stay in cache, on a GPU a chunk should be wide. The odd
-# 2.25 MiB are 72 tokens of 512 channels of 16 states: torch uses its threads above 32768 = 64 * 512 numbers.
+# Largest memory for the states of a chunk: on a CPU they should fit into the cache, on a GPU chunks should be large.
+# 2.25 MiB are 72 tokens of 512 channels of 16 states: torch uses several threads above 32768 = 64 * 512 numbers.
 _CPU_CHUNK_BYTES = 9 << 18
 _GPU_CHUNK_BYTES = 1 << 27
 _LOG2_E = 1 / math.log(2)
@@ -124,7 +124,7 @@ def use_hub_kernel(repository: str = "kernels-community/mamba-ssm", version: int
     """
     global mamba_ssm_scan
     if get_kernel is None:
-        raise ImportError("this version of transformers brings no kernels from the Hub; install mamba_ssm instead")
+        raise ImportError("this version of transformers cannot load kernels from the Hub; install mamba_ssm instead")
     mamba_ssm_scan = get_kernel(repository, version=version).selective_scan_fn
 
 
@@ -175,7 +175,7 @@ def _uses_mamba_ssm(u, A, dtype):
 
 
 def _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    """mamba_ssm's kernel wants what runs along the sequence in one dtype and the parameters in float32."""
+    """Casts the inputs for mamba_ssm's kernel: one dtype for those along the sequence, float32 for the parameters."""
     dtypes = {x.dtype for x in (u, delta, B, C, z) if x is not None}
     dtype = u.dtype if len(dtypes) == 1 else torch.float32
     delta, B, C, z = (None if x is None else x.to(dtype) for x in (delta, B, C, z))
@@ -188,7 +188,7 @@ def _scan_by_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 
 # ------------------------------------------------------------------------------------------------ the operator
 def _implementation(u, dtype):
-    """Forward, backward, and the tokens of a chunk, or None where those depend on the sizes."""
+    """Forward, backward, and the number of tokens per chunk, or None if it depends on the sizes."""
     if triton_scan is not None and u.is_cuda and dtype == torch.float32:
         return triton_scan, triton_scan_backward, TRITON_CHUNK_TOKENS
     return _torch_scan, _torch_scan_backward, None
@@ -198,7 +198,7 @@ def _chunk_count(u, A, dtype):
     (batch, dim, length), state = u.shape, A.shape[1]
     *_, tokens = _implementation(u, dtype)
     if tokens is None:
-        # At least `state` tokens: the states that are kept then take no more room than `u`.
+        # At least `state` tokens: the states that are kept then take no more memory than `u`.
         room = _CPU_CHUNK_BYTES if u.device.type == "cpu" else _GPU_CHUNK_BYTES
         tokens = torch.sym_max(state, room // (4 * batch * dim * state))
     return (length + tokens - 1) // tokens
@@ -215,9 +215,9 @@ def _run_scan(
     delta_softplus: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state and, if they are to be kept, the states (chunk, batch, state, dim) that enter the chunks.
+    """y, the last state and, if they are to be kept, the initial states of the chunks (chunk, batch, state, dim).
 
-    Those are returned as a vector: a captured graph would be bound to having one chunk, or several, by their shape.
+    These are flattened: by their shape, a captured graph would be specialised to one chunk, or to several.
     """
     forward, *_ = _implementation(u, _compute_dtype(u, delta, A, B, C, D, delta_bias))
     y, last_state, states = forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states)
@@ -289,7 +289,7 @@ _scan, _scan_backward = _operators()
 
 
 def _new_like(x):
-    """Room for (batch, channels, length) with the channels adjacent in memory, as the model's layers want them."""
+    """An empty tensor (batch, channels, length) with channels last in memory, the format of the model's layers."""
     batch, channels, length = x.shape
     return x.new_empty(batch, length, channels).transpose(1, 2)
 
@@ -299,7 +299,7 @@ def _new_like(x):
 class _Chunks:
     """Computes the states of one chunk after the other, always in the same buffers.
 
-    The first touch of fresh memory costs a CPU more than the arithmetic that is done in it.
+    On a CPU, the first access to newly allocated memory takes longer than the computation in it.
     """
 
     def __init__(self, u, delta, A, B, C, delta_bias, delta_softplus, dtype):
@@ -341,11 +341,11 @@ class _Chunks:
 
 
 class _StateBuffer:
-    """Room for the states of a chunk, or their gradients, and the recurrence over it, in place, both ways."""
+    """A buffer for the states of a chunk, or their gradients, and in-place recurrences over it in both directions."""
 
     def __init__(self, tokens, state):
         self.all = state.new_empty(tokens, *state.shape)
-        # Making these views takes as long as the arithmetic on them: they are made once.
+        # Creating these views takes as long as the computation on them, so they are created once.
         self.each = self.all.unbind() if state.device.type == "cpu" else None
 
     def recur(self, decay, count, entering):
@@ -372,7 +372,7 @@ def _recur_one_by_one(decays, xs, entering):
 
 
 def _recur_in_pairs(decay, x, entering):
-    """For a GPU, where a launch costs more than its arithmetic: 4 log2(tokens) launches instead of one a token.
+    """For a GPU, where a launch takes longer than its computation: 4 log2(tokens) launches, not one per token.
 
     Every second token absorbs the one before it; what remains is the same recurrence over half as many tokens.
     """

@@ -1,4 +1,4 @@
-"""The selective scan as plain operators, as many for any length, for exported graphs: any runtime knows them.
+"""The selective scan for exported graphs: plain operators that any runtime has, the same number for any length.
 
 The states of all tokens are in memory at once, (batch, length, state, dim) numbers, and the depth of the graph is
 logarithmic in the length.
@@ -23,7 +23,7 @@ def exported_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, dtype):
     if delta_softplus:
         step = F.softplus(step)
     drive, B, C = (x.transpose(1, 2).to(dtype) for x in (u, B, C))
-    # A step of 0 keeps the state. At least three blocks, because a graph would be bound to a length of 1 or 2.
+    # A step of 0 keeps the state. At least three blocks: a graph would be specialised to a length of 1 or 2.
     padding = (0, 0, 0, (length // block + 3) * block - length)
     step, drive, B, C = (F.pad(x, padding) for x in (step, drive * step, B, C))
     decay = torch.exp(step.unsqueeze(2) * A.t().to(dtype))  # (batch, length, state, dim)

@@ -1,9 +1,10 @@
 """The selective scan as Triton kernels: any length, dim and state size, float32 arithmetic, deterministic.
 
-Forward is three launches, each parallel over chunks of tokens, blocks of channels and the batch: the state that every
-chunk reaches from zero, what chunk hands on to chunk, the outputs. Backward runs the first two from the right for the
-gradients of the states, then computes all other gradients. Memory is O(batch * length * dim): each chunk's entering
-state is kept, and the states inside a chunk are recomputed, quadratically in its few tokens, rather than stored.
+Forward is three launches, each parallel over chunks of tokens, blocks of channels and the batch. They compute the
+final state of every chunk from an initial state of zero, the initial states of all chunks, and the outputs. Backward
+runs the first two in reverse for the gradients of the states, then computes all other gradients. Memory is O(batch *
+length * dim): the initial state of each chunk is kept, and the states within a chunk are recomputed, quadratically in
+its few tokens.
 """
 
 import math
@@ -60,10 +61,10 @@ def _chunk_ends(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The state that each chunk reaches from zero, and the sum of its steps.
+    """The final state of each chunk from an initial state of zero, and the sum of its steps.
 
-    Forward, u flows in by way of B. In reverse dy flows in by way of C, and the end is decay * gradient of the chunk's
-    first state, which is what the chunk to the left receives.
+    In the forward direction, the input is u, weighted by B. In reverse, it is dy, weighted by C, and the result is
+    decay * gradient of the chunk's first state, which is the input of the chunk to the left.
     """
     chunk, batch = tl.program_id(0), tl.program_id(2)
     d, n, tile, inside = _tile(dim, state, BLOCK_D, BLOCK_N)
@@ -102,7 +103,7 @@ def _hand_on(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """In place, from the states that chunks reach from zero to the states that enter them; and the last one."""
+    """Turns, in place, the final states from zero into the initial states of the chunks; also gives the last state."""
     batch = tl.program_id(2)
     d, n, tile, inside = _tile(dim, state, BLOCK_D, BLOCK_N)
     rates = tl.load(rates_ptr + tile, mask=inside, other=0.0)
@@ -215,7 +216,7 @@ def _gradients(
 
 
 class _Launcher:
-    """The inputs as the kernels want them, and launches over chunks, blocks of channels and the batch."""
+    """The inputs in the layout of the kernels, and launches over chunks, blocks of channels and the batch."""
 
     def __init__(self, u, delta, A, B, C, D, delta_bias, delta_softplus):
         self.batch, dim, length = u.shape
@@ -245,7 +246,7 @@ class _Launcher:
             kernel[chunks, self.channel_blocks, self.batch](*tensors, **self.sizes, **options)
 
     def entering_states(self, inflow, weight, reverse):
-        """The states that enter the chunks (chunk, batch, state, dim), and the one that leaves the last."""
+        """The initial states of the chunks (chunk, batch, state, dim), and the final state of the last one."""
         states = self.rates.new_empty(self.chunks, self.batch, *self.rates.shape)
         totals = self.rates.new_empty(self.chunks, self.batch, self.rates.shape[1])
         last = torch.empty_like(states[0])
@@ -260,7 +261,7 @@ def _token_major(x):
 
 
 def triton_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, keep_states):
-    """y, the last state and, with `keep_states`, the states that enter the chunks: (chunk, batch, state, dim)."""
+    """y, the last state and, with `keep_states`, the initial states of the chunks (chunk, batch, state, dim)."""
     scan = _Launcher(u, delta, A, B, C, D, delta_bias, delta_softplus)
     states, last_state = scan.entering_states(scan.u, scan.B, reverse=False)
     y = torch.empty_like(scan.u)

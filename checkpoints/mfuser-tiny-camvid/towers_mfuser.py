@@ -1,8 +1,8 @@
 """
 The two pretrained encoders, run layer by layer.
 
-Each kind of vision foundation model and of vision-language model has one class here, chosen by `model_type`, for what
-differs from the others.
+Each type of vision foundation model and of vision-language model has one class here, selected by `model_type`, which
+implements its differences from the others.
 
 The encoders are Transformers' own classes, not subclasses: `from_pretrained` converts weight names for those alone.
 Only their embeddings are replaced, where the published code resamples positions differently.
@@ -83,7 +83,7 @@ def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, off
         raise ValueError(f"there are {positions.shape[0]} position embeddings; they must form a square grid")
     if torch.compiler.is_exporting():
         if mode == "bicubic":
-            # As tensors, because an exported graph would be bound to either case.
+            # As tensors, because an exported graph would be specialised to either case.
             rows, columns = (torch.full((), length, device=positions.device) for length in grid)
             added = torch.where((rows == side) & (columns == side), 0.0, offset)
             rows, columns = (_bicubic_matrix(length, side, added) for length in grid)
@@ -136,7 +136,7 @@ def drop_path(residual: torch.Tensor, rate: float, axis: str) -> torch.Tensor:
     Stochastic depth: zeroes a residual branch (B, L, C) with probability `rate`.
 
     The published code drops token positions, the same for the whole batch (`axis="token"`): its CLIP runs on tensors
-    (L, B, C), and it takes the first axis for the batch. The textbook form drops samples (`axis="sample"`).
+    (L, B, C), and it treats the first axis as the batch. The standard form drops samples (`axis="sample"`).
     """
     shape = (1, residual.shape[1], 1) if axis == "token" else (residual.shape[0], 1, 1)
     keep = torch.rand(shape, device=residual.device) >= rate
@@ -208,7 +208,7 @@ class Dinov2Tower(nn.Module):
 
 
 class Dinov2WithRegistersTower(Dinov2Tower):
-    """DINOv2 with register tokens between class token and patches; the MVFusers see them like any other token."""
+    """DINOv2 with register tokens between class token and patches; the MVFusers process them like other tokens."""
 
     @staticmethod
     def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
@@ -245,7 +245,7 @@ class DINOv3ViTTower(Dinov2Tower):
 
 
 class NoTower(nn.Module):
-    """Stands for the vision foundation model where there is none: its tokens have no channels, and it no layers."""
+    """Replaces the vision foundation model if there is none: it has no layers, and its tokens have no channels."""
 
     layers = ()
 

@@ -14,9 +14,9 @@ class WeightsCache:
     """
     Caches a value computed from weights; it is recomputed when a weight, or the autocast dtype, has changed.
 
-    The cache is not used while gradients are recorded, while compiling, on the meta device, or with adapters of PEFT,
-    which can be switched off without a change of any weight. Changes in place of `weight.data`, such as
-    `weight.data.mul_(2)`, go unnoticed: call [`~WeightsCache.clear`] afterwards.
+    The cache is not used while gradients are recorded, while compiling, on the meta device, or with PEFT adapters,
+    which can be switched off without a change of any weight. In-place changes of `weight.data`, such as
+    `weight.data.mul_(2)`, are not detected: call [`~WeightsCache.clear`] afterwards.
     """
 
     _entry: tuple[list[weakref.ref], list | None, Any]  # weights, key, value
@@ -61,7 +61,7 @@ class WeightsCache:
 
 
 def _cannot_be_tracked(source: nn.Module | torch.Tensor) -> bool:
-    """Whether `source` has weights on the meta device, where offloaded ones are between uses, or adapters of PEFT."""
+    """Whether `source` has PEFT adapters, or weights on the meta device, as offloaded weights have between uses."""
     if isinstance(source, torch.Tensor):
         return source.is_meta
     adapted = any(type(module).__module__.startswith("peft.") for module in source.modules())
