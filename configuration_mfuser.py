@@ -139,6 +139,7 @@ class MFuserConfig(PreTrainedConfig):
         "vfm_hidden_states",
         *("attentions", "vfm_attentions"),
         "loss_components",
+        "confidence",
     ]
 
     vfm_config: SubConfig = None
@@ -234,6 +235,11 @@ class MFuserConfig(PreTrainedConfig):
     def vfm_size(self) -> int:
         """Width of the tokens of the vision foundation model; 0 without one."""
         return self.vfm_config.hidden_size if self.use_vfm else 0
+
+    @property
+    def pyramid_channels(self) -> int:
+        """Channels of the feature pyramid: the tokens of both encoders, concatenated."""
+        return self.vfm_size + self.vlm_config.hidden_size
 
     @property
     def num_levels(self) -> int:

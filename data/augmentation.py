@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.data.unreadable import SkippedRows, check_label, read_row
-from mfuser.image_processing_mfuser import scaled_size
+from mfuser.images_mfuser import scaled_size
 
 # A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.
 REDRAWS = 10

@@ -69,9 +69,9 @@ class Rows(ABC):
         """The condition of every row."""
 
     @property
-    @abstractmethod
     def labelled(self) -> bool:
-        """Whether the first row has a label. The labels of benchmarks' test splits are not public."""
+        """Whether the first row has a label, which is not decoded. Benchmarks publish no labels of test splits."""
+        return bool(next(self.slice(0, 1).encoded()).label)
 
     @property
     @abstractmethod
@@ -134,10 +134,6 @@ class DownloadRows(Rows):
         return [pair.condition for pair in self.pairs]
 
     @property
-    def labelled(self) -> bool:
-        return self.pairs[0].label is not None
-
-    @property
     def identities(self) -> list[Any]:
         return [_identity(pair) for pair in self.pairs]
 
@@ -195,10 +191,6 @@ class DatasetRows(Rows):
     @property
     def conditions(self) -> list[str | None]:
         return list(self.dataset["condition"]) if self.has_conditions else [None] * len(self)
-
-    @property
-    def labelled(self) -> bool:
-        return self.dataset[0]["label"] is not None
 
     @property
     def identities(self) -> list[Any]:

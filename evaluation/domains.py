@@ -112,8 +112,8 @@ class EvaluationDomain:
 
     @property
     def labelled(self) -> bool:
-        """Whether the first row has a label, which is not decoded. Benchmarks publish no labels of test splits."""
-        return bool(next(self.rows.slice(0, 1).encoded()).label)
+        """See [`Rows.labelled`]."""
+        return self.rows.labelled
 
     def read(self, index: int) -> LabelledImage:
         """

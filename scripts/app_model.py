@@ -11,7 +11,8 @@ from PIL import Image
 
 from mfuser.class_names_mfuser import checked_class_names, label_names, load_tokenizer
 from mfuser.confidence_mfuser import UNKNOWN
-from mfuser.image_processing_mfuser import MFuserImageProcessor, scaled_size
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.images_mfuser import scaled_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.app_view import SegmentedImage
 from mfuser.scripts.segmentation import segment_with_confidence

@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"{parsed.model} is a model on the Hub; give --output DIR for its calibrated copy")
     model, processor = load_for_inference(folder, parsed.device)
     _, name, split, source = parsed.domain
-    domain = open_domain(name, source, split, id2label=parsed.id2label)
+    domain = open_domain(name, source, split, id2label=parsed.id2label, skip_unreadable=True)
     check_classes(model.config.id2label, domain)
     if not domain.rows.labelled:
         raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")

@@ -57,7 +57,7 @@ class Window(nn.Module):
 
     def window_scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features = self.model.mfuser(pixel_values, output_feature_maps=False, return_dict=True)
-        return self.model._decode(features, pixel_values.shape[-2:], labels=None, class_mask=None).logits
+        return self.model.decode(features, pixel_values.shape[-2:]).logits
 
     def expected(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the artefact must return."""

@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from mfuser.files import make_folder, read_json, write_image, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.loading import config_content
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import palettes
 from mfuser.scripts.panel import draw_panel
@@ -115,20 +116,11 @@ def settings_of(
     Returns:
         `dict`: Values of JSON: the options, and a hash of the weights and one of both configurations.
     """
-    config = _without_origin(model.config.to_dict())
+    config = config_content(model.config)
     text = json.dumps([config, processor.to_dict()], sort_keys=True, default=str)
     is_calibrated = config.get("confidence_calibration") is not None
     hashes = {"weights": weights_hash(model), "config": hashlib.sha256(text.encode()).hexdigest()}
     return {**hashes, "dtype": str(model.dtype), "is_calibrated": is_calibrated, **options}
-
-
-def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without where it was loaded from, and by which version."""
-    return {
-        name: _without_origin(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in ("_name_or_path", "transformers_version")
-    }
 
 
 def record_of(source: Source, settings: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ import torch
 
 from mfuser.confidence_mfuser import confidence_map, mark_unknown, resize_maps
 from mfuser.evaluation.large_images import label_map_by_bands, windows_at_once
-from mfuser.image_processing_mfuser import MFuserImageProcessor, resized_size
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.images_mfuser import resized_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.overlap import is_small, model_threads
 from mfuser.postprocessing_mfuser import label_map_of_scores

@@ -47,7 +47,7 @@ def stand_in(monkeypatch):
         return MFuserForSemanticSegmentationOutput(logits=scores)
 
     monkeypatch.setattr(MFuserModel, "forward", forward)
-    monkeypatch.setattr(MFuserForSemanticSegmentation, "_decode", decode)
+    monkeypatch.setattr(MFuserForSemanticSegmentation, "decode", decode)
 
 
 def run_elsewhere(folder, image, kind, code=0):

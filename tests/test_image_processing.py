@@ -13,7 +13,8 @@ from PIL import Image
 # Without torchvision, `transformers.AutoImageProcessor` is a dummy in some releases.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from mfuser.image_processing_mfuser import MFuserImageProcessor, resized_size
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.images_mfuser import resized_size
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])

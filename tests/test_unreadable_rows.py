@@ -181,8 +181,9 @@ def test_an_unreadable_validation_image_is_named_or_left_out_and_counted(whole, 
     assert metrics["eval_unreadable"] == 1 and 0 <= metrics["eval_mean_iou"] <= 1
 
 
-def test_a_broken_monitored_image_is_reported_and_counted_and_training_continues(whole, tmp_path, caplog):
-    folder = damaged(whole, tmp_path / "data", {1: ("image", IMAGE[:200])}, split="validation")
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_broken_monitored_image_is_reported_and_counted_and_training_continues(row, whole, tmp_path, caplog):
+    folder = damaged(whole, tmp_path / "data", {row: ("image", IMAGE[:200])}, split="validation")
     recipe = write_recipe(tmp_path, whole)
     settings = [f"monitor_data.night={folder}:validation", "monitor_steps=1"]
     trainer = train.build_trainer(*train.parse_arguments([str(recipe), *COMMON, *settings]))

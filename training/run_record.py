@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from mfuser.data.validation import evenly_spaced
+from mfuser.loading import config_content
 
 try:
     import datasets
@@ -41,8 +42,6 @@ FREE_SETTINGS = (
     *("max_steps", "num_train_epochs"),
 )
 COMPARED_AFTER_ALL = ("dataloader_drop_last",)  # decides which samples an epoch has
-# Fields of a configuration that name the software and the place of the model.
-CONFIG_NOTES = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype")
 
 
 def is_free(name: str) -> bool:
@@ -131,17 +130,12 @@ def run_record(
         encoders (`dict`, *optional*):
             Where the pretrained encoders come from. They are recorded and not compared.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in CONFIG_NOTES}
-    for value in config.values():
-        if isinstance(value, dict):
-            for name in CONFIG_NOTES:
-                value.pop(name, None)
     length = {"max_steps": arguments.max_steps, "num_train_epochs": arguments.num_train_epochs}
     return {
         "format": FORMAT,
         "settings": training_settings(arguments) | as_json(dict(settings)),
         "data": as_json(dict(data)),
-        "model": as_json(config),
+        "model": as_json(config_content(model.config)),
         "frozen_weights": frozen_weights(model),
         "encoders": dict(encoders) if encoders else None,
         "lengths": [{"from_step": 0, **length}],
