@@ -228,8 +228,13 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_blocks_noth
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "mfuser_run.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["half", "text", "gone"])
+CASES = [(name, damage) for name in FILES for damage in ("half", "text", "gone")]
+FAST = [("optimizer.pt", "half"), ("trainer_state.json", "text"), ("mfuser_run.json", "gone")]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
+)
 def test_a_damaged_checkpoint_ends_with_one_line_that_names_it_and_is_kept(name, damage, run, recipe, capsys):
     shutil.rmtree(run / "checkpoint-2")
     file = run / "checkpoint-1" / name
