@@ -1,4 +1,4 @@
-"""Opening a dataset with an image and a label column, wherever it is, in one form."""
+"""Opening datasets with an image and a label column from any location, in a uniform form."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""The model behind the page of `mfuser app`: bounded images, confidence, and class names that visitors edit."""
+"""The model of `mfuser app`: images of limited size, confidence, and class names that visitors can edit."""
 
 import copy
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from mfuser.scripts.segmentation import segment_with_confidence
 
 # Larger files are refused before they are decoded.
 MAX_FILE_PIXELS = 2**26
-# Larger images are reduced. The second limit is that of all classes together: 256 MiB of scores.
+# Larger images are reduced. The second limit applies to all classes together: 256 MiB of scores.
 MAX_PIXELS, MAX_SCORES = 2**22, 2**26
 MAX_NAMED_MODELS = 4
 

@@ -74,7 +74,7 @@ def _prediction(model, pixel_values: torch.Tensor, size: tuple[int, int], option
 
 def panel(image: Image.Image, prediction: np.ndarray, label: np.ndarray, colours: np.ndarray) -> Image.Image:
     """
-    Draws an image, its prediction, its label and its errors beside each other, with captions.
+    Draws an image, its prediction, its label and its errors side by side, with captions.
 
     Args:
         image (`Image.Image`):

@@ -1,4 +1,4 @@
-"""A panel of an image, its overlay with a legend, and its confidence: the picture to look at first."""
+"""A panel of an image, its overlay with a legend, and its confidence."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

@@ -23,7 +23,7 @@ from mfuser.scripts import cli
 from mfuser.scripts.report_sections import Figure, Section, report_sections
 
 TEMPLATES = Path(__file__).parent / "templates"
-# What Markdown could take for markup, wherever it stands. The colon of an address is, so that no name becomes a link.
+# Characters that Markdown could interpret as markup, including the colon of a URL, so that no name becomes a link.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~$#!&@]|:(?=//))")
 
 DESCRIPTION = """Turns results of `mfuser evaluate` into a report: tables of domains, classes, conditions, corruptions
@@ -107,7 +107,7 @@ def markdown_page(title: str, sections: list[Section]) -> str:
 
 
 def write_report(folder: Path, title: str, sections: list[Section]) -> None:
-    """Writes both pages and the pictures of the second into a new folder, which appears when it is complete."""
+    """Writes the HTML and the Markdown report, with its pictures, into a new folder, which appears when complete."""
     with atomic_folder(folder) as new:
         (new / "figures").mkdir()
         for section in sections:

@@ -1,4 +1,4 @@
-"""What `mfuser segment` is given: images, videos, numbered frames, cameras, addresses; and how results are named."""
+"""The inputs of `mfuser segment` (images, videos, numbered frames, cameras, addresses) and the names of results."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ NUMBER = re.compile(r"%0?\d*d")
 
 
 class Kind(Enum):
-    """What an input is."""
+    """The kind of an input."""
 
     IMAGE = "image"
     VIDEO = "video"
@@ -42,7 +42,7 @@ class Source:
         kind (`Kind`):
             What it is.
         place (`Path`):
-            Where its results go, relative to the folder of the results and without suffix.
+            Path of its results, relative to the folder of the results and without suffix.
         path (`Path`, *optional*):
             The file of an image or a video.
         given (`str`, *optional*):
@@ -87,7 +87,7 @@ def find_sources(
         output (`Path`):
             Folder of the results.
         is_free (`Callable`):
-            Whether the results of a source may be written where it says.
+            Whether the results of a source may be written to its `place`.
 
     Returns:
         `tuple[list[Source], list[str]]`: The sources (results of files in a folder keep their subfolder; duplicate
@@ -155,17 +155,17 @@ def _kind_by_content(path: Path) -> Kind:
     try:
         with Image.open(path):
             return Kind.IMAGE
-    except Exception:  # PIL's decoders raise almost anything
+    except Exception:  # PIL's decoders raise exceptions of almost any type
         pass
     try:
         import av
 
         with av.open(str(path)) as container:
-            if container.streams.video and container.format.name != "tty":  # FFmpeg takes text for a terminal
+            if container.streams.video and container.format.name != "tty":  # FFmpeg reads text as a terminal recording
                 return Kind.VIDEO
     except Exception:  # without PyAV, videos are known by their suffix
         pass
-    return Kind.IMAGE  # which cannot be read either; the error says so
+    return Kind.IMAGE  # it cannot be read as an image either, which is reported
 
 
 def _file_name(address: str) -> str:

@@ -181,8 +181,8 @@ def test_without_corruptions_a_report_has_none(tmp_path, saved_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--severities", 1], "--severities is for --corruptions, which is not given"),
-        (["--corruption-seed", 1], "--corruption-seed is for --corruptions"),
+        (["--severities", 1], "--severities requires --corruptions"),
+        (["--corruption-seed", 1], "--corruption-seed requires --corruptions"),
         (["--examples", -1], "--examples is -1; it must be at least 0"),
     ],
 )

@@ -1,8 +1,8 @@
 """
-Target domains that are scored while a model is trained.
+Target domains that are scored during training.
 
-Their scores are logged and go nowhere else: they are not among the metrics by which [`Trainer`] selects the best
-checkpoint, and training is bit-equal with and without them.
+Their scores are only logged: they are not among the metrics by which [`Trainer`] selects the best checkpoint, and
+training is bit-identical with and without them.
 """
 
 import contextlib
@@ -181,7 +181,7 @@ def check_validation_source(
     """
     Checks that the validation data is not another split of a monitored domain.
 
-    Validation data of a training domain is accepted: its splits may be domains in themselves, as CamVid's dusk is.
+    Validation data of a training domain is accepted: its splits may be domains of their own, like CamVid's dusk.
 
     Raises:
         ValueError: If the folder or the prepared domain of `validation_data` is that of a monitored domain and not

@@ -108,7 +108,7 @@ def restart_schedule(scheduler: LRScheduler) -> None:
 
     Args:
         scheduler (`LRScheduler`):
-            A schedule whose state was loaded. Others than `LambdaLR` do not depend on the length and are left as is.
+            A schedule whose state was loaded. Others than `LambdaLR` do not depend on the length and are not changed.
     """
     if isinstance(scheduler, LambdaLR):
         scheduler.last_epoch -= 1
