@@ -30,7 +30,7 @@ class Draw(NamedTuple):
     """
     One training sample: the index type of [`AugmentedDataset`], yielded by its samplers.
 
-    A draw carries its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
+    A draw contains its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
     processes report a new epoch to the dataset.
 
     Attributes:

@@ -121,7 +121,7 @@ class EvaluationDomain:
 
         Raises:
             MemoryError: If there is too little memory.
-            ValueError: If the row cannot be used, for whatever reason.
+            ValueError: If the row cannot be used for any other reason.
         """
         try:
             image, ids = self.rows.read(index)

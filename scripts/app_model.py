@@ -24,7 +24,7 @@ MAX_NAMED_MODELS = 4
 
 
 def check_class_count(class_names: Sequence[str]):
-    """Raises `ValueError` if there are more classes than label images have ids beside that of unknown pixels."""
+    """Raises `ValueError` if there are more classes than label images have ids, besides that of unknown pixels."""
     if len(class_names) > UNKNOWN:
         raise ValueError(
             f"There are {len(class_names)} classes; at most {UNKNOWN} are possible, because label images have 8 "

@@ -153,7 +153,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=0,
         metavar="N",
         help="write the images with the N worst, median and best scores of each domain as PNG, with prediction, label "
-        "and errors, into a folder beside --output (default: 0)",
+        "and errors, into a folder next to --output (default: 0)",
     )
     parser.add_argument(
         "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"

@@ -80,7 +80,7 @@ def markdown_text(value: object) -> str:
 
 
 def data_uri(picture: bytes, name: str) -> str:
-    """A picture as an address that holds its content."""
+    """A picture as a data URI."""
     kind = Image.registered_extensions()[Path(name).suffix]
     return f"data:image/{kind.lower()};base64,{base64.b64encode(picture).decode()}"
 

@@ -97,7 +97,7 @@ def report_sections(results: Results, folders: list[Path], differences: list[str
         do not exist.
 
     Raises:
-        ValueError: If an example image is outside its folder, or is no PNG.
+        ValueError: If an example image is outside its folder, or is not a PNG.
     """
     groups = _groups(results)
     examples, missing = _examples(results, folders)
@@ -276,7 +276,7 @@ def _example_file(folder: Path, name: str) -> Path:
 
 def _example_picture(file: Path) -> bytes:
     """
-    An example, coded anew as JPEG, a fifth of the size of its PNG.
+    An example, re-encoded as JPEG, a fifth of the size of its PNG.
 
     Raises:
         ValueError: If the file is not a PNG image, or too large for a page.

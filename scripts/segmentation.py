@@ -1,4 +1,4 @@
-"""Pixels to label maps and confidences, by a model and its image processor; several frames of one size at once."""
+"""Segmentation of images by a model and its image processor: label maps and confidences, also of several frames."""
 
 import hashlib
 from collections.abc import Iterator

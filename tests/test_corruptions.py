@@ -44,7 +44,7 @@ def test_every_corruption_changes_the_image_and_keeps_its_size(name):
     image = picture(size=(41, 57))
     before = np.array(image)
     results = [np.array(Corruption(name, severity)(image)) for severity in (1, 5)]
-    assert np.array_equal(image, before)  # the image itself is kept
+    assert np.array_equal(image, before)  # the input image is not modified
     for result in results:
         assert result.shape == before.shape and result.dtype == np.uint8
     changes = [np.abs(result.astype(float) - before).mean() for result in results]

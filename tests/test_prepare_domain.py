@@ -228,7 +228,7 @@ def test_workers_do_not_change_a_byte(tmp_path):
     assert load_domain(tmp_path / "parallel").dataset["name"] == [f"images/{n:05}.png" for n in (1, 2, 4, 5, 6, 7)]
 
 
-# stopped and started again
+# interrupted and continued
 
 KILLED = """
 import os, signal, sys

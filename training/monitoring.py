@@ -93,7 +93,7 @@ def open_monitored_domains(
         image_processor, images:
             As in [`MonitoredDomain`].
         image_column, label_column, id2label:
-            As in [`~mfuser.evaluation.domains.open_domain`]. `id2label` is used for names that are no known domain.
+            As in [`~mfuser.evaluation.domains.open_domain`]. `id2label` is used for names of unknown domains.
 
     Returns:
         `dict[str, MonitoredDomain]`: The domains by name.
