@@ -30,7 +30,7 @@ DESCRIPTION = """Turns results of `mfuser evaluate` into a report: tables of dom
 and confidences, curves, confusion matrices and examples. Several results are compared side by side.
 
 It writes into the output folder
-  report.html   one file without references to others, for any browser, in light and dark
+  report.html   one self-contained file, in light and dark mode
   report.md     the same as Markdown, with its pictures in figures/
 Results of different protocols are refused, since their scores have different meanings.
 Exit code: 0 if the report was written, 2 if the command could not run."""
