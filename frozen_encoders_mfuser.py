@@ -60,7 +60,7 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
 
 
 def write_encoders_file(folder: str | Path, encoders: Mapping[str, Mapping]) -> None:
-    """Writes the encoders that [`checked_encoders`] returned beside the weights of a model."""
+    """Writes the encoders that [`checked_encoders`] returned next to the weights of a model."""
     write_text(Path(folder, ENCODERS_FILE), json.dumps(encoders, indent=2) + "\n")
 
 

@@ -161,7 +161,7 @@ def read_weights(
         folder (`str` or `Path`, *optional*):
             Folder of a saved model.
         state_dict (`dict`, *optional*):
-            The content of its weights file, in place of `folder`.
+            The content of its weights file, instead of `folder`.
 
     Returns:
         `dict`: A complete state dict of `model`. Frozen weights that were not saved are the model's own.

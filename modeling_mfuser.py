@@ -182,7 +182,7 @@ class MTEnhancer(nn.Module):
         self.out_proj = nn.Linear(size, embedding_size)
         self.gamma = nn.Parameter(torch.empty(embedding_size))
         initialised(self, gamma=init.trunc_normal_)
-        # The published code initialises every Linear here anew, those of the MVFuser included (an accident, it seems).
+        # The published code re-initialises every Linear here, including those of the MVFuser (probably by accident).
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 initialised(module, weight=partial(init.trunc_normal_, std=0.02), bias=init.zeros_)

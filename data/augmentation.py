@@ -30,7 +30,7 @@ class Draw(NamedTuple):
     """
     One training sample: the index type of [`AugmentedDataset`], yielded by its samplers.
 
-    A draw carries its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
+    A draw contains its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
     processes report a new epoch to the dataset.
 
     Attributes:
@@ -372,8 +372,8 @@ class AugmentedDataset(Dataset):
     """
     Applies [`TrainingAugmentation`] to the rows of a dataset.
 
-    If the index is a [`Draw`], the sample depends only on the draw and the seed. If it is an integer, the sample
-    depends on the seed, the index and the epoch that was last set by `set_epoch`.
+    If it is indexed by a [`Draw`], the sample depends only on the draw and the seed. If it is indexed by an integer,
+    the sample depends on the seed, the index and the epoch that was last set by `set_epoch`.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -385,7 +385,7 @@ class AugmentedDataset(Dataset):
         num_labels (`int`, *optional*):
             Number of classes. A sample with another label than these and 255 is an error.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
-            Whether the next row takes the place of one that cannot be read.
+            Whether a row that cannot be read is replaced by the next one.
 
     Attributes:
         skipped ([`~mfuser.data.unreadable.SkippedRows`]): The rows that were skipped.

@@ -1,4 +1,4 @@
-"""Opening a dataset with an image and a label column, wherever it is, in one form."""
+"""Opening datasets with an image and a label column from any location, in a uniform form."""
 
 import logging
 import re
@@ -278,7 +278,7 @@ def _require_datasets() -> None:
 
 @contextmanager
 def _naming_the_source(source: str) -> Iterator[None]:
-    """Replaces errors of `datasets` that name neither the source nor what is wrong with it."""
+    """Replaces errors of `datasets` that name neither the source nor the problem."""
     try:
         yield
     except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:

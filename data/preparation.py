@@ -133,12 +133,12 @@ def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int
     shards = cut_into_shards(source.rows, folder, source.conversion, shard_size)
     records: list[dict[str, Any] | None] = [None] * len(shards)
     if any(shard.record_file.exists() for shard in shards):
-        # Threads suffice: hashing releases the interpreter's lock.
+        # Threads suffice: hashing releases the GIL.
         records = run(verify_shard, shards, ThreadPoolExecutor(workers), f"{description}: checking existing shards")
     pending = [index for index, record in enumerate(records) if record is None]
     listed = listed_files(folder)
     if not listed:
-        (folder / STATE_FILE).unlink(missing_ok=True)  # it may name files that are gone
+        (folder / STATE_FILE).unlink(missing_ok=True)  # it may name files that no longer exist
     if pending:
         remove_leftovers(folder, shards)
         pool = process_pool(min(workers, len(pending))) if workers > 1 else ThreadPoolExecutor(1)
@@ -151,7 +151,7 @@ def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int
         raise ValueError(f"{description}: all {len(skipped)} pairs are bad; the first: {_reason(skipped[0])}")
     if pending or listed != {shard.file.name for shard in shards}:
         _finish(folder, shards, records, prepared_features(source.rows.has_conditions), description)
-        remove_leftovers(folder, shards)  # those of the earlier state
+        remove_leftovers(folder, shards)  # of the earlier state
     return result
 
 

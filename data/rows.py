@@ -76,7 +76,7 @@ class Rows(ABC):
     @property
     @abstractmethod
     def identities(self) -> list[Any]:
-        """For every row, a value for JSON that changes when the content of the row changes."""
+        """For every row, a JSON-serialisable value that changes when the content of the row changes."""
 
     @abstractmethod
     def encoded(self) -> Iterator[EncodedRow]:
@@ -215,7 +215,7 @@ class DatasetRows(Rows):
 
 
 def _file_content(value: dict | None) -> bytes:
-    """The bytes of an undecoded image, which holds them or a path. An empty cell gives none, hence a bad pair."""
+    """The bytes of an undecoded image, which holds them or a path; none for an empty cell, which is a bad pair."""
     if value is None:
         return b""
     return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()

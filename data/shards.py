@@ -2,8 +2,8 @@
 Shards of a prepared split: Arrow files of checked images and train ids, each with a record of its content.
 
 A shard is written under a temporary name and renamed once it is complete, and its record (input, size, checksum,
-skipped pairs) is written after it. When a run that was stopped is started again, it keeps the complete shards. A shard
-of a prepared split is not overwritten with other rows: the split remains whole until the new one is.
+skipped pairs) is written after it. When an interrupted run is started again, it keeps the complete shards. A shard
+of a prepared split is not overwritten with other rows: the split remains complete until the new one is complete.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ except ImportError:
     datasets = pa = None
 
 
-# Part of every shard's key. Increase it when the same input is to give other rows.
+# Part of every shard's key. Increase it when a change of the code gives other rows for the same input.
 FORMAT = 1
 BATCH_ROWS = 16
 
@@ -97,7 +97,7 @@ def convert(row: EncodedRow, conversion: Conversion) -> Converted:
 
 
 def _decode(kind: str, function: Callable, *arguments) -> Any:
-    """Calls a decoder and raises ValueError for whatever Pillow raises for a damaged file, which may be anything."""
+    """Calls a decoder and converts its exceptions to ValueError: Pillow may raise any type for a damaged file."""
     try:
         return function(*arguments)
     except MemoryError:
@@ -167,7 +167,7 @@ STATE_FILE = "state.json"  # of `save_to_disk`: the files of a split
 
 
 def listed_files(folder: Path) -> set[str]:
-    """The files of a split that is whole; none if it is not."""
+    """The files of a complete split; none if it is incomplete."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         names = {item["filename"] for item in state["_data_files"]}
@@ -254,7 +254,7 @@ def verify_shard(shard: Shard) -> dict[str, Any] | None:
 
 
 def remove_leftovers(folder: Path, shards: list[Shard]) -> None:
-    """Deletes files of killed runs and shards of an earlier cut, but none that belongs to a split that is whole."""
+    """Deletes files of killed runs and shards of an earlier partition, but none that belongs to a complete split."""
     current = {file.name for shard in shards for file in (shard.file, shard.record_file)}
     for name in listed_files(folder):
         current |= {name, Path(name).with_suffix(".json").name}
@@ -274,7 +274,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Worker processes that leave Ctrl-C to their parent, and end when it is killed."""
+    """Worker processes that ignore Ctrl-C, which their parent handles, and end when it is killed."""
     # Spawned, not forked: forking a process that runs threads, as Arrow's does, can deadlock the child.
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
 

@@ -2,7 +2,7 @@
 Training on several sources together: one list of classes, one dataset, and samplers that weight the sources.
 
 Sources may have different classes. Their labels are mapped to the ids of all classes by name. A sample of a source
-that does not label all of them carries `class_mask`, so that the loss teaches nothing about the others
+that does not label all of them has a `class_mask`, which excludes the others from the loss
 ([`~mfuser.loss_mfuser.MFuserLoss`]).
 """
 
@@ -99,7 +99,7 @@ class MultiSourceDataset(Dataset):
     """
     Applies [`~mfuser.data.augmentation.TrainingAugmentation`] to the rows of several sources, one after another.
 
-    A sample depends only on the draw and the seed. Unless `mask_unlabelled` is `False`, it carries `class_mask`,
+    A sample depends only on the draw and the seed. Unless `mask_unlabelled` is `False`, it has a `class_mask`,
     a boolean tensor of shape `(num_labels,)`, in addition to `pixel_values` and `labels`.
 
     Args:
@@ -110,10 +110,10 @@ class MultiSourceDataset(Dataset):
         seed (`int`, *optional*, defaults to 0):
             Non-negative seed of all random numbers.
         mask_unlabelled (`bool`, *optional*, defaults to `True`):
-            Whether samples carry `class_mask`. Without it, classes that a source does not label are taught as
-            absent.
+            Whether samples have a `class_mask`. Without it, classes that a source does not label are treated as absent
+            from its images.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
-            Whether the next row of the source takes the place of one that cannot be read.
+            Whether a row that cannot be read is replaced by the next row of the source.
 
     Raises:
         ValueError: If a source lacks a column, or (on access) if a row cannot be transformed. The message names the
@@ -305,7 +305,7 @@ def multi_source_sampler(
         rare_class_scope (`str`, *optional*, defaults to `"source"`):
             "source" draws a source by its weight, then a class by its frequency in that source, then an image of it.
             "joint" draws a class by its frequency in all sources, then an image of it, where each image has its share
-            of the source's weight; a source without rare classes is then drawn less often than its weight says.
+            of the source's weight; a source without rare classes is then drawn less often than its weight implies.
             `None` draws images uniformly within a source; without weights, each image once per epoch.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
             See [`~mfuser.data.rare_class_sampling.count_class_pixels`].

@@ -51,7 +51,7 @@ def _other_light(pixels: np.ndarray, strength: float, rng: np.random.Generator) 
     return pixels * np.exp(rng.uniform(-0.5 * strength, 0.5 * strength, (3, 1, 1)))
 
 
-# Each maps planar RGB in [0, 1], a strength in [0, 1] and a source of random numbers to pixels that are clipped after.
+# Each maps planar RGB in [0, 1], a strength in [0, 1] and a random generator to pixels, which are clipped afterwards.
 DISTORTIONS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "darker": _darker,
     "less contrast": _less_contrast,
@@ -105,7 +105,7 @@ def sample_pixels(
     """
     Segments each labelled image of a domain as it is and distorted, and draws pixels of each view.
 
-    What is drawn depends on the position of the image alone, so that a second run gives the same samples.
+    The draws depend only on the position of the image, so that a second run gives the same samples.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
@@ -211,7 +211,7 @@ def halves(samples: list[PixelSample]) -> list[tuple[list[PixelSample], list[Pix
     """
     Two pairs of samples to fit and samples to measure: the first and the second half of the images, and reversed.
 
-    Halves, because neighbouring frames of a sequence are nearly equal.
+    The images are divided into contiguous halves, because neighbouring frames of a sequence are nearly equal.
     """
     rows = sorted({sample.row for sample in samples})
     middle = rows[len(rows) // 2]

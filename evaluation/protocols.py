@@ -1,4 +1,4 @@
-"""The published test protocols: the size at which an image is segmented, and the samples that a model is given."""
+"""The published test protocols: the size at which an image is segmented, and the samples for the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -177,7 +177,7 @@ def share_of_batches(rows: int, batch_size: int, rank: int, processes: int) -> l
     """
     The batches that one process segments, as row positions.
 
-    Batches are cut before they are distributed, so that they are the same for any number of processes.
+    Batches are formed before they are distributed, so that they are the same for any number of processes.
     """
     batches = [list(range(start, min(start + batch_size, rows))) for start in range(0, rows, batch_size)]
     return batches[rank::processes]

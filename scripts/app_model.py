@@ -1,4 +1,4 @@
-"""The model behind the page of `mfuser app`: bounded images, confidence, and class names that visitors edit."""
+"""The model of `mfuser app`: images of limited size, confidence, and class names that visitors can edit."""
 
 import copy
 from collections import OrderedDict
@@ -19,13 +19,13 @@ from mfuser.scripts.segmentation import segment_with_confidence
 
 # Larger files are refused before they are decoded.
 MAX_FILE_PIXELS = 2**26
-# Larger images are reduced. The second limit is that of all classes together: 256 MiB of scores.
+# Larger images are reduced. The second limit applies to all classes together: 256 MiB of scores.
 MAX_PIXELS, MAX_SCORES = 2**22, 2**26
 MAX_NAMED_MODELS = 4
 
 
 def check_class_count(class_names: Sequence[str]):
-    """Raises `ValueError` if there are more classes than label images have ids beside that of unknown pixels."""
+    """Raises `ValueError` if there are more classes than label images have ids, besides that of unknown pixels."""
     if len(class_names) > UNKNOWN:
         raise ValueError(
             f"There are {len(class_names)} classes; at most {UNKNOWN} are possible, because label images have 8 "

@@ -1,4 +1,4 @@
-"""What the page of `mfuser app` shows of a segmented image: the overlay, the legend and the files to download."""
+"""The results that `mfuser app` shows: the overlay, the legend and the files to download."""
 
 import json
 from collections.abc import Sequence

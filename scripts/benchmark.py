@@ -37,7 +37,7 @@ DESCRIPTION = """Measures the variants that it compares in turns, in one run, on
 
 
 def run_part(module: str, function: str, options) -> list[dict]:
-    """Runs the function of the module that measures a part; the module is imported here, with what it needs."""
+    """Runs the function that measures a part; its module and the packages that it needs are imported only here."""
     try:
         return getattr(importlib.import_module(f"mfuser.scripts.benchmark_{module}"), function)(options)
     except ModuleNotFoundError as error:

@@ -30,8 +30,8 @@ CONFIG = "config.json"
 DESCRIPTION = """Fits the confidences of a model, and stores the result in its config.json as confidence_calibration.
 
 Give the validation split of the source, the domain that the model was trained on. Its images are segmented as they
-are and distorted, so that confidences hold under other conditions too. Never give a domain on which confidences are
-to be measured: what is fitted on a target says nothing about other targets.
+are and distorted, so that confidences remain valid under other conditions. Never give a domain on which confidences
+are to be measured: a fit to a target domain says nothing about other targets.
 Exit code: 0 if the model was calibrated, 2 if the command could not run."""
 
 

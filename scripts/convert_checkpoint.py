@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def save_converted(model: MFuserForSemanticSegmentation, output: Path, checkpoint: Path) -> None:
-    """Writes weights, configuration, image processor, code and model card to a new folder, at once."""
+    """Writes weights, configuration, image processor, code and model card to a new folder, atomically."""
     about = f"Converted from the authors' `{checkpoint.name}` (SHA-256 `{sha256(checkpoint)}`)."
     with atomic_folder(output) as folder:
         # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder

@@ -362,7 +362,7 @@ def read_state_dict(path: Path) -> StateDict:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # the readers raise almost anything for damaged files
+    except Exception as error:  # the readers raise exceptions of almost any type for damaged files
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path} is corrupt or not a checkpoint: {one_line(error)}") from error

@@ -53,7 +53,7 @@ from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_quantize_argument
 from mfuser.scripts.example_panels import write_examples
 
-# How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
+# How images are resized to the protocol's size, recorded in the report. mmcv does this for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "numpy", "pillow")
 
@@ -153,7 +153,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=0,
         metavar="N",
         help="write the images with the N worst, median and best scores of each domain as PNG, with prediction, label "
-        "and errors, into a folder beside --output (default: 0)",
+        "and errors, into a folder next to --output (default: 0)",
     )
     parser.add_argument(
         "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"
@@ -186,10 +186,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--id2label is for your own datasets; those of --domains have their own class names")
     for option, value in (("map", parsed.mapillary_map), ("labels", parsed.mapillary_labels)):
         if value and "mapillary" not in (name for _, name, *_ in parsed.domains):
-            parser.error(f"--mapillary-{option} is for mapillary, which is not among the --domains")
+            parser.error(f"--mapillary-{option} applies to mapillary, which is not among the --domains")
     for option, value in (("severities", parsed.severities), ("corruption-seed", parsed.corruption_seed)):
         if value is not None and parsed.corruptions is None:
-            parser.error(f"--{option} is for --corruptions, which is not given")
+            parser.error(f"--{option} requires --corruptions")
     if parsed.examples < 0:
         parser.error(f"--examples is {parsed.examples}; it must be at least 0")
     return parsed
@@ -254,7 +254,7 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
             image_column=parsed.image_column,
             label_column=parsed.label_column,
             id2label=None if name in DOMAINS else parsed.id2label,
-            skip_unreadable=True,  # it is skipped and counted when it is its turn
+            skip_unreadable=True,  # skipped and counted when it is read
         )
         for title, name, split, source in parsed.domains
     }

@@ -31,7 +31,7 @@ def write_examples(
     result: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """
-    Segments the chosen images of a domain again and writes their panels into a folder beside the report.
+    Segments the chosen images of a domain again and writes their panels into a folder next to the report.
 
     Args:
         output (`Path`):
@@ -39,9 +39,9 @@ def write_examples(
         title (`str`):
             The name of the domain in the report, after which its subfolder is named.
         model, processor, domain, options:
-            What `evaluate_domain` was given.
+            The arguments of `evaluate_domain`.
         result (`dict`):
-            What it returned.
+            The result of `evaluate_domain`.
 
     Returns:
         `list[dict]`: The examples of the result, each with its `file` relative to the folder of the report.
@@ -74,7 +74,7 @@ def _prediction(model, pixel_values: torch.Tensor, size: tuple[int, int], option
 
 def panel(image: Image.Image, prediction: np.ndarray, label: np.ndarray, colours: np.ndarray) -> Image.Image:
     """
-    Draws an image, its prediction, its label and its errors beside each other, with captions.
+    Draws an image, its prediction, its label and its errors side by side, with captions.
 
     Args:
         image (`Image.Image`):

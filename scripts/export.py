@@ -60,7 +60,7 @@ class Window(nn.Module):
         return self.model.decode(features, pixel_values.shape[-2:]).logits
 
     def expected(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the artefact must return."""
+        """The output that the artefact must reproduce."""
         return self(pixel_values)
 
     def checked_sizes(self) -> list[tuple[int, int]]:
@@ -71,9 +71,9 @@ class Window(nn.Module):
 
 class WholeImage(Window):
     """
-    The same for images of at least one crop, whose sliding windows are a loop in the graph.
+    A [`Window`] for images of at least one crop, whose sliding windows are a loop in the graph.
 
-    The windows are all of the size of a crop, so that every shape in the body of the loop is known at export.
+    All windows have the size of a crop, so that every shape in the body of the loop is known at export.
     """
 
     def __init__(self, model: MFuserForSemanticSegmentation, argmax: bool):

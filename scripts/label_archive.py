@@ -1,4 +1,4 @@
-"""The label maps of a video in one compressed file, which NumPy reads, written part by part in bounded memory."""
+"""The label maps of a video in one compressed NumPy file, written incrementally in bounded memory."""
 
 import zipfile
 from typing import BinaryIO

@@ -1,4 +1,4 @@
-"""The files that `mfuser segment` writes: their names, whose they are, and which model and settings made them."""
+"""The files that `mfuser segment` writes: their names, their source, and the model and settings that produced them."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from mfuser.scripts.segment_inputs import Kind, Source
 from mfuser.scripts.segmentation import weights_hash
 
 JPEG_LIMIT = 65_500  # pixels on a side
-# Texts of a label PNG: a hash of the path of its image, and what its results were made with.
+# Text chunks of a label PNG: a hash of the path of its image, and the record of the model and settings.
 SOURCE, RECORD = "Source", "Record"
 
 
@@ -54,7 +54,7 @@ class Drawing:
 @dataclass
 class Segmented:
     """
-    An image on its way through the command.
+    An image and its results, passed from one step of the command to the next.
 
     Args:
         source (`Source`):
@@ -95,7 +95,7 @@ def video_files(results: Path) -> dict[str, Path]:
 
 
 def source_hash(source: Source) -> str:
-    """SHA-256 of what identifies a source, by which its results are known as its own."""
+    """SHA-256 of the text that identifies a source; its results contain it."""
     return hashlib.sha256(source.identity().encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -103,7 +103,7 @@ def settings_of(
     model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, options: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    What results depend on, beside the source.
+    What results depend on, besides the source.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
@@ -132,14 +132,14 @@ def record_of(source: Source, settings: dict[str, Any]) -> str:
 
 
 def is_free(source: Source, output: Path) -> bool:
-    """Whether the results of a source may be written to its place: nothing is there, or earlier results of it."""
+    """Whether the results of a source may be written to its place: it is empty, or holds earlier results of it."""
     files = image_files(output / source.place) if source.kind is Kind.IMAGE else video_files(output / source.place)
     owner, *others = files.values()
     try:
         if not owner.exists():
             return not any(file.exists() for file in others)
     except OSError:
-        return True  # writing will fail too, and say why
+        return True  # writing will fail as well, with a message
     try:
         if source.kind is not Kind.IMAGE:
             return read_json(owner)["source"] == source_hash(source)
@@ -201,8 +201,8 @@ def write_image_results(segmented: Segmented, output: Path, drawing: Drawing, se
     """
     Writes the results of an image.
 
-    The label image comes first: it says whose the others are. Each file carries the record of what made it, so that
-    results are known to be complete even if a run ended between two of them.
+    The label image is written first, since it identifies the source of the others. Each file contains the record of
+    the model and settings, so that incomplete results are detected if a run ended between two files.
 
     Args:
         segmented (`Segmented`):

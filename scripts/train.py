@@ -333,7 +333,7 @@ def run(trainer: MFuserTrainer, checkpoint: str | None):
 
 
 def train(trainer: MFuserTrainer, checkpoint: str | None = None):
-    """Trains. An error in a worker process has the message that it had there, without the worker's traceback."""
+    """Trains. An error in a worker process is raised with its original message, without the worker's traceback."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:

@@ -78,7 +78,7 @@ class DataArguments:
         default=True,
         metadata={
             "help": "With several train_data, whether classes that one of them does not label are left out of the "
-            "loss of its images. Otherwise they are taught as absent, as in plain concatenation."
+            "loss of its images. Otherwise they are treated as absent, as in plain concatenation."
         },
     )
     validation_data: str | None = field(

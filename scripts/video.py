@@ -100,10 +100,10 @@ def open_video(source: Source, rate: Fraction, read_image: Callable[[Any], np.nd
 
 class StoredVideo(Video):
     """
-    A video file, or a stream at an address.
+    A video file, or a stream at a URL.
 
     Args:
-        location (`str`): Path or address.
+        location (`str`): Path or URL.
         is_live (`bool`): Whether waiting for data is bounded.
     """
 
@@ -112,7 +112,7 @@ class StoredVideo(Video):
         try:
             self.container = self.av.open(location, timeout=NETWORK_TIMEOUT if is_live else None)
         except self.av.error.FFmpegError as error:
-            # Not its own message, which contains the address with its password.
+            # Not its own message, which contains the URL with its password.
             problem = "cannot be opened" if isinstance(error, OSError) else "is not a video that can be read"
             raise ValueError(f"it {problem}: {error.strerror}") from error
         cover = self.av.stream.Disposition.attached_pic

@@ -1,4 +1,4 @@
-"""The benchmark measures what it states. No test depends on how fast anything is."""
+"""The benchmarks measure what they state. No test depends on execution times."""
 
 import importlib
 import json

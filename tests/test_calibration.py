@@ -1,4 +1,4 @@
-"""`mfuser calibrate` fits confidences to the source, as they are and distorted, and stores them with the model."""
+"""`mfuser calibrate` fits confidences to original and distorted source images, and stores the calibration."""
 
 import json
 import shutil

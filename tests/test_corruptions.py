@@ -44,7 +44,7 @@ def test_every_corruption_changes_the_image_and_keeps_its_size(name):
     image = picture(size=(41, 57))
     before = np.array(image)
     results = [np.array(Corruption(name, severity)(image)) for severity in (1, 5)]
-    assert np.array_equal(image, before)  # the image itself is kept
+    assert np.array_equal(image, before)  # the input image is not modified
     for result in results:
         assert result.shape == before.shape and result.dtype == np.uint8
     changes = [np.abs(result.astype(float) - before).mean() for result in results]
@@ -181,8 +181,8 @@ def test_without_corruptions_a_report_has_none(tmp_path, saved_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--severities", 1], "--severities is for --corruptions, which is not given"),
-        (["--corruption-seed", 1], "--corruption-seed is for --corruptions"),
+        (["--severities", 1], "--severities requires --corruptions"),
+        (["--corruption-seed", 1], "--corruption-seed requires --corruptions"),
         (["--examples", -1], "--examples is -1; it must be at least 0"),
     ],
 )

@@ -77,7 +77,7 @@ def test_images_segmented_in_parallel_have_the_labels_of_sequential_ones(tmp_pat
         folder, options = tmp_path / f"predictions_{limit}", EvaluationOptions(batch_size=2)
         results[limit] = evaluate_domain(model, MFuserImageProcessor(), domain, options, folder, confidence=True)
         predictions[limit] = {file.name: file.read_bytes() for file in folder.rglob("*.png")}
-        # A large model runs in one thread with both cores, a small one in two with one core each.
+        # A large model runs in one thread on both cores, a small one in two threads on one core each.
         assert list(seen.values()) == [2] if limit == 0 else set(seen.values()) == {1}
         assert torch.get_num_threads() == 2
         with overlap.model_threads(model) as threads:
@@ -116,7 +116,7 @@ def test_scores_resized_class_by_class_have_the_arg_max_of_scores_resized_togeth
         found = label_map_of_scores(scores, size)
         assert found.dtype == torch.uint8
         assert torch.equal(found.long(), expected)
-    assert not label_map_of_scores(torch.ones(3, 4, 4), (4, 4)).any()  # the first of equal scores wins
+    assert not label_map_of_scores(torch.ones(3, 4, 4), (4, 4)).any()  # ties are resolved to the first class
     assert not label_map_of_scores(torch.ones(3, 4, 4), (8, 8)).any()
 
 
@@ -426,7 +426,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         model.register_forward_hook(look)
         evaluate_domain(model, MFuserImageProcessor(), domain, progress=False)
         alive[count] = max(seen)
-    # Threads are ahead by a number of images that varies; a map of one byte per pixel of every image would be more.
+    # Threads read ahead a varying number of images; label maps of all images, one byte per pixel, would take more.
     image, ahead = 40 * 40 * 32, BATCHES_AHEAD + 2
     assert alive[300] - alive[3] <= ahead * image < 297 * 40 * 40
 

@@ -96,7 +96,7 @@ def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, caps
         (["cityscapes"], [], "not of the form NAME=SOURCE"),
         (["mine=a", "mine=b"], [], "names mine more than once"),
         (["bdd100k=a"], ["--mapillary-map", "B"], "not among the --domains"),
-        (["bdd100k=a"], ["--mapillary-labels", "half"], "--mapillary-labels is for mapillary"),
+        (["bdd100k=a"], ["--mapillary-labels", "half"], "--mapillary-labels applies to mapillary"),
         (["bdd100k=a"], ["--id2label", "classes.json"], "have their own class names"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Exported artefacts: equal to the model, self-contained, and written whole or not at all."""
+"""Exported artefacts are equal to the model, self-contained, and written completely or not at all."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def save_image(path, size=(100, 72), seed=0):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """In place of the model's computation, whose export takes minutes: a convolution, and a bias that is a weight."""
+    """Replaces the model, whose export takes minutes, by a convolution and a bias that is a weight."""
     kernel = torch.randn(len(CLASSES), 3, 3, 3, generator=torch.Generator().manual_seed(0))
 
     def forward(model, pixel_values, *args, **kwargs):
@@ -52,8 +52,8 @@ def stand_in(monkeypatch):
 
 def run_elsewhere(folder, image, kind, code=0):
     """
-    The labels that run.py writes, and what it prints, in a process that cannot import what it must not need; with
-    another exit code, what it prints to stderr.
+    The labels that run.py writes, and its output, in a process without the packages that it must not need; with
+    another exit code, its output on stderr.
     """
     program = "import sys, runpy; sys.modules.update(dict.fromkeys({!r})); sys.argv[0] = {!r}; "
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -130,7 +130,7 @@ def test_an_artefact_runs_where_mfuser_and_transformers_are_not(kind, tmp_path, 
     assert "largest difference of scores" in printed and str(output / export.FILES[kind]) in printed
     assert {path.name for path in output.iterdir()} == {export.FILES[kind], "artefact.json", "run.py"}
     assert json.loads((output / "artefact.json").read_text())["classes"] == list(CLASSES)
-    assert [path.name for path in output.parent.iterdir()] == ["artefact"]  # nothing temporary is left
+    assert [path.name for path in output.parent.iterdir()] == ["artefact"]  # no temporary file remains
 
     pixels = save_image(tmp_path / "image.png")
     labels, text = run_elsewhere(output, tmp_path / "image.png", kind)

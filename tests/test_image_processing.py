@@ -1,4 +1,4 @@
-"""Tests of the image processor: the pixels that the model receives, and the label maps of its scores."""
+"""Tests of the image processor: the pixels that the model receives, and the label maps computed from its scores."""
 
 import json
 import logging
@@ -370,7 +370,7 @@ def test_padding_is_cut_off_the_maps(settings):
     processor = MFuserImageProcessor(**settings)
     images = [random_image(10, 30), random_image(20, 15)]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    # A "model" that answers class 1 within an image and class 2 on its padding.
+    # A "model" that predicts class 1 within an image and class 2 on its padding.
     scores = torch.stack([scores_of(torch.where(image.abs().sum(0) > 0, 1, 2)) for image in pixel_values])
     maps = processor.post_process_semantic_segmentation(SimpleNamespace(logits=scores), [(10, 30), (20, 15)])
     assert [tuple(label_map.shape) for label_map in maps] == [(10, 30), (20, 15)]

@@ -1,4 +1,4 @@
-"""Monitored domains are scored and logged, select nothing and change nothing; several validation sets have names."""
+"""Monitored domains are scored and logged, but do not affect training or selection; validation sets can be named."""
 
 import json
 import math
@@ -25,7 +25,7 @@ REASON = "selecting on a target domain invalidates a domain-generalisation resul
 
 
 class OtherSamples(Dataset):
-    """Four samples that differ from those that are trained on, whose reading uses every global random stream."""
+    """Four samples that differ from the training samples; reading them uses every global random generator."""
 
     def __len__(self):
         return 4

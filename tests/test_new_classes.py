@@ -1,4 +1,4 @@
-"""Other classes than those a model was saved with: `from_pretrained`, checks of names and tokenizers, training."""
+"""Loading a model with other classes than the saved ones: `from_pretrained`, checks of names, training."""
 
 import copy
 import logging
@@ -56,7 +56,7 @@ def assert_kept(model, trained, names=TABLES):
 
 
 def assert_learns(model):
-    """Every row that is new changes in one step of training."""
+    """Every new row changes in one training step."""
     model.train()
     batch = tiny_batch()
     batch["labels"] = torch.randint(0, 5, batch["labels"].shape, generator=torch.Generator().manual_seed(0))

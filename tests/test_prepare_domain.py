@@ -228,7 +228,7 @@ def test_workers_do_not_change_a_byte(tmp_path):
     assert load_domain(tmp_path / "parallel").dataset["name"] == [f"images/{n:05}.png" for n in (1, 2, 4, 5, 6, 7)]
 
 
-# stopped and started again
+# interrupted and continued
 
 KILLED = """
 import os, signal, sys
@@ -430,7 +430,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["gta5", "nowhere", "out"], "none of the known pairs of files"),
-        (["gta5", "raw", "out", "--mapillary-map", "A"], "--mapillary-map is for mapillary"),
+        (["gta5", "raw", "out", "--mapillary-map", "A"], "--mapillary-map applies to mapillary"),
         (["gta5", "raw", "out", "--split", "val"], "has no split 'validation'; it has train"),
         (["gta5", "raw", "out", "--id2label", "camvid"], "has its own class names"),
         (["gta5", "raw", "out", "--workers", "0"], "at least 1"),

@@ -319,7 +319,7 @@ def test_saved_and_loaded_it_is_the_same_model(pretrained, tmp_path):
         torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits)
 
 
-# --- what can't work -----------------------------------------------------------------------------------------------
+# --- invalid combinations ------------------------------------------------------------------------------------------
 
 
 def test_other_encoders_are_refused(pretrained):

@@ -1,4 +1,4 @@
-"""A result becomes a page that needs nothing else and shows any name as it is; unequal protocols are not compared."""
+"""A report is self-contained and escapes all names; results of different protocols are not compared."""
 
 import copy
 import json
@@ -258,7 +258,7 @@ def test_results_are_named_after_their_files(tmp_path):
         result_names([tmp_path / "a.json", tmp_path / "b/../a.json"])
 
 
-# files that are not what they should be
+# invalid files
 
 
 DAMAGED = {

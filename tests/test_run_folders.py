@@ -1,4 +1,4 @@
-"""Folders of `mfuser train`: no run loses the results of another one, and none continues another one unnoticed."""
+"""Folders of `mfuser train`: no run overwrites the results of another one, or continues it with other settings."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def message_of(capsys) -> str:
     return line
 
 
-# --- the promise: settings, what is said, and that everything is kept ------------------------------------------------
+# --- guarantee: settings that are refused, the messages, and that everything is kept ---------------------------------
 
 REFUSED = {
     "a used folder": (

@@ -19,7 +19,7 @@ CLASS_NAMES = ["road", "sky", "unicorn"]
 
 
 class ThresholdModel:
-    """Replaces a model: the class is 0, 1 or 2 where the red channel is dark, medium or bright."""
+    """Replaces a model: it predicts class 0, 1 or 2 where the red channel is dark, medium or bright."""
 
     config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)), crop_size=1 << 20)
     config.crop_stride, config.windows_per_batch, config.confidence_calibration = 1 << 20, 1, None
@@ -334,7 +334,7 @@ def test_a_legend_has_room_for_every_class():
     assert (legend[:, -5:] == 255).all() and (legend[-5:] == 255).all()
 
 
-# Several images at once, and results that exist
+# Several images in parallel, and existing results
 
 
 def test_images_segmented_in_parallel_give_the_results_and_messages_of_sequential_ones(model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The exported selective scan: plain operators, right for any length, in other processes and in ONNX Runtime."""
+"""The exported selective scan: plain operators, correct for any length, in other processes and in ONNX Runtime."""
 
 import subprocess
 import sys

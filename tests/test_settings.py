@@ -1,4 +1,4 @@
-"""Settings of `mfuser train`: every wrong one ends with one line that names it and what is accepted, exit code 2."""
+"""Settings of `mfuser train`: an invalid one ends with exit code 2 and one line that names it and what is accepted."""
 
 import string
 

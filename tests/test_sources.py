@@ -1,4 +1,4 @@
-"""Several sources: draws follow the weights, labels get the ids of all classes, unlabelled classes are not taught."""
+"""Several sources: draws follow the weights, labels get the ids of all classes, unlabelled classes have no loss."""
 
 import datasets
 import numpy as np

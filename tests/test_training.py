@@ -184,7 +184,7 @@ def test_evaluation_equals_an_independent_mean_iou_and_keeps_no_logits(tmp_path)
 
 
 class ColourModel(nn.Module):
-    """Stands in for a model: the score of each class is a colour channel, or minus their sum."""
+    """Replaces a model: the score of each class is a colour channel, or minus their sum."""
 
     def __init__(self, config):
         super().__init__()

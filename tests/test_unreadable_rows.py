@@ -1,4 +1,4 @@
-"""Rows that cannot be read: named, or skipped and counted; a monitored domain never ends the training."""
+"""Unreadable rows are named, or skipped and counted; those of a monitored domain never stop the training."""
 
 import io
 import json
@@ -40,7 +40,7 @@ DAMAGES = {
     "text instead of an image": ("image", b"not an image", "cannot identify image file"),
     "an empty image": ("image", b"", ""),
     "a truncated label": ("label", png(LABEL)[:60], ""),
-    "a label that is no class": (
+    "a label that is not a class": (
         "label",
         png(LABEL + 7),
         "the label holds [7], which are neither classes (0..3) nor 255",

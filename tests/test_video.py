@@ -56,7 +56,7 @@ def record_in(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-# --- the promise: all frames, times and sound ------------------------------------------------------------------------
+# --- guarantee: all frames, timestamps and audio ---------------------------------------------------------------------
 
 
 def test_a_video_gives_its_overlay_with_the_same_times_and_audio(model, tmp_path, capsys):
@@ -361,7 +361,7 @@ def test_nonfinite_scores_keep_the_results_of_an_earlier_run(model, tmp_path, ca
 
 
 @pytest.mark.parametrize("address", ["rtsp://me:secret@127.0.0.1:1/live", "http://me:secret@127.0.0.1:1/a.m3u8"])
-def test_an_address_that_cannot_be_opened_is_named_without_its_password(model, tmp_path, capsys, address):
+def test_a_url_that_cannot_be_opened_is_named_without_its_password(model, tmp_path, capsys, address):
     assert run(address, "--output", tmp_path / "out") == 1
     printed = capsys.readouterr()
     assert re.search("skipped (rtsp|http)://127.0.0.1:1/.*: .+", printed.err)
@@ -465,7 +465,7 @@ def test_the_results_of_a_video_are_complete_whenever_a_run_ends(model, tmp_path
             assert not [name for name in files(output) if name.endswith(".tmp")]
 
 
-# --- results that exist ----------------------------------------------------------------------------------------------
+# --- existing results ------------------------------------------------------------------------------------------------
 
 
 def test_finished_videos_are_skipped_and_others_are_not(model, tmp_path, capsys, monkeypatch):

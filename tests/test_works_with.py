@@ -1,4 +1,4 @@
-"""Every example of docs/works_with.md runs as it stands there."""
+"""Every example of docs/works_with.md runs unchanged."""
 
 import os
 import re

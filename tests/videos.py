@@ -39,7 +39,7 @@ def write_video(
 
     Args:
         times (`list[int]`, *optional*): When each is shown, in units of `time_base`; by default evenly.
-        sound (`str`, *optional*): Codec of a tone that is added.
+        sound (`str`, *optional*): Codec of an audio track with a tone, which is added.
         codec, pix_fmt (`str`): How pictures are encoded.
         options (`str`): Of the container.
     """
@@ -88,7 +88,7 @@ def read_video(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes
 
 
 def rotate_clockwise(path: Path) -> None:
-    """Marks an MP4 file as one that is turned by 90 degrees clockwise to be shown, as telephones do."""
+    """Marks an MP4 file as rotated by 90 degrees clockwise for display, as phones do."""
     content = bytearray(path.read_bytes())
     start = content.index(b"tkhd") + 44
     matrix = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)

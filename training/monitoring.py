@@ -1,8 +1,8 @@
 """
-Target domains that are scored while a model is trained.
+Target domains that are scored during training.
 
-Their scores are logged and go nowhere else: they are not among the metrics by which [`Trainer`] selects the best
-checkpoint, and training is bit-equal with and without them.
+Their scores are only logged: they are not among the metrics by which [`Trainer`] selects the best checkpoint, and
+training is bit-identical with and without them.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def open_monitored_domains(
         image_processor, images:
             As in [`MonitoredDomain`].
         image_column, label_column, id2label:
-            As in [`~mfuser.evaluation.domains.open_domain`]. `id2label` is used for names that are no known domain.
+            As in [`~mfuser.evaluation.domains.open_domain`]. `id2label` is used for names of unknown domains.
 
     Returns:
         `dict[str, MonitoredDomain]`: The domains by name.
@@ -181,7 +181,7 @@ def check_validation_source(
     """
     Checks that the validation data is not another split of a monitored domain.
 
-    Validation data of a training domain is accepted: its splits may be domains in themselves, as CamVid's dusk is.
+    Validation data of a training domain is accepted: its splits may be domains of their own, like CamVid's dusk.
 
     Raises:
         ValueError: If the folder or the prepared domain of `validation_data` is that of a monitored domain and not

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and none of its results is lost to another run."""
+"""The folder of a run: it is used by one run at a time, and no run overwrites the results of another."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ PARTS = {
     "state of the random numbers": ("rng_state*.pth",),
     "state of the run": (TRAINER_STATE_NAME,),
 }
-# What a run writes in its folder beside checkpoints and weights.
+# Files that a run writes into its folder in addition to checkpoints and weights.
 RESULTS = (CONFIG_FILE, RECORD_FILE, TRAINER_STATE_NAME, "training_args.bin", "preprocessor_config.json", "README.md")
 
 
@@ -105,7 +105,7 @@ def checkpoint_to_resume(folder: Path, resume: str | bool) -> str | None:
 
 def check_checkpoint(checkpoint: str | Path) -> None:
     """
-    Checks that a checkpoint is complete and that none of its files is cut off.
+    Checks that a checkpoint is complete and that none of its files is truncated.
 
     Trainer would continue without the state of the optimizer or of the random numbers if their files were missing.
 
@@ -136,7 +136,7 @@ def remove_earlier_run(folder: Path) -> None:
     """Deletes the checkpoints and the results of an earlier run. Other files are kept."""
     for checkpoint in sort_checkpoints(str(folder)):
         discard(Path(checkpoint))
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it, the rest is no model
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it, the rest is not a model
     for path in [each for pattern in (*RESULTS, *WEIGHTS) for each in folder.glob(pattern)]:
         path.unlink()
 

@@ -1,5 +1,5 @@
 """
-The record of a run: what determines its result. It is saved with every checkpoint and compared when a run is resumed.
+The record of a run: everything that determines its result. It is saved with every checkpoint and compared on resuming.
 
 It holds the settings that change the result, the configuration of the model, and fingerprints of the training data
 and of the frozen weights. Paths are not compared, so that data and encoders may be moved.
@@ -38,7 +38,7 @@ FREE_SETTINGS = (
     *("activation_checkpointing", "activation_checkpointing_", "gradient_checkpointing", "gradient_checkpointing_"),
     *("skip_memory_metrics", "enable_jit_checkpoint", "batch_eval_metrics", "prediction_loss_only", "label_names"),
     *("restore_callback_states_from_checkpoint", "max_nonfinite_steps", "skip_unreadable"),
-    # The stated exceptions: the schedule is computed for the new length.
+    # Exceptions, which change the result: the schedule is computed for the new length.
     *("max_steps", "num_train_epochs"),
 )
 COMPARED_AFTER_ALL = ("dataloader_drop_last",)  # decides which samples an epoch has
@@ -59,7 +59,7 @@ def training_settings(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """A value after a round trip through JSON."""
     if isinstance(value, enum.Enum):
         value = value.value
     return json.loads(json.dumps(value, default=str))
@@ -177,7 +177,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _compared(value: Any) -> Any:
-    """What is compared of a value: the content of data, wherever it is."""
+    """The part of a value that is compared: of data, the content but not the location."""
     return (value["rows"], value["content"]) if _is_data(value) else value
 
 

@@ -198,7 +198,7 @@ class MFuserTrainer(Trainer):
                 validation sets; by default the validation set.
 
         Raises:
-            ValueError: If there is no validation set, or none of this name.
+            ValueError: If there is no validation set, or none with this name.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
