@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import has_file, logging
+from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +42,8 @@ CLASS_TABLES = (
     "decoder.predictor.class_head.weight",
     "decoder.predictor.class_head.bias",
 )
-# Arguments of `from_pretrained` that say where a file comes from.
-HUB_FIELDS = ("cache_dir", "local_files_only", "revision", "token")
+# Arguments of `from_pretrained` that select a file on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def clip_token_row(name_tokens: tuple[int, ...] | list[int], length: int = CLASS_TOKEN_LENGTH) -> list[int]:
@@ -176,8 +176,8 @@ def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTra
 
 def _contains_tokenizer(folder: str, **hub_kwargs) -> bool:
     try:
-        return has_file(folder, "tokenizer_config.json", **hub_kwargs)
-    except (OSError, ValueError):  # offline, or no valid id
+        return cached_file(folder, "tokenizer_config.json", **hub_kwargs) is not None
+    except (OSError, ValueError):  # no such file, offline, or no valid id
         return False
 
 
@@ -376,7 +376,7 @@ def requested_classes(
         return None
     if config is None and class_names is None and not any(name in kwargs for name in label_fields):
         return None
-    hub_kwargs = {name: kwargs[name] for name in HUB_FIELDS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     saved_fields = config_class.get_config_dict(folder, **hub_kwargs)[0]
     if not saved_fields:
         return None  # Transformers raises an error

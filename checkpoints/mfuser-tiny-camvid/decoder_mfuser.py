@@ -50,7 +50,7 @@ class MFuserUpsampling(nn.ConvTranspose2d):
         self._projected_kernel = WeightsCache()
 
     # An argument of `forward` rather than a second method, because Accelerate's hooks act on `forward` alone.
-    def forward(  # type: ignore[override]  # `projection` takes the place of the unused `output_size`
+    def forward(  # type: ignore[override]  # `projection` replaces the unused `output_size`
         self, maps: torch.Tensor, projection: Projection | None = None
     ) -> torch.Tensor:
         """

@@ -26,6 +26,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .class_names_mfuser import HUB_ARGUMENTS
 from .files import sha256, write_text
 from .pretrained_mfuser import PretrainedEncoders, load_pretrained_encoders, tower_weights
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
@@ -35,7 +36,6 @@ logger = logging.get_logger(__name__)
 # Saved next to weights without the frozen encoders: the location of each encoder, and the hashes of its weights.
 ENCODERS_FILE = "encoders.json"
 ENCODERS = {"vfm": "vision foundation model", "vlm": "vision-language model"}
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict] | None:
@@ -60,7 +60,7 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
 
 
 def write_encoders_file(folder: str | Path, encoders: Mapping[str, Mapping]) -> None:
-    """Writes the encoders that [`checked_encoders`] returned beside the weights of a model."""
+    """Writes the encoders that [`checked_encoders`] returned next to the weights of a model."""
     write_text(Path(folder, ENCODERS_FILE), json.dumps(encoders, indent=2) + "\n")
 
 

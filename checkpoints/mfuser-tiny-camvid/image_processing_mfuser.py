@@ -25,19 +25,19 @@ from transformers.utils import TensorType, logging
 
 from .class_names_mfuser import IGNORE_INDEX
 from .confidence_mfuser import check_threshold, mark_unknown, resize_maps, resized_confidences
-from .images_mfuser import MFuserBatchFeature, check_range, label_array, resize, to_numpy, to_uint8_or_float32
+from .images_mfuser import (
+    SUPPORTED_SIZES,
+    MFuserBatchFeature,
+    check_range,
+    label_array,
+    resize,
+    resized_size,
+    to_numpy,
+    to_uint8_or_float32,
+)
 from .postprocessing_mfuser import check_sizes, label_map_of_scores
 
 logger = logging.get_logger(__name__)
-
-SUPPORTED_SIZES = (
-    {"shortest_edge", "longest_edge"},
-    {"shortest_edge"},
-    {"longest_edge"},
-    {"max_height", "max_width"},
-    {"height", "width"},
-)
-
 
 # Other fields of the file of a saved image processor, and arguments that Transformers passes when it loads one.
 SAVED_ALONG = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
@@ -55,31 +55,6 @@ class MFuserImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
 
 CHECKED_VALUES = ("rescale_factor", "image_mean", "image_std", "resample")
 SETTINGS = frozenset({**ImagesKwargs.__annotations__, **MFuserImageProcessorKwargs.__annotations__})
-
-
-def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Returns (height, width) times `scale`, rounded half up as in mmcv's `imrescale`, and at least 1 pixel each."""
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
-    """
-    Returns the (height, width) in pixels to which an image is resized.
-
-    `{"height", "width"}` is exact. All other forms keep the aspect ratio and give the largest image within every limit
-    that they name, rounded half up as in mmcv's `imrescale`, which the published test protocols use.
-    """
-    size = size if isinstance(size, SizeDict) else SizeDict(**size)
-    if size.height is not None:
-        return size.height, size.width
-    limits = (
-        (size.shortest_edge, min(height, width)),
-        (size.longest_edge, max(height, width)),
-        (size.max_height, height),
-        (size.max_width, width),
-    )
-    scale = min(limit / length for limit, length in limits if limit is not None)
-    return scaled_size(height, width, scale)
 
 
 class MFuserImageProcessor(PilBackend):

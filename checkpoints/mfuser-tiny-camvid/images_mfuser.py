@@ -1,4 +1,4 @@
-"""Images and label maps as arrays: conversion of every accepted kind, checks of their values, and batches of them."""
+"""Images and label maps as arrays: conversion of all accepted kinds, checks of values, resizing, and batches."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageInput, PILImageResampling
+from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
 from transformers.utils import logging
 
 from .class_names_mfuser import IGNORE_INDEX
@@ -19,6 +19,14 @@ AMBIGUOUS_RANGE = (0, 10)
 UNIT_RANGE_TOLERANCE = 0.5  # overshoot of bicubic resampling; normalised photographs exceed it
 NORMALISED_LIMIT = 10  # in standard deviations
 LARGEST_LABEL = np.iinfo(np.int32).max
+# The fields that `size` of an image processor may have.
+SUPPORTED_SIZES = (
+    {"shortest_edge", "longest_edge"},
+    {"shortest_edge"},
+    {"longest_edge"},
+    {"max_height", "max_width"},
+    {"height", "width"},
+)
 
 
 def to_numpy(image: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -99,6 +107,31 @@ def check_range(image: np.ndarray, do_rescale: bool | None, do_normalize: bool |
             f"{found} and `do_normalize=False` they must be normalised, so at most {NORMALISED_LIMIT} in absolute "
             "value. Leave both out for values in 0..255."
         )
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Returns (height, width) times `scale`, rounded half up as in mmcv's `imrescale`, and at least 1 pixel each."""
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
+    """
+    Returns the (height, width) in pixels to which an image is resized.
+
+    `{"height", "width"}` is exact. All other forms keep the aspect ratio and give the largest image within every limit
+    that they name, rounded half up as in mmcv's `imrescale`, which the published test protocols use.
+    """
+    size = size if isinstance(size, SizeDict) else SizeDict(**size)
+    if size.height is not None:
+        return size.height, size.width
+    limits = (
+        (size.shortest_edge, min(height, width)),
+        (size.longest_edge, max(height, width)),
+        (size.max_height, height),
+        (size.max_width, width),
+    )
+    scale = min(limit / length for limit, length in limits if limit is not None)
+    return scaled_size(height, width, scale)
 
 
 def resize(array: np.ndarray, size: tuple[int, int], resample: PILImageResampling | int) -> np.ndarray:

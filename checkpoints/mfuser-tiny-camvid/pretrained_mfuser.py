@@ -24,7 +24,7 @@ from transformers import (
 from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids, pretrained_tokenizer
 from .configuration_mfuser import MFuserConfig, evenly_paired
 from .modeling_eva02_clip import Eva02ClipModel
-from .towers_mfuser import Resampled, resample_grid
+from .resampling_mfuser import Resampled, resample_grid
 
 VFM_CLASSES = {
     "dinov2": Dinov2Model,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from .configuration_mfuser import MFuserConfig
+
 Window = tuple[slice, slice]
 
 # Enough tokens for matrix products to run at their full rate on a CPU.
@@ -31,25 +33,27 @@ def sliding_windows(height: int, width: int, crop: int, stride: int) -> list[Win
     ]
 
 
-def windows_per_batch(
-    pixel_values: torch.Tensor, crop: int, patch_size: int, channels: int, dtype: torch.dtype
-) -> int:
+def windows_per_batch(pixel_values: torch.Tensor, config: MFuserConfig, dtype: torch.dtype) -> int:
     """
-    Number of windows of every image to segment together: as many as fit into half of the free memory of a GPU, or as
-    keep a CPU busy.
+    Number of windows of every image to segment together: `config.windows_per_batch`, or as many as fit into half of
+    the free memory of a GPU, or as keep a CPU busy.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images.
-        crop (`int`): Side of a window, in pixels.
-        patch_size (`int`): Side of a patch, in pixels.
-        channels (`int`): Channels of the feature pyramid.
-        dtype (`torch.dtype`): Of the activations.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            The images.
+        config ([`MFuserConfig`]):
+            Configuration of the model.
+        dtype (`torch.dtype`):
+            Of the activations.
     """
+    if config.windows_per_batch:
+        return config.windows_per_batch
+    crop = config.crop_size
     batch, _, height, width = pixel_values.shape
-    patches = min(height, crop) * min(width, crop) // patch_size**2 * batch
+    patches = min(height, crop) * min(width, crop) // config.patch_size**2 * batch
     if pixel_values.device.type != "cuda" or torch.compiler.is_compiling():
         return max(1, CPU_TOKENS_PER_BATCH // patches)
-    needed = LARGEST_MAPS_ALIVE * LARGEST_MAP_POSITIONS_PER_PATCH * patches * channels * dtype.itemsize
+    needed = LARGEST_MAPS_ALIVE * LARGEST_MAP_POSITIONS_PER_PATCH * patches * config.pyramid_channels * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(pixel_values.device)
     reusable = torch.cuda.memory_reserved(pixel_values.device) - torch.cuda.memory_allocated(pixel_values.device)
     return max(1, (free + reusable) // 2 // needed)
