@@ -137,8 +137,25 @@ def test_a_model_without_checkpoints_is_not_overwritten_by_resuming(run, recipe,
         shutil.rmtree(checkpoint)
     before = files_in(run)
     assert train.main([str(recipe), "resume=true"]) == 2
-    assert "which holds a model but no checkpoint to resume from" in message_of(capsys)
+    assert "which holds README.md but no checkpoint to resume from" in message_of(capsys)
     assert files_in(run) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("resume", "which holds README.md but no checkpoint to resume from; give an empty folder"),
+        ("overwrite_output_dir", "whose README.md was not written by `mfuser train`; give another folder"),
+    ],
+)
+def test_files_of_something_else_are_neither_replaced_nor_deleted(setting, message, recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for name in ("README.md", "adapter.safetensors"):
+        (tmp_path / "run" / name).write_text("mine")
+    before = files_in(tmp_path / "run")
+    assert train.main([str(recipe), f"{setting}=true"]) == 2
+    assert message in message_of(capsys)
+    assert files_in(tmp_path / "run") == before
 
 
 def test_overwriting_deletes_the_earlier_run_and_keeps_other_files(finished, run, recipe):
