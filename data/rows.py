@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from mfuser.data.label_maps import check_sizes, label_ids, read_label
 from mfuser.data.layouts import Pair
+from mfuser.images_mfuser import rgb_image
 
 try:
     import datasets
@@ -145,7 +146,7 @@ class DownloadRows(Rows):
     def _decode(self, index: int) -> Row:
         pair = self.pairs[index]
         with Image.open(pair.image) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = rgb_image(ImageOps.exif_transpose(file))
         if pair.label is None:
             return Row(image, None)
         return Row(image, read_label(pair.label.read_bytes(), self.class_in_red_channel))
@@ -210,7 +211,7 @@ class DatasetRows(Rows):
 
     def _decode(self, index: int) -> Row:
         row = self.dataset[index]
-        image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+        image = rgb_image(ImageOps.exif_transpose(row["image"]))
         return Row(image, None if row["label"] is None else label_ids(row["label"]))
 
 
