@@ -58,7 +58,7 @@ class ValidationDataset(Dataset):
 
 def validation_sample(image: Image.Image, label: np.ndarray, image_processor) -> dict[str, torch.Tensor]:
     """The prepared pixels of an image and its label map at full size, as the model takes them."""
-    pixel_values = image_processor(rgb_image(image), return_tensors="pt")["pixel_values"][0]
+    pixel_values = image_processor(rgb_image(image), do_pad=False, return_tensors="pt")["pixel_values"][0]
     return {"pixel_values": pixel_values, "labels": torch.from_numpy(label.copy())}
 
 
