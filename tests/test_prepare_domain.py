@@ -3,6 +3,7 @@ number of workers, and a run that was stopped at any point continues."""
 
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from mfuser.data import rows as data_rows
 from mfuser.data.layouts import has_split
 from mfuser.data.loading import PREPARATION_FILE, load_domain
 from mfuser.data.preparation import prepare
-from mfuser.data.tables import DOMAINS, MAPILLARY
+from mfuser.data.tables import CITYSCAPES_LABELS, DOMAINS, MAPILLARY
 from mfuser.scripts import prepare_domain
 from mfuser.scripts.prepare_domain import main
 
@@ -503,6 +504,24 @@ def test_raw_ids_in_a_column_are_mapped_by_their_domain(tmp_path):
     assert dataset["name"] == ["00000000", "00000001", "00000002"]
     expected = DOMAINS["cityscapes"].label_map().lookup[fake.all_ids(range(34))]
     np.testing.assert_array_equal(np.array(dataset[2]["label"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("domain", "names", "message"),
+    [
+        ("camvid", {0: "road", 1: "sky"}, "0 is 'road', not 'sky'"),
+        ("cityscapes", DOMAINS["cityscapes"].id2label, "0 is 'road'; in the labelIds of Cityscapes, it is no class"),
+        ("cityscapes", dict(enumerate(name for _, name, _ in CITYSCAPES_LABELS[:34])), None),
+    ],
+)
+def test_class_names_beside_the_data_that_contradict_its_domain_are_refused(tmp_path, capsys, domain, names, message):
+    parquet(tmp_path / "raw/train.parquet", [0, 1])
+    (tmp_path / "raw/id2label.json").write_text(json.dumps(names))
+    code = main([domain, str(tmp_path / "raw"), str(tmp_path / "out"), *COLUMNS])
+    if message is None:
+        assert code == 0
+    else:
+        assert code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_an_interrupted_run_over_columns_continues(tmp_path, capsys):
