@@ -188,14 +188,21 @@ def resize(array: np.ndarray, size: tuple[int, int], resample: PILImageResamplin
     return np.asarray(Image.fromarray(array).resize((width, height), resample))
 
 
+def check_is_lossless(label: Image.Image) -> None:
+    """Raises `ValueError` if a label map was read from a JPEG file."""
+    if label.format == "JPEG":
+        raise ValueError("the label is a JPEG; lossy compression changes ids, so labels must be PNG")
+
+
 def label_array(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> np.ndarray:
     """
     Converts a label map to int32 of shape (H, W).
 
     Raises:
-        ValueError: If it has several channels, or values that are not class ids.
+        ValueError: If it has several channels or values that are not class ids, or is a JPEG.
     """
     if isinstance(segmentation_map, Image.Image):
+        check_is_lossless(segmentation_map)
         labels = np.asarray(segmentation_map)
     else:
         labels = to_numpy(segmentation_map)

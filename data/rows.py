@@ -16,6 +16,7 @@ from mfuser.images_mfuser import rgb_image
 
 try:
     import datasets
+    import pyarrow.compute
 except ImportError:
     datasets = None
 
@@ -154,8 +155,12 @@ class DownloadRows(Rows):
 
 def _identity(pair: Pair) -> list[Any]:
     """Changes when a file is replaced, for instance downloaded again because it was damaged."""
-    files = [file.stat() for file in (pair.image, pair.label) if file]
-    return [pair.name, pair.condition, *((status.st_size, status.st_mtime_ns) for status in files)]
+    return [pair.name, pair.condition, *(_size_and_time(file) for file in (pair.image, pair.label) if file)]
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,14 @@ class DatasetRows(Rows):
 
     @property
     def identities(self) -> list[Any]:
-        return [[self._undecoded._fingerprint, self.first + row] for row in range(len(self))]
+        identities: list[Any] = [[self._undecoded._fingerprint, self.first + row] for row in range(len(self))]
+        for column in ("image", "label"):
+            cells = self._undecoded.select_columns(column).with_format("arrow")
+            paths = (path for batch in cells.iter(1000) for path in _paths_without_content(batch[column]))
+            for identity, path in zip(identities, paths, strict=True):
+                if path is not None and Path(path).is_file():
+                    identity.append(_size_and_time(Path(path)))
+        return identities
 
     @cached_property
     def _undecoded(self):
@@ -213,6 +225,12 @@ class DatasetRows(Rows):
         row = self.dataset[index]
         image = rgb_image(ImageOps.exif_transpose(row["image"]))
         return Row(image, None if row["label"] is None else label_ids(row["label"]))
+
+
+def _paths_without_content(cells) -> list[str | None]:
+    """The path in each undecoded image of an Arrow column; `None` for those that hold the content of a file."""
+    content, paths = (pyarrow.compute.struct_field(cells, field) for field in ("bytes", "path"))
+    return pyarrow.compute.if_else(pyarrow.compute.is_null(content), paths, None).to_pylist()
 
 
 def _file_content(value: dict | None) -> bytes:

@@ -318,6 +318,18 @@ def test_a_map_that_does_not_fit_is_refused_with_a_reason(processor, maps, messa
 # Batches
 
 
+def test_a_jpeg_is_no_label_map(processor, tmp_path):
+    image = random_image()
+    for form in ("png", "jpeg"):
+        Image.fromarray(random_image(channels=1) % 4).save(tmp_path / f"labels.{form}")
+    expected = random_image(channels=1) % 4
+    for labels in (str(tmp_path / "labels.png"), Image.open(tmp_path / "labels.png")):
+        np.testing.assert_array_equal(processor(image, labels)["labels"][0], expected)
+    for labels in (str(tmp_path / "labels.jpeg"), Image.open(tmp_path / "labels.jpeg")):
+        with pytest.raises(ValueError, match="the label is a JPEG; lossy compression changes ids"):
+            processor(image, labels)
+
+
 def test_images_of_different_size_are_padded_right_and_below(processor):
     small, large = random_image(10, 30), random_image(20, 15, seed=1)
     inputs = processor([small, Image.fromarray(large)], [small[..., 0], large[..., 0]], return_tensors="pt")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mfuser.data.augmentation import AUGMENTATION_STREAM, TrainingAugmentation, random_generator
 from mfuser.data.layouts import find_pairs
-from mfuser.data.loading import load_domain
+from mfuser.data.loading import load_domain, open_columns
 from mfuser.data.preparation import prepare
 from mfuser.data.rows import DatasetRows, DownloadRows
 from mfuser.data.tables import DOMAINS
@@ -73,6 +73,22 @@ def test_the_identity_of_a_row_changes_with_its_files(tmp_path):
     fake.write(tmp_path / "labels/00002.png", b"another")
     after = DownloadRows(pairs).identities
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_the_identity_of_a_row_changes_with_the_files_its_cells_refer_to(tmp_path):
+    paths, content = [], []
+    for name in "abc":
+        paths.append(str(fake.write(tmp_path / f"{name}.png", fake.encoded_label(fake.all_ids([0, 1])))))
+        content.append(fake.encoded_image())
+    datasets.Dataset.from_dict({"image": content, "label": paths}).to_parquet(tmp_path / "train.parquet")
+    dataset, _ = open_columns(tmp_path, None, "image", "label")
+    before = DatasetRows(dataset).identities
+    assert DatasetRows(dataset).identities == before
+    fake.write(tmp_path / "b.png", fake.encoded_label(fake.all_ids([0, 1, 2])))
+    after = DatasetRows(dataset).identities
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    (tmp_path / "c.png").unlink()
+    assert DatasetRows(dataset).identities[2] != after[2]
 
 
 def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
