@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.data.unreadable import SkippedRows, check_label, read_row
-from mfuser.images_mfuser import scaled_size
+from mfuser.images_mfuser import rgb_image, scaled_size
 
 # A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.
 REDRAWS = 10
@@ -345,7 +345,7 @@ def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np
 
 def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.asarray(rgb_image(image))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"the image is an array of {image.dtype} and shape {image.shape}; it must be uint8 of shape "

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.images_mfuser import check_is_lossless
 
 EXIF_ORIENTATION = 0x0112
 
@@ -95,8 +96,7 @@ def label_ids(label: Image.Image) -> np.ndarray:
     Raises:
         ValueError: If the label is a JPEG or a colour image, or holds an id above 255.
     """
-    if label.format == "JPEG":
-        raise ValueError("the label is a JPEG; lossy compression changes ids, so labels must be PNG")
+    check_is_lossless(label)
     if label.mode in ("L", "P", "1"):
         return np.asarray(label).astype(np.uint8, copy=False)
     if label.mode.startswith("I"):

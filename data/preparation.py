@@ -24,10 +24,12 @@ from mfuser.data.domain import Domain
 from mfuser.data.label_maps import LabelMap
 from mfuser.data.layouts import find_pairs, has_split
 from mfuser.data.loading import (
+    NAMES_FILE,
     PREPARATION_FILE,
     SPLIT_ALIASES,
     available_splits,
     class_names,
+    names_beside,
     open_columns,
     pick_split,
 )
@@ -247,6 +249,7 @@ def prepare(
         if domain:
             conversion = Conversion(domain.label_map(label_map), domain.classes, domain.class_in_red_channel)
             map_name = domain.label_map_name(label_map)
+            _check_names_of_ids(root, domain, map_name)
         else:
             classes = tuple(class_names(root, id2label).values())
             conversion, map_name = Conversion(LabelMap.identity(len(classes)), classes), "trainIds"
@@ -293,6 +296,22 @@ def _check_arguments(
     if domain:
         domain.label_map_name(label_map)  # raises ValueError if there is no such map
     return domain
+
+
+def _check_names_of_ids(root: str, domain: Domain, map_name: str) -> None:
+    """Raises `ValueError` if an `id2label.json` beside the data contradicts the label map of a domain."""
+    ids = domain.label_maps[map_name]
+    named = names_beside(root) or {}
+    if named and ids == {**domain.id2label, IGNORE_INDEX: None}:
+        class_names(root, domain.name)  # the ids are train ids, so all names must be equal
+    # Other ids may have finer names, several of which the map merges.
+    wrong = [raw for raw, name in named.items() if name in domain.classes and ids.get(raw) != name]
+    if wrong:
+        raw = wrong[0]
+        raise ValueError(
+            f"{root} has an {NAMES_FILE} in which {raw} is {named[raw]!r}; in the {map_name} of {domain.title}, it is "
+            f"{ids.get(raw) or 'no class'}. Use `{CUSTOM}` for labels that are train ids"
+        )
 
 
 def _rows_of_splits(

@@ -12,9 +12,11 @@ from PIL import Image, ImageOps
 
 from mfuser.data.label_maps import check_sizes, label_ids, read_label
 from mfuser.data.layouts import Pair
+from mfuser.images_mfuser import rgb_image
 
 try:
     import datasets
+    import pyarrow.compute
 except ImportError:
     datasets = None
 
@@ -145,7 +147,7 @@ class DownloadRows(Rows):
     def _decode(self, index: int) -> Row:
         pair = self.pairs[index]
         with Image.open(pair.image) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = rgb_image(ImageOps.exif_transpose(file))
         if pair.label is None:
             return Row(image, None)
         return Row(image, read_label(pair.label.read_bytes(), self.class_in_red_channel))
@@ -153,8 +155,12 @@ class DownloadRows(Rows):
 
 def _identity(pair: Pair) -> list[Any]:
     """Changes when a file is replaced, for instance downloaded again because it was damaged."""
-    files = [file.stat() for file in (pair.image, pair.label) if file]
-    return [pair.name, pair.condition, *((status.st_size, status.st_mtime_ns) for status in files)]
+    return [pair.name, pair.condition, *(_size_and_time(file) for file in (pair.image, pair.label) if file)]
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,14 @@ class DatasetRows(Rows):
 
     @property
     def identities(self) -> list[Any]:
-        return [[self._undecoded._fingerprint, self.first + row] for row in range(len(self))]
+        identities: list[Any] = [[self._undecoded._fingerprint, self.first + row] for row in range(len(self))]
+        for column in ("image", "label"):
+            cells = self._undecoded.select_columns(column).with_format("arrow")
+            paths = (path for batch in cells.iter(1000) for path in _paths_without_content(batch[column]))
+            for identity, path in zip(identities, paths, strict=True):
+                if path is not None and Path(path).is_file():
+                    identity.append(_size_and_time(Path(path)))
+        return identities
 
     @cached_property
     def _undecoded(self):
@@ -210,8 +223,14 @@ class DatasetRows(Rows):
 
     def _decode(self, index: int) -> Row:
         row = self.dataset[index]
-        image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+        image = rgb_image(ImageOps.exif_transpose(row["image"]))
         return Row(image, None if row["label"] is None else label_ids(row["label"]))
+
+
+def _paths_without_content(cells) -> list[str | None]:
+    """The path in each undecoded image of an Arrow column; `None` for those that hold the content of a file."""
+    content, paths = (pyarrow.compute.struct_field(cells, field) for field in ("bytes", "path"))
+    return pyarrow.compute.if_else(pyarrow.compute.is_null(content), paths, None).to_pylist()
 
 
 def _file_content(value: dict | None) -> bytes:

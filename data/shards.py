@@ -28,6 +28,7 @@ from tqdm import tqdm
 from mfuser.data.label_maps import LabelMap, check_sizes, image_size, read_label
 from mfuser.data.rows import EncodedRow, Rows
 from mfuser.files import atomic_writer, sha256, write_text
+from mfuser.images_mfuser import rgb_image
 
 try:
     import datasets
@@ -110,7 +111,7 @@ def _decode(kind: str, function: Callable, *arguments) -> Any:
 
 def _decoded_size(data: bytes) -> tuple[int, int]:
     with Image.open(BytesIO(data)) as image:
-        image.load()
+        rgb_image(image)  # which a model takes
         return image_size(image)
 
 

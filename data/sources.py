@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names
 from mfuser.data.augmentation import (
     AUGMENTATION_STREAM,
     RARE_CLASS_STREAM,
@@ -49,12 +49,18 @@ class TrainingSource:
             The name of each id in the labels.
         unlabelled_classes (`tuple[str, ...]`, *optional*):
             Classes of `id2label` that are not labelled. Pixels with their ids are ignored.
+
+    Raises:
+        ValueError: If class names repeat or are empty.
     """
 
     name: str
     dataset: Any
     id2label: dict[int, str]
     unlabelled_classes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        checked_class_names(list(self.id2label.values()))
 
     @classmethod
     def from_domain(cls, name: str, loaded: LoadedDomain) -> "TrainingSource":
@@ -69,8 +75,14 @@ class TrainingSource:
 
 
 def joint_classes(sources: Sequence[TrainingSource]) -> dict[int, str]:
-    """The classes of all sources by id, in the order of their first appearance."""
-    return dict(enumerate(dict.fromkeys(label for source in sources for label in source.id2label.values())))
+    """
+    The classes of all sources by id, in the order of their first appearance.
+
+    Raises:
+        ValueError: If two names differ only in case or surrounding spaces.
+    """
+    names = dict.fromkeys(label for source in sources for label in source.id2label.values())
+    return dict(enumerate(checked_class_names(list(names))))
 
 
 def source_probabilities(sources: Sequence[TrainingSource], weights: Sequence[float] | None = None) -> np.ndarray:

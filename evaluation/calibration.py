@@ -18,6 +18,7 @@ from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.confidence_mfuser import FEATURES, class_entropy, pixel_features
 from mfuser.evaluation.domains import EvaluationDomain
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, sample_loader
+from mfuser.evaluation.scoring import segment_batch
 
 UNDISTORTED = "none"
 
@@ -101,6 +102,7 @@ def sample_pixels(
     pixels: int = 1000,
     distortions: int = 2,
     progress: bool = True,
+    skipped: list[dict[str, str]] | None = None,
 ) -> Iterator[PixelSample]:
     """
     Segments each labelled image of a domain as it is and distorted, and draws pixels of each view.
@@ -122,30 +124,42 @@ def sample_pixels(
             Distorted views of each image, each with a random kind and strength.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        skipped (`list[dict]`, *optional*):
+            A list to which `name` and `reason` of the images are added that cannot be read or segmented, which are
+            then skipped. By default, they are errors.
 
     Returns:
-        `Iterator[PixelSample]`: The samples of one view after the other. Images that cannot be read are skipped.
+        `Iterator[PixelSample]`: The samples of one view after the other.
+
+    Raises:
+        ValueError: If an image cannot be read or segmented, and `skipped` is `None`.
     """
     dataset = ProtocolSamples(domain, processor, options.evaluation_size(domain))
     loader = sample_loader(dataset, [[row] for row in range(len(domain.rows))], options.workers)
     mean, std = (
-        np.array(values, dtype=np.float64)[:, None, None] for values in (processor.image_mean, processor.image_std)
+        np.resize(np.array(values, dtype=np.float64), (3, 1, 1)) / (255 * processor.rescale_factor)
+        for values in ((processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1))
     )
     for (sample,) in tqdm(loader, desc=domain.name, unit="image", disable=not progress):
-        if sample.label is None:
+        known = torch.empty(0) if sample.label is None else (sample.label != IGNORE_INDEX).nonzero()
+        if sample.problem is None and not len(known):
             continue
         rng = np.random.default_rng(sample.row)
-        known = (sample.label != IGNORE_INDEX).nonzero()
-        if not len(known):
-            continue
-        views = [UNDISTORTED, *rng.choice(list(DISTORTIONS), distortions)]
-        for name in views:
+        samples_of_image = []
+        for name in [UNDISTORTED, *rng.choice(list(DISTORTIONS), distortions)]:
             view = sample.pixel_values
             if name != UNDISTORTED:
                 image = (view.numpy() * std + mean).clip(0, 1)  # rounding could make a black pixel negative
                 image = DISTORTIONS[name](image, rng.uniform(), rng).clip(0, 1)
                 view = torch.from_numpy((image - mean) / std).float()
-            scores = model(pixel_values=view[None].to(model.device, model.dtype)).logits
+            (prediction,) = segment_batch(model, options, [sample._replace(pixel_values=view)], keep_scores=True)
+            scores = prediction.scores
+            if scores is None:
+                problem = {"name": domain.rows.names[sample.row], "reason": str(prediction.problem)}
+                if skipped is None:
+                    raise ValueError("{name}: {reason}".format(**problem))
+                skipped.append(problem)
+                break
             drawn = known[torch.from_numpy(rng.integers(len(known), size=pixels))]
             # The position in the scores of the centre of each pixel of the label.
             sizes = zip(scores.shape[-2:], sample.size, strict=True)
@@ -153,13 +167,17 @@ def sample_pixels(
                 ((place + 0.5) * (full / size)).long().clamp(max=full - 1)
                 for place, (full, size) in zip(drawn.unbind(dim=1), sizes, strict=True)
             )
-            yield PixelSample(
-                sample.row,
-                str(name),
-                scores[0][:, rows, columns].T.cpu(),
-                sample.label[tuple(drawn.unbind(dim=1))].long(),
-                class_entropy(scores).item(),
+            samples_of_image.append(
+                PixelSample(
+                    sample.row,
+                    str(name),
+                    scores[:, rows, columns].T.cpu(),
+                    sample.label[tuple(drawn.unbind(dim=1))].long(),
+                    class_entropy(scores[None]).item(),
+                )
             )
+        else:
+            yield from samples_of_image
 
 
 def fit_logistic(features: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,7 +82,7 @@ def segment_with_confidence(
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Class ids and confidences, both of shape `(height, width)`.
     """
-    inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
+    inputs = processor(image, do_pad=False, input_data_format="channels_first", return_tensors="pt")
     outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
     results: list[Any] = processor.post_process_semantic_segmentation(
         outputs, inputs=inputs, return_confidence=True, unknown_threshold=unknown_threshold

@@ -123,7 +123,10 @@ def test_the_decoded_image_is_corrupted_before_it_is_resized(tmp_path, monkeypat
     by_hand = [(np.array(corruption(Image.fromarray(image))), label) for image, label in rows]
     model, options = Colours(dict(enumerate(CITYSCAPES_CLASSES))), EvaluationOptions(protocol)
     domains = [
-        open_domain("small", write_dataset(tmp_path / name / "validation.parquet", content))
+        open_domain(
+            "small",
+            write_dataset(tmp_path / name / "validation.parquet", content, classes=DOMAINS["cityscapes"].id2label),
+        )
         for name, content in (("clean", rows), ("corrupted", by_hand))
     ]
     clean, expected = (

@@ -1,5 +1,6 @@
 """Tests of the image processor: the pixels that the model receives, and the label maps computed from its scores."""
 
+import base64
 import json
 import logging
 from types import SimpleNamespace
@@ -85,6 +86,20 @@ def test_a_path_is_opened(processor, tmp_path):
     assert_pixels(processor(str(tmp_path / "image.png")), image)
 
 
+def test_a_url_is_opened_upright_and_what_is_no_image_is_named(processor, tmp_path, monkeypatch):
+    image, exif = random_image(), Image.Exif()
+    exif[0x0112] = 6  # to be rotated by 90 degrees
+    Image.fromarray(np.rot90(image)).save(tmp_path / "image.png", exif=exif)
+    response = SimpleNamespace(content=(tmp_path / "image.png").read_bytes(), raise_for_status=lambda: None)
+    session = SimpleNamespace(get={"https://host/image.png": response}.__getitem__)
+    monkeypatch.setattr("mfuser.images_mfuser.get_session", lambda: session)
+    assert_pixels(processor("https://host/image.png"), image)
+    assert_pixels(processor([str(tmp_path / "image.png")]), image)
+    for source in (__file__, "missing.png"):
+        with pytest.raises(ValueError, match=f"^{source} is neither an image file, nor the URL of one"):
+            processor(source)
+
+
 def test_grey_images_become_rgb(processor):
     grey = random_image(channels=1)
     rgb = np.stack([grey] * 3, axis=-1)
@@ -115,6 +130,8 @@ def test_16_bit_images_are_scaled_to_8_bit(processor, tmp_path):
     deep_colours = np.stack([deep] * 3, axis=-1)
     for form in (
         Image.open(tmp_path / "deep.png"),
+        str(tmp_path / "deep.png"),
+        "data:image/png;base64," + base64.b64encode((tmp_path / "deep.png").read_bytes()).decode(),
         Image.fromarray(deep.astype(np.int32)),  # mode I, as older releases of Pillow open it
         deep,
         deep_colours,
@@ -299,6 +316,18 @@ def test_a_map_that_does_not_fit_is_refused_with_a_reason(processor, maps, messa
 
 
 # Batches
+
+
+def test_a_jpeg_is_no_label_map(processor, tmp_path):
+    image = random_image()
+    for form in ("png", "jpeg"):
+        Image.fromarray(random_image(channels=1) % 4).save(tmp_path / f"labels.{form}")
+    expected = random_image(channels=1) % 4
+    for labels in (str(tmp_path / "labels.png"), Image.open(tmp_path / "labels.png")):
+        np.testing.assert_array_equal(processor(image, labels)["labels"][0], expected)
+    for labels in (str(tmp_path / "labels.jpeg"), Image.open(tmp_path / "labels.jpeg")):
+        with pytest.raises(ValueError, match="the label is a JPEG; lossy compression changes ids"):
+            processor(image, labels)
 
 
 def test_images_of_different_size_are_padded_right_and_below(processor):

@@ -23,7 +23,7 @@ from transformers import (
     SiglipModel,
 )
 
-from mfuser import MFuserForSemanticSegmentation
+from mfuser import MFuserForSemanticSegmentation, MFuserModel
 from mfuser.configuration_eva02_clip import Eva02ClipConfig
 from mfuser.modeling_eva02_clip import Eva02ClipModel
 
@@ -275,6 +275,12 @@ def test_names_that_need_more_tokens_say_how_many(pretrained):
         build(vfm, vlm, names)
     config = build(vfm, vlm, names, class_token_length=6).config
     assert len(config.class_token_ids[0]) == 6 and config.text_config.max_position_embeddings == 11
+
+
+@pytest.mark.parametrize("names", [["road", "Road"], ["road", ""], "road", []])
+def test_class_names_that_repeat_or_are_empty_are_refused(names):
+    with pytest.raises(ValueError, match="it must be a list of different, non-empty names"):
+        MFuserModel.from_vfm_vlm_pretrained("vfm", "vlm", names)
 
 
 def test_encoders_of_different_depth_are_paired(pretrained):

@@ -13,7 +13,7 @@ from transformers import SegformerConfig
 
 from mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
-from mfuser.scripts import cli, palettes, panel, segment, segment_arguments, segment_images
+from mfuser.scripts import cli, palettes, panel, segment, segment_arguments, segment_images, segmentation
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
 
@@ -266,6 +266,16 @@ def test_a_saved_model_gives_its_own_arg_max(saved_model, tmp_path):
     assert segment.main([str(tmp_path / "noise.png"), "--model", str(folder), "--output", str(tmp_path / "out")]) == 0
     written = np.asarray(Image.open(tmp_path / "out" / "noise_labels.png"))
     assert np.array_equal(written, arg_max(model, noise_image()))
+
+
+def test_labels_do_not_depend_on_the_confidence_with_a_processor_that_pads(saved_model):
+    model, _ = saved_model
+    image = noise_image().transpose(2, 0, 1)
+    height, width = image.shape[1:]
+    padding = MFuserImageProcessor(pad_size={"height": height + 20, "width": width + 40})
+    labels, _ = segmentation.segment_with_confidence(image, model, padding)
+    assert np.array_equal(labels, segmentation.segment(image, model, padding))
+    assert np.array_equal(labels, segmentation.segment(image, model, MFuserImageProcessor()))
 
 
 @torch.no_grad()

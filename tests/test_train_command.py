@@ -339,10 +339,11 @@ def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(re
     assert (tmp_path / "b" / "encoders.json").read_text() == (run / "encoders.json").read_text()
 
 
-def test_data_with_other_classes_than_the_models_is_trained_on(finished, recipe, tmp_path):
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(dict(enumerate(["a", "b", "sky", "d"]))))
-    arguments = [str(recipe), f"model={finished}", "model_config={}", f"id2label={other}", "max_steps=1"]
+def test_data_with_other_classes_than_the_models_is_trained_on(finished, recipe, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "data")
+    (other / "id2label.json").write_text(json.dumps(dict(enumerate(["a", "b", "sky", "d"]))))
+    arguments = [str(recipe), f"model={finished}", "model_config={}", "max_steps=1"]
+    arguments += [f"train_data={other}", f"validation_data={other}"]
     assert train.main([*arguments, f"output_dir={tmp_path / 'other'}"]) == 0
     model, before = load_model(tmp_path / "other"), load_model(finished)
     assert list(model.config.id2label.values()) == ["a", "b", "sky", "d"]

@@ -27,8 +27,12 @@ def whole(tmp_path_factory):
 
 
 def png(pixels) -> bytes:
+    return encoded(pixels, "PNG")
+
+
+def encoded(pixels, form: str) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    Image.fromarray(pixels).save(stream, form)
     return stream.getvalue()
 
 
@@ -39,6 +43,11 @@ DAMAGES = {
     "a truncated image": ("image", IMAGE[:200], "image file is truncated"),
     "text instead of an image": ("image", b"not an image", "cannot identify image file"),
     "an empty image": ("image", b"", ""),
+    "an image of floating-point values": (
+        "image",
+        encoded(np.zeros((72, 96), dtype=np.float32), "TIFF"),
+        "the image has mode F, floating-point values of an unknown range; save it with 8 or 16 bits",
+    ),
     "a truncated label": ("label", png(LABEL)[:60], ""),
     "a label that is not a class": (
         "label",
