@@ -115,6 +115,11 @@ class TrainingAugmentation:
             raise ValueError(
                 f"brightness_delta is {brightness_delta} and hue_delta {hue_delta}; both must be at least 0"
             )
+        if not np.isfinite([*image_mean, *image_std]).all() or min(image_std) <= 0:
+            raise ValueError(
+                f"image_mean is {tuple(image_mean)} and image_std {tuple(image_std)}; both must be finite, and "
+                "image_std positive"
+            )
         self.crop_size = crop_size
         self.scale_range = scale_range
         self.max_class_ratio = max_class_ratio

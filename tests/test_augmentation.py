@@ -330,6 +330,9 @@ def test_bad_input_is_named(rows):
         augmentation(image.astype(np.float32), label, generator(0))
     with pytest.raises(ValueError, match="uint8"):
         augmentation(image, image, generator(0))
+    for std in (0, -1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="image_std .* both must be finite, and image_std positive"):
+            TrainingAugmentation(image_std=(1, 1, std))
     with pytest.raises(ValueError, match="scale_range"):
         TrainingAugmentation(scale_range=(2, 0.5))
     with pytest.raises(ValueError, match="max_class_ratio"):

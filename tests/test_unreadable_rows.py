@@ -17,6 +17,7 @@ from mfuser.data.augmentation import AugmentedDataset, Draw, TrainingAugmentatio
 from mfuser.data.rare_class_sampling import count_class_pixels
 from mfuser.data.unreadable import UnreadableRowError
 from mfuser.scripts import train
+from mfuser.training import trainer as trainer_module
 
 torch.set_num_threads(1)
 
@@ -199,3 +200,17 @@ def test_a_broken_monitored_image_is_reported_and_counted_and_training_continues
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "monitor_night_unreadable" in entry]
     assert log["monitor_night_unreadable"] == 1 and 0 <= log["monitor_night_mean_iou"] <= 1
+
+
+def test_images_that_are_too_small_are_named_and_never_end_monitoring(whole, tmp_path, monkeypatch):
+    small = [str(write_recipe(tmp_path, whole)), *COMMON, "validation_size={height: 8, width: 8}"]
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    monitoring = [*small, "validation_data=null", f"monitor_data.night={whole}:validation"]
+    trainer = train.build_trainer(*train.parse_arguments(monitoring))
+    assert trainer.monitor() == {"monitor_night_unreadable": 2}
+    assert [warning.startswith(f"{whole}, row ") for warning in warnings] == [True, True, False]
+    with pytest.raises(ValueError, match="^Row 0 of the evaluated images: pixel_values hold images of 8 x 8 pixels"):
+        train.build_trainer(*train.parse_arguments(small)).evaluate()
+    with pytest.raises(ValueError, match="none of the validation images can be read"):
+        train.build_trainer(*train.parse_arguments([*small, "skip_unreadable=yes"])).evaluate()

@@ -69,7 +69,12 @@ class MonitoredDomain(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises errors of almost any type for damaged files
-            return {"error": f"{self.domain.source}, row {position} ({self.domain.rows.names[position]}): {error}"}
+            return {"error": f"{self.title(index)}: {error}"}
+
+    def title(self, index: int) -> str:
+        """What messages call a sample."""
+        position = self.positions[index]
+        return f"{self.domain.source}, row {position} ({self.domain.rows.names[position]})"
 
 
 def open_monitored_domains(
@@ -215,13 +220,13 @@ def _domains_of(source: str) -> set[str]:
 
 
 class MonitorCallback(TrainerCallback):
-    """Scores the monitored domains every `monitor_steps` steps."""
+    """Scores the monitored domains every `monitor_steps` steps and after the last step."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.monitor_steps == 0:
+        if state.global_step % args.monitor_steps == 0 or state.global_step == state.max_steps:
             should_log = control.should_log  # logging resets it, and the loss of this step would not be logged
             self.trainer.monitor()
             control.should_log = should_log
