@@ -511,6 +511,7 @@ def test_the_controls_redraw_the_result(demonstration, segmented, tmp_path):
     page.change(lambda: page.slide("#opacity", 0.5))
 
 
+@pytest.mark.slow
 def test_the_example_image_can_be_selected(demonstration, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     demonstration.upload(tmp_path / "black.png")
@@ -518,6 +519,7 @@ def test_the_example_image_can_be_selected(demonstration, tmp_path):
     assert demonstration.text("#status").startswith("street: 960 x 720")
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_camera_is_segmented(demonstration):
     page = demonstration
     page.remove_image()
@@ -533,6 +535,7 @@ def test_a_picture_of_the_camera_is_segmented(demonstration):
     page.buttons("Upload file")[0].click()
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read_are_reported_on_the_page(demonstration, tmp_path):
     demonstration.upload(EXAMPLE)
     (tmp_path / "text.png").write_text("no image")
@@ -548,6 +551,7 @@ def test_files_that_cannot_be_read_are_reported_on_the_page(demonstration, tmp_p
     assert "segmented in" in demonstration.text("#status")
 
 
+@pytest.mark.slow
 def test_a_model_without_text_encoder_says_that_its_names_are_fixed(demonstration):
     demonstration.click("#naming button")
     wait_for(lambda: "has no text encoder" in demonstration.text("#names"), "the reason")
@@ -555,6 +559,7 @@ def test_a_model_without_text_encoder_says_that_its_names_are_fixed(demonstratio
     assert not demonstration.all("#names textarea")[0].is_enabled()
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name_for_screen_readers(demonstration):
     controls = [
         control for control in demonstration.all("input, button, textarea, select, a") if control.is_displayed()
@@ -615,6 +620,7 @@ def test_class_names_can_be_edited(tiny_page, tiny_folder, tmp_path):
     wait_for(lambda: set(page.shares()) == set(CLASSES), "the old legend")
 
 
+@pytest.mark.slow
 def test_the_model_runs_once_per_image(tiny_page, tmp_path):
     page, model, _ = tiny_page
     Image.fromarray(noise_image()[:40]).save(tmp_path / "b.png")

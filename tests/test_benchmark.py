@@ -148,6 +148,7 @@ def test_postprocessing_gives_the_labels_it_is_compared_with():
     assert torch.equal(expected, found.long())
 
 
+@pytest.mark.slow
 def test_quantised_models_are_compared_with_float32(monkeypatch):
     monkeypatch.setattr(quantization, "inference_model", lambda *_: tiny_model())
     monkeypatch.setattr(quantization, "gemm", lambda *_: (lambda: None, 1.0))

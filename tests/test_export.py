@@ -172,6 +172,7 @@ def test_a_whole_image_artefact_equals_the_model_from_one_window_upwards(tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_labels_of_whole_images_are_those_of_the_model(tmp_path, stand_in, capsys):
     folder, output = save(tmp_path / "model"), tmp_path / "artefact"
     command = ["export", folder, "--format", "torch-export", "--whole-image", "--argmax", "--output", str(output)]

@@ -148,7 +148,7 @@ DAMAGED_MODELS = {
     "text as configuration": (write("config.json", "crop_size: 64\n"), "config.json is not a JSON file"),
     "a list as configuration": (write("config.json", "[1]"), "config.json holds a list; it must hold a JSON object"),
     "a configuration of bytes": (write("config.json", b"\xff\xfe\x00"), "config.json is not a JSON file"),
-    "nested too deeply": (write("config.json", "[" * 100_000), "config.json is not a JSON file"),
+    "nested too deeply": (write("config.json", "[" * 100_000), "config.json is not a usable JSON file"),
     "a field of another type": (change_config(crop_size="big"), "its configuration is invalid: .*'crop_size'"),
     "a misspelt field": (change_config(decoder_num_head=4), "did you mean 'decoder_num_heads'"),
     "a list of class names": (change_config(id2label=["road"]), "id2label is .*; it must be a dictionary from ids"),

@@ -242,7 +242,7 @@ def write_second_source(folder):
     return folder
 
 
-@pytest.mark.parametrize("scope", ["source", "joint"])
+@pytest.mark.parametrize("scope", ["source", pytest.param("joint", marks=pytest.mark.slow)])
 def test_a_run_on_two_sources_is_resumed_with_the_same_weights(recipe, data, tmp_path, steps, scope):
     second = write_second_source(tmp_path / "second")
     settings = [str(recipe), f"train_data=[{data}, {second}]", "train_weights=[1, 2]", f"rare_class_scope={scope}"]

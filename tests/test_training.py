@@ -242,6 +242,7 @@ def killed_while_saving(folder, step):
     return process.exitcode
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_bit_identically_from_its_last_complete_checkpoint(tmp_path):
     whole = trainer_in(tmp_path / "whole")
     whole.train()
