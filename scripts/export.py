@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.export import Dim
 
 from mfuser.errors import CommandError
-from mfuser.files import make_folder, write_text
+from mfuser.files import atomic_folder, check_new_folder, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -127,7 +126,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="torch-export: a program that torch loads; onnx: for ONNX Runtime and others; aoti: compiled for the "
         "processor of this machine, which needs a C++ compiler",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder for the artefact")
     parser.add_argument(
         "--argmax",
         action="store_true",
@@ -277,7 +276,7 @@ def export(
         kind (`str`):
             `"torch-export"`, `"onnx"` or `"aoti"`.
         output (`Path`):
-            Folder to write to. Files of other names in it are kept.
+            Folder to write, which must not exist or be empty. It appears when it is complete.
         argmax (`bool`, *optional*, defaults to `False`):
             Whether the artefact returns labels instead of scores.
         whole_image (`bool`, *optional*, defaults to `False`):
@@ -290,14 +289,14 @@ def export(
 
     Raises:
         CommandError: If the format needs something that is not installed, or if the artefact differs from the model.
+        ValueError: If `output` holds anything.
     """
     check_requirements(kind)
-    make_folder(output)
+    check_new_folder(output)
     # In float32, in which the artefact is compared with the model.
     model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
     window = (WholeImage if whole_image else Window)(quantize(model, quantization), argmax)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        folder = Path(temporary)
+    with atomic_folder(output) as folder:
         try:
             WRITERS[kind](capture(window), folder / FILES[kind])
         except RuntimeError as error:  # of the exporters and of the compiler
@@ -312,8 +311,6 @@ def export(
             raise CommandError(
                 f"the artefact differs from the model by {difference:.1e}; at most {TOLERANCE:.0e} is accepted"
             )
-        for file in folder.iterdir():
-            os.replace(file, output / file.name)
     return difference
 
 

@@ -1,10 +1,13 @@
 """Exported artefacts are equal to the model, self-contained, and written completely or not at all."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import fault_injection
 import numpy as np
 import pytest
 import torch
@@ -200,13 +203,44 @@ def test_an_artefact_that_differs_from_the_model_is_not_written(tmp_path, stand_
         return program
 
     monkeypatch.setattr(export, "capture", changed)
-    output = tmp_path / "artefact"
-    output.mkdir()
-    (output / "model.pt2").write_text("an earlier one")
+    output = tmp_path / "new" / "artefact"
     assert cli.main(["export", save(tmp_path / "model"), "--format", "torch-export", "--output", str(output)]) == 2
     assert "differs from the model by 1.0e-03; at most 1e-05" in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["model.pt2"]
-    assert (output / "model.pt2").read_text() == "an earlier one"
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_folder_that_holds_anything_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "run.py").write_text("mine")
+    assert cli.main(["export", "no/model", "--format", "torch-export", "--output", str(tmp_path)]) == 2
+    assert "is not empty; choose a new folder, so that nothing is overwritten" in capsys.readouterr().err
+    assert (tmp_path / "run.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
+def test_an_export_that_ends_at_any_file_operation_leaves_nothing_or_a_complete_artefact(fault, tmp_path, monkeypatch):
+    model, processor = tiny_model(), MFuserImageProcessor()
+    monkeypatch.setattr(export, "load_for_inference", lambda *_: (model, processor))
+    monkeypatch.setattr(export, "capture", lambda window: b"graph")
+    monkeypatch.setitem(export.WRITERS, "torch-export", lambda program, path: path.write_bytes(program))
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
+    work = tmp_path / "work"
+    work.mkdir()
+    output = work / "artefact"
+    act = fault_injection.full_disk_is_an_exit_code(lambda: export.export("model", "torch-export", output))
+    _, operations = fault_injection.run(act, work)
+    shutil.rmtree(output)
+    assert operations >= 6
+    for at in range(operations):
+        code, _ = fault_injection.run(act, work, fault, at)
+        failed = -signal.SIGKILL if fault is fault_injection.kill else fault_injection.FULL
+        assert code in (failed, fault_injection.FINISHED)
+        assert output.exists() or code == failed
+        if output.exists():
+            assert {path.name for path in output.iterdir()} == {"model.pt2", "artefact.json", "run.py"}
+            assert (output / "run.py").read_bytes() == Path(run_artefact.__file__).read_bytes()
+            shutil.rmtree(output)
+        if fault is fault_injection.fill_disk:
+            assert list(work.iterdir()) == []
 
 
 def test_without_a_compiler_aoti_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
