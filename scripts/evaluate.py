@@ -12,7 +12,6 @@ JSON into a page.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -46,12 +45,13 @@ from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, Evaluat
 from mfuser.evaluation.reliability_diagram import require_matplotlib, write_reliability_diagram
 from mfuser.evaluation.report import shortfalls, skipped_when_corrupted, summary
 from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
-from mfuser.files import make_folder, sha256, write_text
+from mfuser.files import sha256
 from mfuser.loading import load_for_inference
 from mfuser.quantization import quantize
 from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_quantize_argument
-from mfuser.scripts.example_panels import write_examples
+from mfuser.scripts.example_panels import examples_folder, write_examples
+from mfuser.scripts.results import check_result_file, check_writable, write_result
 
 # How images are resized to the protocol's size, recorded in the report. mmcv does this for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
@@ -113,7 +113,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="test-time augmentation: several scales; the paper's are 0.5 0.75 1 1.25 1.5 1.75 (default: 1)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("evaluation.json"), help="JSON file to write (default: evaluation.json)"
+        "--output",
+        type=Path,
+        default=Path("evaluation.json"),
+        help="JSON file to write (default: evaluation.json); until it is complete, NAME.partial.json",
     )
     parser.add_argument(
         "--save-predictions",
@@ -364,21 +367,23 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
 
     def write_report() -> None:
         if leader:
-            write_text(parsed.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+            write_result(parsed.output, report, report["complete"])
 
     for title, domain in domains.items():
         began = time.monotonic()
         result = scored(domain, parsed.save_predictions, parsed.examples)
         report["domains"][title] = result
+        examples = result.pop("examples", [])  # added when they are drawn
+        # Written after every domain and every corruption, so that an interrupted run keeps the results it has.
+        write_report()
         if leader:
             for line in shortfalls(title, result):
                 tqdm.write(line, file=sys.stderr)
             if parsed.reliability_diagrams is not None and "confidence" in result:
                 write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
             if parsed.examples:
-                result["examples"] = write_examples(parsed.output, title, model, processor, domain, options, result)
-        # Written after every domain and every corruption, so that an interrupted run keeps the results it has.
-        write_report()
+                result["examples"] = write_examples(parsed.output, title, model, processor, domain, options, examples)
+                write_report()
         under_corruption: dict[str, dict[str, Any]] = {}
         for corruption in corruptions.all() if corruptions else ():
             each = corrupted_result(scored(corrupted_domain(domain, corruption)), result)
@@ -398,7 +403,14 @@ def main(arguments: list[str] | None = None) -> int:
     cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
     # The precision is that of --dtype, not that of an Accelerate configuration on this machine.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    make_folder(parsed.output.parent)
+    check_result_file(parsed.output)
+    for folder in (
+        parsed.reliability_diagrams,
+        parsed.save_predictions,
+        examples_folder(parsed.output) if parsed.examples else None,
+    ):
+        if folder is not None:
+            check_writable(folder)
     report = evaluate(parsed, accelerator)
     if accelerator.is_main_process:
         print(summary(report))
