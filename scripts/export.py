@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.export import Dim
@@ -217,13 +218,23 @@ def description(window: Window, processor: MFuserImageProcessor, kind: str):
         "whole_image": isinstance(window, WholeImage),
         "classes": names,
         "colours": palettes.class_colours(names).tolist(),
-        "mean": list(processor.image_mean),
-        "std": list(processor.image_std),
+        "scale": processor.rescale_factor,
+        "mean": np.broadcast_to(processor.image_mean if processor.do_normalize else 0.0, 3).tolist(),
+        "std": np.broadcast_to(processor.image_std if processor.do_normalize else 1.0, 3).tolist(),
         "size": _limits(processor),
+        "resample": int(processor.resample),
         "crop_size": config.crop_size,
         "crop_stride": config.crop_stride,
         "minimum_side": window.minimum_side,
     }
+
+
+def check_processor(processor: MFuserImageProcessor):
+    """Raises `CommandError` if the settings of an image processor do not fit 8-bit images, which run.py reads."""
+    try:
+        processor(Image.new("RGB", (64, 64), "white"))
+    except ValueError as error:
+        raise CommandError(f"the model's image processor refuses 8-bit images: {error}") from error
 
 
 def _limits(processor: MFuserImageProcessor) -> dict[str, int] | None:
@@ -288,13 +299,15 @@ def export(
         `float`: The largest difference of scores, or the share of different labels.
 
     Raises:
-        CommandError: If the format needs something that is not installed, or if the artefact differs from the model.
+        CommandError: If the format needs something that is not installed, if the image processor does not accept 8-bit
+            images, or if the artefact differs from the model.
         ValueError: If `output` holds anything.
     """
     check_requirements(kind)
     check_new_folder(output)
     # In float32, in which the artefact is compared with the model.
     model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
+    check_processor(processor)
     window = (WholeImage if whole_image else Window)(quantize(model, quantization), argmax)
     with atomic_folder(output) as folder:
         try:

@@ -18,6 +18,7 @@ from torch import nn
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor, MFuserModel
 from mfuser.outputs_mfuser import MFuserForSemanticSegmentationOutput, MFuserModelOutput
 from mfuser.scripts import cli, export, run_artefact
+from mfuser.scripts.segment_images import read_image
 
 DEMONSTRATION = Path(__file__).parents[1] / "checkpoints" / "mfuser-tiny-camvid"
 # Modules that a process running an artefact must not import.
@@ -91,12 +92,53 @@ def test_the_script_resizes_as_the_processor(size):
         assert run_artefact.model_size(width, height, described["size"]) == pixels.shape[:0:-1]
 
 
-def test_the_script_normalises_as_the_processor(tmp_path):
-    pixels = save_image(tmp_path / "image.png")
-    processor = MFuserImageProcessor()
-    artefact = {"mean": processor.image_mean, "std": processor.image_std}
-    expected = processor(pixels, return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(run_artefact.normalise(Image.fromarray(pixels), artefact), expected, atol=1e-6)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_mean": 0.5, "image_std": 0.5},
+        {"size": {"height": 48, "width": 64}, "resample": 0},
+        {"size": {"longest_edge": 150}, "resample": 3},
+    ],
+)
+def test_the_script_prepares_an_image_as_the_processor(settings):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8))
+    processor = MFuserImageProcessor(**settings)
+    artefact = export.description(export.Window(tiny_model(), argmax=False), processor, "onnx")
+    expected = processor(image, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(run_artefact.prepare(image, artefact), expected, atol=2e-6)
+
+
+def test_the_script_reads_an_image_as_mfuser_segment(tmp_path):
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 65536, (20, 30), dtype=np.uint16)
+    colours = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    colours.save(tmp_path / "rotated.png", exif=orientation)
+    colours.convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(values).save(tmp_path / "16 bits.png")
+    Image.fromarray(values).save(tmp_path / "16 bits.tiff", exif=orientation)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "32 bits.tiff")
+    for file in tmp_path.iterdir():
+        expected = read_image(file, MFuserImageProcessor()).transpose(1, 2, 0)
+        np.testing.assert_array_equal(np.asarray(run_artefact.read_image(file)), expected, str(file))
+    for name, unknown in (("float", np.float32(values)), ("large", values.astype(np.int32) * 2)):
+        Image.fromarray(unknown).save(tmp_path / f"{name}.tiff")
+        with pytest.raises(ValueError, match=f"{name}.tiff has pixels of an unknown range; save it with 8 or 16"):
+            run_artefact.read_image(tmp_path / f"{name}.tiff")
+
+
+@pytest.mark.parametrize("settings", [{"do_rescale": False}, {"do_center_crop": True}])
+def test_an_image_processor_that_refuses_8_bit_images_is_refused(settings, tmp_path, capsys):
+    folder = save(tmp_path / "model")
+    MFuserImageProcessor(**settings).save_pretrained(folder)
+    assert cli.main(["export", folder, "--format", "torch-export", "--output", str(tmp_path / "artefact")]) == 2
+    error = capsys.readouterr().err
+    assert "the model's image processor refuses 8-bit images" in error and next(iter(settings)) in error
+    assert not (tmp_path / "artefact").exists()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (150, 130), (66, 200)])
