@@ -28,6 +28,7 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
 from mfuser import __version__
+from mfuser.data.rows import DownloadRows
 from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.evaluation.corruptions import (
     CORRUPTIONS,
@@ -158,12 +159,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="write the images with the N worst, median and best scores of each domain as PNG, with prediction, label "
         "and errors, into a folder next to --output (default: 0)",
     )
-    parser.add_argument(
-        "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"
-    )
-    parser.add_argument(
-        "--label-column", default="label", help="label column of parquet and Hub datasets (default: label)"
-    )
+    parser.add_argument("--image-column", help="image column of parquet and Hub datasets (default: image)")
+    parser.add_argument("--label-column", help="label column of parquet and Hub datasets (default: label)")
     parser.add_argument("--id2label", help="class names of your own datasets: a JSON file, or the name of a domain")
     parser.add_argument(
         "--device", help="e.g. cpu, cuda:1 (default: chosen by Accelerate; in several processes only cpu is accepted)"
@@ -254,13 +251,16 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
             source,
             split,
             label_map=parsed.mapillary_map if name == "mapillary" else None,
-            image_column=parsed.image_column,
-            label_column=parsed.label_column,
+            image_column=parsed.image_column or "image",
+            label_column=parsed.label_column or "label",
             id2label=None if name in DOMAINS else parsed.id2label,
             skip_unreadable=True,  # skipped and counted when it is read
         )
         for title, name, split, source in parsed.domains
     }
+    for option, column in (("image", parsed.image_column), ("label", parsed.label_column)):
+        if column and all(isinstance(domain.rows, DownloadRows) for domain in domains.values()):
+            raise ValueError(f"--{option}-column is {column}; official downloads, as all of --domains are, have files")
     for domain in domains.values():
         check_classes(model.config.id2label, domain)
         domain.scored_classes(options.classes)  # raises ValueError if the domain lacks one

@@ -4,8 +4,8 @@ Segments an image with an exported MFuser model.
     python run.py IMAGE [OUTPUT]
 
 It needs numpy, pillow and the runtime: torch or onnxruntime. An image larger than the crop is segmented by sliding
-windows whose scores are averaged; they are part of an artefact of whole images. Images are rotated upright, and resized
-and normalised as by the model's image processor; labels are resized back to the size of the upright image. OUTPUT is a
+windows whose scores are averaged; they are part of an artefact of whole images. Images are rotated upright, resized
+and normalised by the settings of the model's image processor; labels have the size of the upright image. OUTPUT is a
 palette PNG whose indices are the class ids (default: labels.png). `mfuser export` copies this file into the folder of
 the model as run.py.
 """

@@ -125,6 +125,9 @@ def test_errors_are_found_before_the_first_image_is_segmented(tmp_path, saved_mo
         assert not output.exists()
     assert run("--model", saved_model, "--domains", f"mine={good}", "--classes", "synthia16") == 2
     assert "mine has no class sidewalk" in capsys.readouterr().err
+    download = f"acdc={tmp_path / 'acdc'}"
+    assert run("--model", saved_model, "--domains", download, "--label-column", "annotation") == 2
+    assert "--label-column is annotation; official downloads" in capsys.readouterr().err
     assert run("--model", tmp_path / "no/model/here", "--domains", f"mine={good}") == 2
     assert "there is no model" in capsys.readouterr().err
 
