@@ -40,6 +40,7 @@ from mfuser.data.shards import (
     Conversion,
     Shard,
     cut_into_shards,
+    is_temporary,
     listed_files,
     prepared_features,
     process_pool,
@@ -177,7 +178,7 @@ def _split_record(source: SplitSource, records: list) -> dict[str, Any]:
 def _finish(folder: Path, shards: list[Shard], records: list, features, description: str) -> None:
     """Writes the two files that `save_to_disk` writes next to its data, `state.json` last."""
     description = f"{description}, by mfuser prepare: labels are train ids, {IGNORE_INDEX} ignored"
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as written:
+    with tempfile.TemporaryDirectory(prefix=".mfuser-", suffix=".tmp", dir=folder) as written:
         datasets.DatasetInfo(description=description, features=features).write_to_directory(written)
         write_text(folder / INFO_FILE, Path(written, INFO_FILE).read_text(encoding="utf-8"))
     fingerprint = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()[:16]
@@ -361,7 +362,7 @@ def _conversion_record(conversion: Conversion, domain: Domain | None) -> dict[st
 def _earlier_splits(output: Path, preparation: dict[str, Any]) -> dict[str, Any]:
     """The splits that an earlier run finished, if `output` holds the same domain and label map."""
     if not (output / PREPARATION_FILE).is_file():
-        unknown = sorted(path.name for path in output.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
+        unknown = sorted(path.name for path in output.iterdir() if path.name != ".lock" and not is_temporary(path))
         if unknown:
             raise ValueError(f"{output} holds other files, such as {unknown[0]}; give a new or empty folder")
         return {}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -265,9 +266,17 @@ def remove_leftovers(folder: Path, shards: list[Shard]) -> None:
             file.unlink()
 
 
+_TEMPORARY = re.compile(r"\.([0-9a-f]{12}|mfuser-.*)\.tmp")  # of `atomic_writer` and of `prepare_split`
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder has a temporary name of this package, as killed runs leave behind."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_temporary(folder: Path) -> None:
     """Deletes the temporary files and folders of killed runs."""
-    for path in folder.glob("*.tmp"):
+    for path in filter(is_temporary, folder.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)
         else:

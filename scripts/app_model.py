@@ -76,7 +76,8 @@ class Segmenter:
         tokenizer (*optional*): Tokenizer of its text encoder, or its folder or Hub id.
 
     Raises:
-        ValueError: If the model has too many classes, or if `tokenizer` cannot be loaded.
+        ValueError: If the model has too many classes, or if `tokenizer` cannot be loaded or the model
+            has no text encoder for it.
     """
 
     def __init__(self, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, tokenizer=None):
@@ -86,6 +87,8 @@ class Segmenter:
         self.names_are_fixed_because = ""
         self._named_models: OrderedDict[tuple[str, ...], MFuserForSemanticSegmentation] = OrderedDict()
         if not model.config.use_text_encoder:
+            if tokenizer is not None:
+                raise ValueError("--tokenizer is for models with a text encoder, which this model does not have")
             self.names_are_fixed_because = (
                 "This model has no text encoder: it stores the embeddings of its class names, which cannot be edited."
             )

@@ -90,7 +90,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--frame-rate",
         type=_rate,
-        default=DEFAULT_RATE,
         metavar="FPS",
         help="frames per second of a pattern, e.g. 30 or 30000/1001 (default: 25)",
     )

@@ -225,6 +225,11 @@ def test_names_are_fixed_without_text_encoder_or_tokenizer(tiny_folder, tmp_path
     assert Segmenter(model, MFuserImageProcessor(), str(tiny_folder)).parse_names("road") == ["road"]
     with pytest.raises(ValueError, match="cannot be loaded"):
         Segmenter(model, MFuserImageProcessor(), str(tmp_path))
+    model.config.use_text_encoder = False
+    with pytest.raises(ValueError, match="edited"):
+        Segmenter(model, MFuserImageProcessor()).parse_names("road")
+    with pytest.raises(ValueError, match="--tokenizer is for models with a text encoder"):
+        Segmenter(model, MFuserImageProcessor(), str(tiny_folder))
 
 
 # The command

@@ -258,9 +258,11 @@ def test_an_interrupted_run_keeps_the_corruptions_that_it_has_scored(tmp_path, s
 
     monkeypatch.setattr(command, "evaluate_domain", interrupted)
     output = tmp_path / "report.json"
+    output.write_text("an earlier report")
     arguments = ("--model", saved_model, "--domains", f"mine={source}", "--output", output)
     assert run(*arguments, "--corruptions", "contrast", "pixelate", "--severities", 1, 2) == 130
-    report = json.loads(output.read_text())
+    assert output.read_text() == "an earlier report"
+    report = json.loads((tmp_path / "report.partial.json").read_text())
     assert not report["complete"] and report["mean_iou"] is None
     scores = report["domains"]["mine"]["corruptions"]["scores"]
     assert {name: list(by_severity) for name, by_severity in scores.items()} == {

@@ -416,11 +416,21 @@ def test_another_map_or_domain_is_refused_in_the_same_folder(tmp_path, capsys):
     assert contents(tmp_path / "out") == before
 
 
-def test_a_folder_of_other_files_is_left_unchanged(tmp_path):
-    fake.write(tmp_path / "out/thesis.tex", b"precious")
-    with pytest.raises(ValueError, match="holds other files, such as thesis.tex"):
+@pytest.mark.parametrize("name", ["thesis.tex", "thesis.tmp", ".thesis.tmp"])
+def test_a_folder_of_other_files_is_left_unchanged(name, tmp_path):
+    fake.write(tmp_path / "out" / name, b"precious")
+    with pytest.raises(ValueError, match=f"holds other files, such as {name}"):
         run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
-    assert contents(tmp_path / "out") == {"thesis.tex": b"precious"}
+    assert contents(tmp_path / "out") == {name: b"precious"}
+
+
+def test_temporary_files_of_a_killed_run_are_deleted_and_those_of_others_kept(tmp_path):
+    run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
+    (tmp_path / "out/notes.tmp").write_bytes(b"precious")
+    (tmp_path / "out/train/.0123456789ab.tmp").write_bytes(b"half a shard")
+    (tmp_path / "out/train/.mfuser-ab_3defg.tmp").mkdir()
+    run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.tmp")] == ["notes.tmp"]
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):

@@ -382,6 +382,8 @@ def test_a_missing_package_is_named_with_its_extra(model, tmp_path, capsys, monk
         (["a.mp4", "--confidence"], "--confidence applies to images, but the inputs are videos"),
         (["a.mp4", "--panel"], "--panel applies to images, but the inputs are videos"),
         (["a.png", "--smoothing", "0.5"], "--smoothing applies to videos, but the inputs are images"),
+        (["a.mp4", "--frame-rate", "25"], "--frame-rate applies to numbered frames; give them as a pattern"),
+        (["a.png", "--frame-rate", "25"], "--frame-rate applies to numbered frames; give them as a pattern"),
     ],
 )
 def test_an_option_without_an_effect_is_refused(model, tmp_path, capsys, arguments, message):
