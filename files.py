@@ -23,7 +23,8 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     the process is killed, a file `.<number>.tmp` may remain next to it.
 
     Args:
-        path (`str` or `Path`): The file to write. Its folder must exist.
+        path (`str` or `Path`):
+            The file to write. Its folder must exist.
 
     Raises:
         OSError: If the file cannot be written, with its name; for example because the disk is full.
@@ -79,7 +80,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     If the block raises, nothing remains. If the process is killed, a folder `.mfuser-*` may remain next to `path`.
 
     Args:
-        path (`Path`): The folder. It must not exist or be empty.
+        path (`Path`):
+            The folder. It must not exist or be empty.
 
     Returns:
         `Path`: The folder to write into, which has the same name.

@@ -100,7 +100,8 @@ def open_image(source: str) -> Image.Image:
     Opens an image, rotated as its EXIF tag says, in its own mode. Transformers' `load_image` clips 16-bit values.
 
     Args:
-        source (`str`): A path, a URL, or the content of a file in base64, also as a `data:` URL.
+        source (`str`):
+            A path, a URL, or the content of a file in base64, also as a `data:` URL.
 
     Raises:
         OSError, ValueError: If there is no image.
@@ -126,8 +127,10 @@ def check_range(image: np.ndarray, do_rescale: bool | None, do_normalize: bool |
     Checks that the values of an image are in the range that the processing assumes.
 
     Args:
-        image (`np.ndarray`): An image of uint8 or float32, before rescaling.
-        do_rescale, do_normalize (`bool`): The settings of the image processor.
+        image (`np.ndarray`):
+            An image of uint8 or float32, before rescaling.
+        do_rescale, do_normalize (`bool`):
+            The settings of the image processor.
 
     Raises:
         ValueError: If values are out of the range, or if their range is ambiguous.

@@ -393,7 +393,8 @@ class AugmentedDataset(Dataset):
             Whether a row that cannot be read is replaced by the next one.
 
     Attributes:
-        skipped ([`~mfuser.data.unreadable.SkippedRows`]): The rows that were skipped.
+        skipped ([`~mfuser.data.unreadable.SkippedRows`]):
+            The rows that were skipped.
 
     Raises:
         ValueError: If a column is missing, or (on access) if a row can't be read or transformed.

@@ -23,8 +23,10 @@ class LabelMap:
             Every raw id that a label file of this dataset may hold.
 
     Attributes:
-        lookup (`np.ndarray` of shape `(256,)`, uint8): The train id of each raw id.
-        valid (`np.ndarray` of shape `(256,)`, bool): Whether a label file may hold the raw id.
+        lookup (`np.ndarray` of shape `(256,)`, uint8):
+            The train id of each raw id.
+        valid (`np.ndarray` of shape `(256,)`, bool):
+            Whether a label file may hold the raw id.
     """
 
     def __init__(self, targets: dict[int, int], valid_ids: Iterable[int]):

@@ -68,11 +68,16 @@ class PixelSample(NamedTuple):
     Labelled pixels of one view of an image.
 
     Args:
-        row (`int`): The position of the image.
-        distortion (`str`): A key of `DISTORTIONS`, or `UNDISTORTED`.
-        scores (`torch.Tensor` of shape `(pixels, num_labels)`): Scores of the model.
-        labels (`torch.Tensor` of shape `(pixels,)`): Train ids.
-        entropy (`float`): The class entropy of the whole image.
+        row (`int`):
+            The position of the image.
+        distortion (`str`):
+            A key of `DISTORTIONS`, or `UNDISTORTED`.
+        scores (`torch.Tensor` of shape `(pixels, num_labels)`):
+            Scores of the model.
+        labels (`torch.Tensor` of shape `(pixels,)`):
+            Train ids.
+        entropy (`float`):
+            The class entropy of the whole image.
     """
 
     row: int

@@ -52,8 +52,10 @@ def reduced(image: np.ndarray, num_classes: int) -> np.ndarray:
     Reduces an image whose pixels or scores would exceed the limits of the page.
 
     Args:
-        image (`np.ndarray` of shape `(3, height, width)` and type `uint8`): An RGB image.
-        num_classes (`int`): Number of classes, each of which has a score per pixel.
+        image (`np.ndarray` of shape `(3, height, width)` and type `uint8`):
+            An RGB image.
+        num_classes (`int`):
+            Number of classes, each of which has a score per pixel.
 
     Returns:
         `np.ndarray` of type `uint8`: The image, of the same shape if it is within the limits.
@@ -71,9 +73,12 @@ class Segmenter:
     A model and its image processor, with class names that each visitor may edit.
 
     Args:
-        model ([`MFuserForSemanticSegmentation`]): The model, which is not changed.
-        processor ([`MFuserImageProcessor`]): Its image processor.
-        tokenizer (*optional*): Tokenizer of its text encoder, or its folder or Hub id.
+        model ([`MFuserForSemanticSegmentation`]):
+            The model, which is not changed.
+        processor ([`MFuserImageProcessor`]):
+            Its image processor.
+        tokenizer (*optional*):
+            Tokenizer of its text encoder, or its folder or Hub id.
 
     Raises:
         ValueError: If the model has too many classes, or if `tokenizer` cannot be loaded or the model

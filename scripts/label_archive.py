@@ -17,7 +17,8 @@ class LabelArchive:
     `(frames,)`, in seconds; the number is that of the first frame in them. A frame of another size starts a new pair.
 
     Args:
-        stream (`BinaryIO`): Where to write.
+        stream (`BinaryIO`):
+            Where to write.
     """
 
     def __init__(self, stream: BinaryIO):

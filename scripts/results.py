@@ -28,9 +28,12 @@ def write_result(file: Path, result: dict[str, Any], complete: bool) -> None:
     Writes a result as JSON, atomically: to `NAME.partial.json` next to `NAME.json` until it is complete.
 
     Args:
-        file (`Path`): The file of the complete result, which replaces the partial one.
-        result (`dict`): The result.
-        complete (`bool`): Whether it is complete.
+        file (`Path`):
+            The file of the complete result, which replaces the partial one.
+        result (`dict`):
+            The result.
+        complete (`bool`):
+            Whether it is complete.
     """
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")
     write_text(partial, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -41,8 +41,10 @@ class Summary:
     What a run has done so far, and its messages.
 
     Args:
-        num_classes (`int`): Number of label values.
-        skipped (`int`): Number of inputs that were skipped before.
+        num_classes (`int`):
+            Number of label values.
+        skipped (`int`):
+            Number of inputs that were skipped before.
     """
 
     def __init__(self, num_classes: int, skipped: int):

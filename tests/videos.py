@@ -38,10 +38,14 @@ def write_video(
     Writes the RGB pictures `frames` to `path`.
 
     Args:
-        times (`list[int]`, *optional*): When each is shown, in units of `time_base`; by default evenly.
-        sound (`str`, *optional*): Codec of an audio track with a tone, which is added.
-        codec, pix_fmt (`str`): How pictures are encoded.
-        options (`str`): Of the container.
+        times (`list[int]`, *optional*):
+            When each is shown, in units of `time_base`; by default evenly.
+        sound (`str`, *optional*):
+            Codec of an audio track with a tone, which is added.
+        codec, pix_fmt (`str`):
+            How pictures are encoded.
+        options (`str`):
+            Of the container.
     """
     time_base = time_base or 1 / rate
     with av.open(str(path), "w", options=options) as container:

@@ -27,7 +27,8 @@ class SkipNonFiniteSteps(TrainerCallback):
             The trainer.
 
     Attributes:
-        total (`int`): Number of skipped steps.
+        total (`int`):
+            Number of skipped steps.
     """
 
     def __init__(self, trainer):

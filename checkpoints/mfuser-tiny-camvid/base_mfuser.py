@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .class_names_mfuser import CITYSCAPES_CLASSES, requested_classes
+from .class_names_mfuser import CITYSCAPES_CLASSES, checked_class_names, requested_classes
 from .configuration_mfuser import MFuserConfig
 from .frozen_encoders_mfuser import ModelWithFrozenEncoders
 from .pretrained_mfuser import check_finite, load_pretrained_encoders, load_towers
@@ -113,11 +113,13 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
                 Other fields of [`MFuserConfig`].
 
         Raises:
-            ValueError: If the encoders cannot be paired, weights are missing, or class names are too long.
+            ValueError: If the encoders cannot be paired, weights are missing, or class names repeat, are empty or are
+                too long.
         """
+        class_names = checked_class_names(class_names)
         revisions = {"vfm": vfm_revision, "vlm": vlm_revision}
         encoders = load_pretrained_encoders(vfm, vlm, revisions)
-        config = encoders.model_config(list(class_names), tokenizer, **kwargs)
+        config = encoders.model_config(class_names, tokenizer, **kwargs)
         model = cls(config)
         notes = load_towers(model.base_model, encoders)
         model.encoders = {

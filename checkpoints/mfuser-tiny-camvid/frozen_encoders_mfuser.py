@@ -43,8 +43,10 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
     The encoders that a model was saved without.
 
     Args:
-        name_or_path (`str` or `Path`): Folder or Hub id of the model.
-        hub_kwargs: Arguments for the download, such as `revision`.
+        name_or_path (`str` or `Path`):
+            Folder or Hub id of the model.
+        hub_kwargs:
+            Arguments for the download, such as `revision`.
 
     Returns:
         `dict[str, dict]`, *optional*: For `vfm` and `vlm`, the `name_or_path`, the `revision` (of a Hub id) and the
@@ -69,8 +71,10 @@ def load_named_encoders(encoders: Mapping[str, Any], **hub_kwargs) -> tuple[Pret
     Loads both encoders, and compares their weights files with the hashes that are known.
 
     Args:
-        encoders (`dict`): For `vfm` and `vlm`, a folder or Hub id, or an entry of [`recorded_encoders`].
-        hub_kwargs: Arguments for the download, such as `cache_dir`.
+        encoders (`dict`):
+            For `vfm` and `vlm`, a folder or Hub id, or an entry of [`recorded_encoders`].
+        hub_kwargs:
+            Arguments for the download, such as `cache_dir`.
 
     Returns:
         `tuple`: The [`PretrainedEncoders`], and the entries for [`recorded_encoders`] that describe them.

@@ -30,8 +30,10 @@ from .images_mfuser import (
     MFuserBatchFeature,
     check_range,
     label_array,
+    open_image,
     resize,
     resized_size,
+    rgb_image,
     to_numpy,
     to_uint8_or_float32,
 )
@@ -68,7 +70,8 @@ class MFuserImageProcessor(PilBackend):
     - **Images** may be PIL images, NumPy arrays or torch tensors of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or
       4 channels, batches of such arrays, paths or URLs, or lists of these with different sizes. Greyscale images are
       converted to RGB, an alpha channel is dropped, and 16-bit values (modes `I;16` and `I`, dtype uint16) are scaled
-      to 8 bits. Floating-point images hold values from 0 to 255, or from 0 to 1 with `do_rescale=False`.
+      to 8 bits (except in Transformers' pipelines, which clip them at 255 before the processor). Floating-point images
+      hold values from 0 to 255, or from 0 to 1 with `do_rescale=False`.
     - **Resizing** is enabled by `do_resize=True` or by passing a `size` to the constructor, to `from_pretrained` or to
       a call. The published test protocols resize to the largest fit with the aspect ratio kept:
       `size={"shortest_edge": 1024, "longest_edge": 2048}` for Cityscapes and Mapillary Vistas,
@@ -243,6 +246,11 @@ class MFuserImageProcessor(PilBackend):
             data["labels"] = [label_map.astype(np.int64) for label_map in maps]
         return MFuserBatchFeature(data, return_tensors, image_sizes=image_sizes, input_sizes=input_sizes)
 
+    def fetch_images(self, image_url_or_urls):
+        if isinstance(image_url_or_urls, str):
+            return open_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
     def _as_list(self, images: ImageInput, batch_ndim: int) -> list:
         """Returns a flat list; opens paths and URLs, and splits arrays of `batch_ndim` dimensions."""
         images = self.fetch_images(images)
@@ -300,14 +308,8 @@ class MFuserImageProcessor(PilBackend):
         between releases of Transformers.
         """
         if isinstance(image, Image.Image):
-            # Image.convert would clip 16-bit and floating-point values at 255.
-            if do_convert_rgb and image.mode != "F" and not image.mode.startswith("I"):
-                image = image.convert("RGB")
-            if image.mode == "I" and image.getextrema()[0] >= 0 and image.getextrema()[1] <= 65535:
-                # Older releases of Pillow open a 16-bit greyscale PNG in this mode.
-                array = np.asarray(image).astype(np.uint16)
-            else:
-                array = np.asarray(image)
+            # The range of floating-point values is checked against the settings, see `check_range`.
+            array = np.asarray(rgb_image(image) if do_convert_rgb and image.mode != "F" else image)
             input_data_format = ChannelDimension.LAST
         else:
             array = to_numpy(image)

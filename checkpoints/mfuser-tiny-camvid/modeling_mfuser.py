@@ -123,9 +123,12 @@ class MFuserFusionLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`): Tokens of the vision foundation model.
-            vlm_states (`torch.Tensor` of shape `(B, L, D)`): Tokens of the vision-language model.
-            run_vfm, run_vlm (`Callable`): The layers of each frozen encoder before this MVFuser. They are arguments so
+            vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`):
+                Tokens of the vision foundation model.
+            vlm_states (`torch.Tensor` of shape `(B, L, D)`):
+                Tokens of the vision-language model.
+            run_vfm, run_vlm (`Callable`):
+                The layers of each frozen encoder before this MVFuser. They are arguments so
                 that gradient checkpointing recomputes them together with the MVFuser.
         """
         device = vfm_states.device  # the layers of the encoders may be on others
@@ -280,8 +283,10 @@ class MFuserModel(MFuserPreTrainedModel):
         Runs both encoders in lock-step, with an MVFuser after each pair of layers (equations 2 to 4).
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Normalised with CLIP's mean and standard deviation.
-            kwargs: `output_vfm_hidden_states`, `output_vlm_hidden_states` and `output_attentions` (`bool`).
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Normalised with CLIP's mean and standard deviation.
+            kwargs:
+                `output_vfm_hidden_states`, `output_vlm_hidden_states` and `output_attentions` (`bool`).
         """
         grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
         vfm_states, vfm_inputs = self.vfm(pixel_values)
@@ -406,8 +411,10 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         classes. Names close to trained ones work best; objects that were background in training are not found.
 
         Args:
-            class_names (`list[str]`): The new classes, in the order of their labels.
-            tokenizer, class_token_length: See [`~MFuserPreTrainedModel.from_pretrained`].
+            class_names (`list[str]`):
+                The new classes, in the order of their labels.
+            tokenizer, class_token_length:
+                See [`~MFuserPreTrainedModel.from_pretrained`].
 
         Raises:
             ValueError: If the model has no text encoder, or names or tokenizer cannot be used.

@@ -126,8 +126,10 @@ def selected_states(states: tuple[torch.Tensor, ...] | None, selection: bool | i
     The hidden states that `output_hidden_states` selects by their indices, as in Transformers.
 
     Args:
-        states (`tuple` of `torch.Tensor`, *optional*): All hidden states.
-        selection (`bool`, `int` or `list[int]`): A flag, or the indices to keep; negative ones count from the end.
+        states (`tuple` of `torch.Tensor`, *optional*):
+            All hidden states.
+        selection (`bool`, `int` or `list[int]`):
+            A flag, or the indices to keep; negative ones count from the end.
 
     Returns:
         `tuple`: `states`, with `None` in the place of those that are not selected.

@@ -12,9 +12,12 @@ class Resampled:
     A weight of a pretrained encoder that is resampled to the grid or patch size of the model.
 
     Args:
-        name (`str`): Its name in `vision`.
-        mode (`str`): `"bicubic"` or `"bilinear"`.
-        num_class_tokens (`int`, *optional*, defaults to 0): Leading rows that are not part of the grid.
+        name (`str`):
+            Its name in `vision`.
+        mode (`str`):
+            `"bicubic"` or `"bilinear"`.
+        num_class_tokens (`int`, *optional*, defaults to 0):
+            Leading rows that are not part of the grid.
     """
 
     name: str

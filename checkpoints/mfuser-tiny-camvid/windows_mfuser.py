@@ -71,12 +71,18 @@ def average_over_windows(
     Segments images window by window and averages the scores where windows overlap.
 
     Args:
-        segment (`Callable`): Maps crops and their labels (or `None`) to scores `(N, K, h, w)` and loss components.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images.
-        labels (`torch.Tensor` of shape `(B, H, W)`, *optional*): Their labels.
-        windows (`list`): Rows and columns of each window; all of one size.
-        num_labels (`int`): Number of classes K.
-        together (`int`): Windows of every image per call of `segment`; 1 where there are labels, as a loss is that of
+        segment (`Callable`):
+            Maps crops and their labels (or `None`) to scores `(N, K, h, w)` and loss components.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            The images.
+        labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+            Their labels.
+        windows (`list`):
+            Rows and columns of each window; all of one size.
+        num_labels (`int`):
+            Number of classes K.
+        together (`int`):
+            Windows of every image per call of `segment`; 1 where there are labels, as a loss is that of
             one crop of every image.
 
     Returns:
@@ -110,10 +116,14 @@ def average_over_augmentations(
     Test-time augmentation: the mean over scales and flips of the softmax over classes of the resized scores.
 
     Args:
-        segment (`Callable`): Maps images to scores `(B, K, h, w)`.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images.
-        scales (`tuple[float, ...]`): Factors on the size of the images.
-        flip (`bool`): Whether to add the horizontally flipped images.
+        segment (`Callable`):
+            Maps images to scores `(B, K, h, w)`.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            The images.
+        scales (`tuple[float, ...]`):
+            Factors on the size of the images.
+        flip (`bool`):
+            Whether to add the horizontally flipped images.
 
     Returns:
         `torch.Tensor` of shape `(B, K, H, W)`: Mean probabilities.
