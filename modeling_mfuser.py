@@ -494,7 +494,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
     def decode(
         self,
         features: MFuserModelOutput,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         labels: torch.Tensor | None = None,
         class_mask: torch.Tensor | None = None,
     ) -> MFuserForSemanticSegmentationOutput:

@@ -275,7 +275,8 @@ class ClipTower(VisionLanguageTower):
 
     merges_normalised_vfm = False
     positions = Resampled("embeddings.position_embedding.weight", "bilinear", num_class_tokens=1)
-    vision_class, embeddings_class, text_class = CLIPVisionModel, MFuserCLIPVisionEmbeddings, CLIPTextModel
+    vision_class, text_class = CLIPVisionModel, CLIPTextModel
+    embeddings_class: type[nn.Module] | None = MFuserCLIPVisionEmbeddings
     projection_bias = False
 
     def __init__(self, config: MFuserConfig):

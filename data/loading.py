@@ -245,6 +245,7 @@ def class_names(source: str, id2label=None, preparation: dict | None = None) -> 
     Raises:
         ValueError: If no names are known, or `id2label` differs from those of the source.
     """
+    own: dict[int, str] | None
     if preparation:
         own, origin = parse_id2label(dict(enumerate(preparation["classes"]))), "was prepared with"
     else:

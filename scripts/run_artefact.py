@@ -75,7 +75,8 @@ def read_image(path):
 
 def prepare(image, artefact):
     """RGB image -> resized and normalised pixels (1, 3, H, W), float32."""
-    resized = image.resize(model_size(*image.size, artefact["size"]), artefact["resample"])
+    width, height = image.size
+    resized = image.resize(model_size(width, height, artefact["size"]), artefact["resample"])
     pixels = np.asarray(resized, dtype=np.float32) * np.float32(artefact["scale"])
     pixels = (pixels - np.float32(artefact["mean"])) / np.float32(artefact["std"])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
