@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import has_file, logging
+from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +42,8 @@ CLASS_TABLES = (
     "decoder.predictor.class_head.weight",
     "decoder.predictor.class_head.bias",
 )
-# Arguments of `from_pretrained` that say where a file comes from.
-HUB_FIELDS = ("cache_dir", "local_files_only", "revision", "token")
+# Arguments of `from_pretrained` that select a file on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def clip_token_row(name_tokens: tuple[int, ...] | list[int], length: int = CLASS_TOKEN_LENGTH) -> list[int]:
@@ -67,10 +67,14 @@ def class_token_ids(
     padding.
 
     Args:
-        class_names (`list[str]`): The names, in the order of the labels.
-        tokenizer ([`PreTrainedTokenizerBase`]): The tokenizer of the vision-language model.
-        length (`int`, *optional*, defaults to 5): Token positions per name.
-        limit (`int`, *optional*): Largest `length` that the text encoder can take, if known.
+        class_names (`list[str]`):
+            The names, in the order of the labels.
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            The tokenizer of the vision-language model.
+        length (`int`, *optional*, defaults to 5):
+            Token positions per name.
+        limit (`int`, *optional*):
+            Largest `length` that the text encoder can take, if known.
 
     Raises:
         ValueError: If a name needs more than `length` tokens, or the tokenizer has no padding.
@@ -133,8 +137,10 @@ def pretrained_tokenizer(name_or_path: str | os.PathLike, **hub_kwargs) -> PreTr
     The tokenizer in a folder or a repository of the Hub, without running code from there.
 
     Args:
-        name_or_path (`str`): The folder or Hub id.
-        hub_kwargs: Arguments for the download, such as `revision`.
+        name_or_path (`str`):
+            The folder or Hub id.
+        hub_kwargs:
+            Arguments for the download, such as `revision`.
 
     Raises:
         OSError, ValueError: If there is no tokenizer, or it needs code of its own.
@@ -147,9 +153,12 @@ def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTra
     Returns a tokenizer that is given as such, by its folder or Hub id, or as part of a saved model.
 
     Args:
-        tokenizer ([`PreTrainedTokenizerBase`] or `str`, *optional*): The tokenizer, or its folder or Hub id.
-        folder (`str`, *optional*): Folder or Hub id of the saved model, which is used if `tokenizer` is `None`.
-        hub_kwargs: Arguments for the download, such as `revision`.
+        tokenizer ([`PreTrainedTokenizerBase`] or `str`, *optional*):
+            The tokenizer, or its folder or Hub id.
+        folder (`str`, *optional*):
+            Folder or Hub id of the saved model, which is used if `tokenizer` is `None`.
+        hub_kwargs:
+            Arguments for the download, such as `revision`.
 
     Raises:
         ValueError: If there is no tokenizer.
@@ -176,8 +185,8 @@ def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTra
 
 def _contains_tokenizer(folder: str, **hub_kwargs) -> bool:
     try:
-        return has_file(folder, "tokenizer_config.json", **hub_kwargs)
-    except (OSError, ValueError):  # offline, or no valid id
+        return cached_file(folder, "tokenizer_config.json", **hub_kwargs) is not None
+    except (OSError, ValueError):  # no such file, offline, or no valid id
         return False
 
 
@@ -188,10 +197,14 @@ def new_class_token_ids(
     Tokenizes new class names for a model that exists already, and checks that its text encoder can take them.
 
     Args:
-        config ([`MFuserConfig`]): The configuration of the model, with the token ids of its present classes.
-        class_names (`list[str]`): The new names.
-        tokenizer ([`PreTrainedTokenizerBase`]): The tokenizer of the text encoder.
-        length (`int`, *optional*): Token positions per name. Defaults to that of the present classes.
+        config ([`MFuserConfig`]):
+            The configuration of the model, with the token ids of its present classes.
+        class_names (`list[str]`):
+            The new names.
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            The tokenizer of the text encoder.
+        length (`int`, *optional*):
+            Token positions per name. Defaults to that of the present classes.
 
     Raises:
         ValueError: If a name is too long, or the tokenizer belongs to another text encoder.
@@ -233,9 +246,12 @@ def selected_rows(table: torch.Tensor, rows: torch.Tensor, initialise: Callable)
     Rows of a table with one row per class.
 
     Args:
-        table (`torch.Tensor` of shape `(K, ...)`): The table.
-        rows (`torch.Tensor` of shape `(N,)`): Row to copy for each new class, or -1 for an initial value.
-        initialise (`Callable`): Fills a tensor with initial values, in place.
+        table (`torch.Tensor` of shape `(K, ...)`):
+            The table.
+        rows (`torch.Tensor` of shape `(N,)`):
+            Row to copy for each new class, or -1 for an initial value.
+        initialise (`Callable`):
+            Fills a tensor with initial values, in place.
 
     Returns:
         `nn.Parameter` of shape `(N, ...)`: A copy, trainable if `table` is, or if it has initial values.
@@ -258,10 +274,14 @@ def replace_classes(model: Any, class_names: list[str], token_ids: list | None =
     anything is changed.
 
     Args:
-        model ([`MFuserModel`] or [`MFuserForSemanticSegmentation`]): The model.
-        class_names (`list[str]`): The new names, in the order of the labels.
-        token_ids (`list[list[int]]`, *optional*): Their token ids; required by a text encoder.
-        config_fields: Other fields of the configuration to change.
+        model ([`MFuserModel`] or [`MFuserForSemanticSegmentation`]):
+            The model.
+        class_names (`list[str]`):
+            The new names, in the order of the labels.
+        token_ids (`list[list[int]]`, *optional*):
+            Their token ids; required by a text encoder.
+        config_fields:
+            Other fields of the configuration to change.
 
     Returns:
         `str`: The origin of each class, in words.
@@ -322,9 +342,12 @@ class RequestedClasses:
     Classes that a saved model is to have after loading, other than those it was saved with.
 
     Args:
-        folder (`str`): Folder or Hub id of the saved model.
-        class_names (`list[str]`): The classes.
-        token_ids (`list[list[int]]`, *optional*): Their token ids, if the model has a text encoder.
+        folder (`str`):
+            Folder or Hub id of the saved model.
+        class_names (`list[str]`):
+            The classes.
+        token_ids (`list[list[int]]`, *optional*):
+            Their token ids, if the model has a text encoder.
     """
 
     folder: str
@@ -355,11 +378,14 @@ def requested_classes(
     Finds out whether the arguments of `from_pretrained` ask for other classes than the saved ones.
 
     Args:
-        config_class (`type`): [`MFuserConfig`].
-        folder (`str` or `Path`): Folder or Hub id of the saved model.
+        config_class (`type`):
+            [`MFuserConfig`].
+        folder (`str` or `Path`):
+            Folder or Hub id of the saved model.
         kwargs (`dict`):
             Further arguments. If the classes differ, they are changed so that the model loads with its saved classes.
-        class_names, tokenizer, class_token_length: See [`MFuserPreTrainedModel.from_pretrained`].
+        class_names, tokenizer, class_token_length:
+            See [`MFuserPreTrainedModel.from_pretrained`].
 
     Returns:
         [`RequestedClasses`], *optional*: The classes, if they differ from the saved ones.
@@ -376,7 +402,7 @@ def requested_classes(
         return None
     if config is None and class_names is None and not any(name in kwargs for name in label_fields):
         return None
-    hub_kwargs = {name: kwargs[name] for name in HUB_FIELDS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     saved_fields = config_class.get_config_dict(folder, **hub_kwargs)[0]
     if not saved_fields:
         return None  # Transformers raises an error

@@ -20,10 +20,11 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     Opens a binary file that replaces `path` atomically when the block ends.
 
     If the block raises, `path` keeps its previous content. The data is flushed to disk before the file is renamed. If
-    the process is killed, a file `.<number>.tmp` may remain beside it.
+    the process is killed, a file `.<number>.tmp` may remain next to it.
 
     Args:
-        path (`str` or `Path`): The file to write. Its folder must exist.
+        path (`str` or `Path`):
+            The file to write. Its folder must exist.
 
     Raises:
         OSError: If the file cannot be written, with its name; for example because the disk is full.
@@ -76,10 +77,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     Creates a folder that appears as `path`, complete, when the block ends.
 
-    If the block raises, nothing remains. If the process is killed, a folder `.mfuser-*` may remain beside `path`.
+    If the block raises, nothing remains. If the process is killed, a folder `.mfuser-*` may remain next to `path`.
 
     Args:
-        path (`Path`): The folder. It must not exist or be empty.
+        path (`Path`):
+            The folder. It must not exist or be empty.
 
     Returns:
         `Path`: The folder to write into, which has the same name.

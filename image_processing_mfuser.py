@@ -25,19 +25,21 @@ from transformers.utils import TensorType, logging
 
 from .class_names_mfuser import IGNORE_INDEX
 from .confidence_mfuser import check_threshold, mark_unknown, resize_maps, resized_confidences
-from .images_mfuser import MFuserBatchFeature, check_range, label_array, resize, to_numpy, to_uint8_or_float32
+from .images_mfuser import (
+    SUPPORTED_SIZES,
+    MFuserBatchFeature,
+    check_range,
+    label_array,
+    open_image,
+    resize,
+    resized_size,
+    rgb_image,
+    to_numpy,
+    to_uint8_or_float32,
+)
 from .postprocessing_mfuser import check_sizes, label_map_of_scores
 
 logger = logging.get_logger(__name__)
-
-SUPPORTED_SIZES = (
-    {"shortest_edge", "longest_edge"},
-    {"shortest_edge"},
-    {"longest_edge"},
-    {"max_height", "max_width"},
-    {"height", "width"},
-)
-
 
 # Other fields of the file of a saved image processor, and arguments that Transformers passes when it loads one.
 SAVED_ALONG = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
@@ -57,31 +59,6 @@ CHECKED_VALUES = ("rescale_factor", "image_mean", "image_std", "resample")
 SETTINGS = frozenset({**ImagesKwargs.__annotations__, **MFuserImageProcessorKwargs.__annotations__})
 
 
-def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Returns (height, width) times `scale`, rounded half up as in mmcv's `imrescale`, and at least 1 pixel each."""
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
-    """
-    Returns the (height, width) in pixels to which an image is resized.
-
-    `{"height", "width"}` is exact. All other forms keep the aspect ratio and give the largest image within every limit
-    that they name, rounded half up as in mmcv's `imrescale`, which the published test protocols use.
-    """
-    size = size if isinstance(size, SizeDict) else SizeDict(**size)
-    if size.height is not None:
-        return size.height, size.width
-    limits = (
-        (size.shortest_edge, min(height, width)),
-        (size.longest_edge, max(height, width)),
-        (size.max_height, height),
-        (size.max_width, width),
-    )
-    scale = min(limit / length for limit, length in limits if limit is not None)
-    return scaled_size(height, width, scale)
-
-
 class MFuserImageProcessor(PilBackend):
     r"""
     Constructs an MFuser image processor.
@@ -93,7 +70,8 @@ class MFuserImageProcessor(PilBackend):
     - **Images** may be PIL images, NumPy arrays or torch tensors of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or
       4 channels, batches of such arrays, paths or URLs, or lists of these with different sizes. Greyscale images are
       converted to RGB, an alpha channel is dropped, and 16-bit values (modes `I;16` and `I`, dtype uint16) are scaled
-      to 8 bits. Floating-point images hold values from 0 to 255, or from 0 to 1 with `do_rescale=False`.
+      to 8 bits (except in Transformers' pipelines, which clip them at 255 before the processor). Floating-point images
+      hold values from 0 to 255, or from 0 to 1 with `do_rescale=False`.
     - **Resizing** is enabled by `do_resize=True` or by passing a `size` to the constructor, to `from_pretrained` or to
       a call. The published test protocols resize to the largest fit with the aspect ratio kept:
       `size={"shortest_edge": 1024, "longest_edge": 2048}` for Cityscapes and Mapillary Vistas,
@@ -268,6 +246,11 @@ class MFuserImageProcessor(PilBackend):
             data["labels"] = [label_map.astype(np.int64) for label_map in maps]
         return MFuserBatchFeature(data, return_tensors, image_sizes=image_sizes, input_sizes=input_sizes)
 
+    def fetch_images(self, image_url_or_urls):
+        if isinstance(image_url_or_urls, str):
+            return open_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
     def _as_list(self, images: ImageInput, batch_ndim: int) -> list:
         """Returns a flat list; opens paths and URLs, and splits arrays of `batch_ndim` dimensions."""
         images = self.fetch_images(images)
@@ -325,14 +308,8 @@ class MFuserImageProcessor(PilBackend):
         between releases of Transformers.
         """
         if isinstance(image, Image.Image):
-            # Image.convert would clip 16-bit and floating-point values at 255.
-            if do_convert_rgb and image.mode != "F" and not image.mode.startswith("I"):
-                image = image.convert("RGB")
-            if image.mode == "I" and image.getextrema()[0] >= 0 and image.getextrema()[1] <= 65535:
-                # Older releases of Pillow open a 16-bit greyscale PNG in this mode.
-                array = np.asarray(image).astype(np.uint16)
-            else:
-                array = np.asarray(image)
+            # The range of floating-point values is checked against the settings, see `check_range`.
+            array = np.asarray(rgb_image(image) if do_convert_rgb and image.mode != "F" else image)
             input_data_format = ChannelDimension.LAST
         else:
             array = to_numpy(image)

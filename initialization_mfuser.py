@@ -21,8 +21,10 @@ def initialised(layer: Layer, **initial_values: Initializer) -> Layer:
     models of remote code.
 
     Args:
-        layer (`nn.Module`): The layer.
-        initial_values: For each parameter, a function of `transformers.initialization` that fills it in place.
+        layer (`nn.Module`):
+            The layer.
+        initial_values:
+            For each parameter, a function of `transformers.initialization` that fills it in place.
     """
     # nn.Module's annotations allow only tensors and modules as attributes.
     layer.initial_values = {**getattr(layer, "initial_values", {}), **initial_values}  # type: ignore[assignment]

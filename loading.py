@@ -17,6 +17,9 @@ from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.pretrained_mfuser import check_finite
 
+# Fields of a configuration that name the software and the location of the model.
+CONFIG_NOTES = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype")
+
 
 def load_model(
     name_or_path: str | Path, dtype: str | torch.dtype = "auto", **config_fields
@@ -45,6 +48,19 @@ def load_model(
     name_or_path = str(name_or_path)
     with _naming_damaged_files(name_or_path):
         return _load_model(name_or_path, dtype, config_fields)
+
+
+def config_content(config: PreTrainedConfig) -> dict:
+    """The fields of a configuration, without those that name the software and the location of the model."""
+    return _content(config.to_dict())
+
+
+def _content(fields: dict) -> dict:
+    return {
+        name: _content(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in CONFIG_NOTES
+    }
 
 
 @contextmanager
@@ -145,7 +161,7 @@ def read_weights(
         folder (`str` or `Path`, *optional*):
             Folder of a saved model.
         state_dict (`dict`, *optional*):
-            The content of its weights file, in place of `folder`.
+            The content of its weights file, instead of `folder`.
 
     Returns:
         `dict`: A complete state dict of `model`. Frozen weights that were not saved are the model's own.

@@ -12,7 +12,6 @@ Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -36,15 +34,13 @@ from .outputs_mfuser import (
     MFuserEncoderOutput,
     MFuserForSemanticSegmentationOutput,
     MFuserModelOutput,
+    attentions_by_encoder,
     selected_states,
 )
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS, NoTower
 from .weights_cache_mfuser import WeightsCache
 from .windows_mfuser import average_over_augmentations, average_over_windows, sliding_windows, windows_per_batch
-
-logger = logging.get_logger(__name__)
-
 
 # --- MVFuser and the fusion of two encoders --------------------------------------------------------------------------
 
@@ -127,9 +123,12 @@ class MFuserFusionLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`): Tokens of the vision foundation model.
-            vlm_states (`torch.Tensor` of shape `(B, L, D)`): Tokens of the vision-language model.
-            run_vfm, run_vlm (`Callable`): The layers of each frozen encoder before this MVFuser. They are arguments so
+            vfm_states (`torch.Tensor` of shape `(B, Lv, Dv)`):
+                Tokens of the vision foundation model.
+            vlm_states (`torch.Tensor` of shape `(B, L, D)`):
+                Tokens of the vision-language model.
+            run_vfm, run_vlm (`Callable`):
+                The layers of each frozen encoder before this MVFuser. They are arguments so
                 that gradient checkpointing recomputes them together with the MVFuser.
         """
         device = vfm_states.device  # the layers of the encoders may be on others
@@ -186,7 +185,7 @@ class MTEnhancer(nn.Module):
         self.out_proj = nn.Linear(size, embedding_size)
         self.gamma = nn.Parameter(torch.empty(embedding_size))
         initialised(self, gamma=init.trunc_normal_)
-        # The published code initialises every Linear here anew, those of the MVFuser included (an accident, it seems).
+        # The published code re-initialises every Linear here, including those of the MVFuser (probably by accident).
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 initialised(module, weight=partial(init.trunc_normal_, std=0.02), bias=init.zeros_)
@@ -222,10 +221,9 @@ class MFuserModel(MFuserPreTrainedModel):
         self.vfm: Any = VFM_TOWERS[config.vfm_config.model_type](config) if config.use_vfm else NoTower(config)
         self.vlm = vlm_tower(config)
         self.fusion_layers = nn.ModuleList(MFuserFusionLayer(config) for _ in config.layer_pairs)
-        vfm_size, vlm_size = config.vfm_size, config.vlm_config.hidden_size
         project_vfm = config.use_vfm and config.fusion_project_vfm
-        self.merge_proj = nn.Linear(vfm_size, vlm_size) if project_vfm else nn.Identity()
-        self.pyramid = MFuserPyramid(vfm_size + vlm_size)
+        self.merge_proj = nn.Linear(config.vfm_size, config.vlm_config.hidden_size) if project_vfm else nn.Identity()
+        self.pyramid = MFuserPyramid(config.pyramid_channels)
         self.enhancer: Any = MTEnhancer(config, embedding_size) if config.use_enhancer else None
         self.prompts: Any = None  # `None` if the class embeddings are stored
         self.stored_class_embeddings: Any = None  # `None` if they are computed
@@ -250,25 +248,6 @@ class MFuserModel(MFuserPreTrainedModel):
             self.vfm.eval()
             self.vlm.eval()
         return self
-
-    def freeze_unused_parameters(self):
-        """
-        Disables the gradients of encoder parameters that no output depends on, since `DistributedDataParallel` waits
-        for every gradient: layers after the last MVFuser, mask tokens, with CLIP the last norm of the vision
-        foundation model and, with SigLIP and no MTEnhancer, the probe that pools an image.
-        """
-        last_vfm, last_vlm = self.config.layer_pairs[-1]
-        unused = [*self.vfm.layers[last_vfm:], *self.vlm.layers[last_vlm:]]
-        if not self.vlm.merges_normalised_vfm:
-            unused.append(self.vfm.final_norm)
-        for module in unused:
-            module.requires_grad_(False)
-        tokens = [getattr(self.vfm.vision.embeddings, "mask_token", None)] if self.config.use_vfm else []
-        if self.enhancer is None:
-            tokens.append(getattr(getattr(self.vlm.vision, "head", None), "probe", None))
-        for token in tokens:
-            if token is not None:
-                token.requires_grad_(False)
 
     def class_embeddings(self) -> torch.Tensor:
         """
@@ -304,8 +283,10 @@ class MFuserModel(MFuserPreTrainedModel):
         Runs both encoders in lock-step, with an MVFuser after each pair of layers (equations 2 to 4).
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Normalised with CLIP's mean and standard deviation.
-            kwargs: `output_vfm_hidden_states`, `output_vlm_hidden_states` and `output_attentions` (`bool`).
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Normalised with CLIP's mean and standard deviation.
+            kwargs:
+                `output_vfm_hidden_states`, `output_vlm_hidden_states` and `output_attentions` (`bool`).
         """
         grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
         vfm_states, vfm_inputs = self.vfm(pixel_values)
@@ -367,7 +348,7 @@ class MFuserModel(MFuserPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        vfm_attentions, vlm_attentions = self._attentions_by_encoder(encoded.attentions)
+        vfm_attentions, vlm_attentions = attentions_by_encoder(encoded.attentions, self.config.layer_pairs)
         global_embedding, dense_embedding = self._merge(encoded.vfm_last_hidden_state, encoded.vlm_last_hidden_state)
         text = class_embeddings.expand(pixel_values.shape[0], -1, -1)
         if self.enhancer is not None:
@@ -394,24 +375,6 @@ class MFuserModel(MFuserPreTrainedModel):
             vfm_attentions=vfm_attentions,
         )
 
-    def _attentions_by_encoder(self, attentions):
-        """Splits the attention weights of both encoders, which are in the order of their layers in lock-step."""
-        if attentions is None:
-            return None, None
-        if not attentions:
-            logger.warning(
-                "output_attentions needs eager attention, since other implementations do not return their weights: "
-                'call model.set_attn_implementation("eager")'
-            )
-            return (), ()
-        remaining, previous = iter(attentions), (0, 0)
-        by_encoder: tuple[list, list] = ([], [])
-        for pair in self.config.layer_pairs:
-            for collected, start, end in zip(by_encoder, previous, pair, strict=True):
-                collected += islice(remaining, end - start)
-            previous = pair
-        return tuple(map(tuple, by_encoder))
-
     def _merge(self, vfm_states: torch.Tensor, vlm_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Last tokens of both encoders -> global (B, 1, E) and dense (B, h * w, E) embeddings."""
         if not self.config.use_vfm:
@@ -423,29 +386,6 @@ class MFuserModel(MFuserPreTrainedModel):
         vfm_states = torch.cat([vfm_states[:, : self.vlm.num_class_tokens], vfm_states[:, -num_patches:]], dim=1)
         return self.vlm.merge(vlm_states, self.merge_proj(vfm_states))
 
-    def check_pixels(self, pixel_values: torch.Tensor):
-        """Raises `ValueError` unless `pixel_values` is a floating-point batch of images of at least one patch."""
-        if torch.jit.is_tracing():
-            raise NotImplementedError(
-                "torch.jit.trace, and torch.onnx.export with dynamo=False, cannot capture this model; use "
-                "`mfuser export`, torch.export.export or torch.onnx.export with dynamo=True"
-            )
-        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-            given = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-            raise ValueError(
-                f"pixel_values are {given}; they must be a floating-point tensor of normalised images, as the image "
-                "processor returns"
-            )
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"pixel_values must have shape (batch, 3, height, width), not {tuple(pixel_values.shape)}"
-            )
-        if min(pixel_values.shape[-2:]) < self.config.patch_size:
-            raise ValueError(
-                f"pixel_values hold images of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels; both sides "
-                f"must be at least one patch, {self.config.patch_size} pixels"
-            )
-
 
 class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
     """MFuser with its text-queried mask decoder: class scores of every pixel, and the training loss."""
@@ -453,9 +393,8 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
     def __init__(self, config: MFuserConfig):
         super().__init__(config)
         self.mfuser = MFuserModel(config)
-        channels = config.vfm_size + config.vlm_config.hidden_size
         embedding_size = VLM_TOWERS[config.vlm_config.model_type].embedding_size(config)
-        self.pixel_decoder = MFuserPixelDecoder(config, channels, embedding_size)
+        self.pixel_decoder = MFuserPixelDecoder(config, config.pyramid_channels, embedding_size)
         self.decoder = MFuserDecoder(config, embedding_size)
         self.criterion = MFuserLoss(config)
         self.post_init()
@@ -472,8 +411,10 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         classes. Names close to trained ones work best; objects that were background in training are not found.
 
         Args:
-            class_names (`list[str]`): The new classes, in the order of their labels.
-            tokenizer, class_token_length: See [`~MFuserPreTrainedModel.from_pretrained`].
+            class_names (`list[str]`):
+                The new classes, in the order of their labels.
+            tokenizer, class_token_length:
+                See [`~MFuserPreTrainedModel.from_pretrained`].
 
         Raises:
             ValueError: If the model has no text encoder, or names or tokenizer cannot be used.
@@ -519,7 +460,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         >>> maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
         ```
         """
-        self.mfuser.check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         if labels is not None and labels.shape[-2:] != pixel_values.shape[-2:]:
             raise ValueError(
                 f"labels have {tuple(labels.shape[-2:])} pixels and pixel_values {tuple(pixel_values.shape[-2:])}; an "
@@ -540,18 +481,34 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         else:
             features = self.mfuser(
                 pixel_values,
-                None,
-                output_hidden_states,
-                output_attentions,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
                 output_feature_maps=False,
                 return_dict=True,
             )
-            outputs = self._decode(features, pixel_values.shape[-2:], labels, class_mask)
+            outputs = self.decode(features, pixel_values.shape[-2:], labels, class_mask)
         if output_confidence:
             outputs["confidence"] = confidence_map(outputs.logits, self.config.confidence_calibration)
         return outputs
 
-    def _decode(self, features: MFuserModelOutput, size, labels, class_mask) -> MFuserForSemanticSegmentationOutput:
+    def decode(
+        self,
+        features: MFuserModelOutput,
+        size: tuple[int, ...],
+        labels: torch.Tensor | None = None,
+        class_mask: torch.Tensor | None = None,
+    ) -> MFuserForSemanticSegmentationOutput:
+        """
+        The mask decoder (section 3.4): scores of size `size`, and with `labels` the loss.
+
+        Args:
+            features ([`MFuserModelOutput`]):
+                Output of [`MFuserModel`] for images of at most one window.
+            size (`tuple[int, int]`):
+                (height, width) of the scores, that of the images.
+            labels, class_mask (*optional*):
+                See [`forward`].
+        """
         levels = self.mfuser.pyramid(features.fused_maps)
         mask_features, memory = self.pixel_decoder(levels, features.text_embeddings)
         predictions = self.decoder(features.text_embeddings, mask_features, memory)
@@ -578,17 +535,22 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         config = self.config
         config.check_windows()  # fields may be set after loading
-        together = config.windows_per_batch or windows_per_batch(
-            pixel_values, config.crop_size, config.patch_size, self.mfuser.pyramid.stride8.in_channels, self.dtype
-        )
+        together = windows_per_batch(pixel_values, config, self.dtype)
 
         class_embeddings = None  # computed with the first windows, for all
 
         def segment(crops, crop_labels):
             nonlocal class_embeddings
-            features = self.mfuser(crops, class_embeddings, False, False, output_feature_maps=False, return_dict=True)
+            features = self.mfuser(
+                crops,
+                class_embeddings,
+                output_hidden_states=False,
+                output_attentions=False,
+                output_feature_maps=False,
+                return_dict=True,
+            )
             class_embeddings = features.class_embeddings
-            outputs = self._decode(features, crops.shape[-2:], crop_labels, class_mask)
+            outputs = self.decode(features, crops.shape[-2:], crop_labels, class_mask)
             logits: torch.Tensor = outputs.logits  # type: ignore[assignment]  # always present
             return logits.to(pixel_values.device), outputs.loss_components
 

@@ -189,4 +189,4 @@ def quantize(model: MFuserForSemanticSegmentation, kind: str | None) -> MFuserFo
 
 def refuse_to_save(kind: str, *args, **kwargs):
     """Replaces `save_pretrained`, whose files would be loaded as a model that is not quantised."""
-    raise RuntimeError(f"a model quantised to {kind} cannot be saved; save it first, and quantise it after loading")
+    raise RuntimeError(f"a model quantised to {kind} cannot be saved; save the original and quantise it after loading")

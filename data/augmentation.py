@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.data.unreadable import SkippedRows, check_label, read_row
-from mfuser.image_processing_mfuser import scaled_size
+from mfuser.images_mfuser import rgb_image, scaled_size
 
 # A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.
 REDRAWS = 10
@@ -30,7 +30,7 @@ class Draw(NamedTuple):
     """
     One training sample: the index type of [`AugmentedDataset`], yielded by its samplers.
 
-    A draw carries its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
+    A draw contains its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
     processes report a new epoch to the dataset.
 
     Attributes:
@@ -114,6 +114,11 @@ class TrainingAugmentation:
         if brightness_delta < 0 or hue_delta < 0:
             raise ValueError(
                 f"brightness_delta is {brightness_delta} and hue_delta {hue_delta}; both must be at least 0"
+            )
+        if not np.isfinite([*image_mean, *image_std]).all() or min(image_std) <= 0:
+            raise ValueError(
+                f"image_mean is {tuple(image_mean)} and image_std {tuple(image_std)}; both must be finite, and "
+                "image_std positive"
             )
         self.crop_size = crop_size
         self.scale_range = scale_range
@@ -345,7 +350,7 @@ def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np
 
 def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.asarray(rgb_image(image))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"the image is an array of {image.dtype} and shape {image.shape}; it must be uint8 of shape "
@@ -372,8 +377,8 @@ class AugmentedDataset(Dataset):
     """
     Applies [`TrainingAugmentation`] to the rows of a dataset.
 
-    If the index is a [`Draw`], the sample depends only on the draw and the seed. If it is an integer, the sample
-    depends on the seed, the index and the epoch that was last set by `set_epoch`.
+    If it is indexed by a [`Draw`], the sample depends only on the draw and the seed. If it is indexed by an integer,
+    the sample depends on the seed, the index and the epoch that was last set by `set_epoch`.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -385,10 +390,11 @@ class AugmentedDataset(Dataset):
         num_labels (`int`, *optional*):
             Number of classes. A sample with another label than these and 255 is an error.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
-            Whether the next row takes the place of one that cannot be read.
+            Whether a row that cannot be read is replaced by the next one.
 
     Attributes:
-        skipped ([`~mfuser.data.unreadable.SkippedRows`]): The rows that were skipped.
+        skipped ([`~mfuser.data.unreadable.SkippedRows`]):
+            The rows that were skipped.
 
     Raises:
         ValueError: If a column is missing, or (on access) if a row can't be read or transformed.

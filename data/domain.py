@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from mfuser.data.label_maps import LabelMap
-from mfuser.image_processing_mfuser import scaled_size
+from mfuser.images_mfuser import scaled_size
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.images_mfuser import check_is_lossless
 
 EXIF_ORIENTATION = 0x0112
 
@@ -22,8 +23,10 @@ class LabelMap:
             Every raw id that a label file of this dataset may hold.
 
     Attributes:
-        lookup (`np.ndarray` of shape `(256,)`, uint8): The train id of each raw id.
-        valid (`np.ndarray` of shape `(256,)`, bool): Whether a label file may hold the raw id.
+        lookup (`np.ndarray` of shape `(256,)`, uint8):
+            The train id of each raw id.
+        valid (`np.ndarray` of shape `(256,)`, bool):
+            Whether a label file may hold the raw id.
     """
 
     def __init__(self, targets: dict[int, int], valid_ids: Iterable[int]):
@@ -95,8 +98,7 @@ def label_ids(label: Image.Image) -> np.ndarray:
     Raises:
         ValueError: If the label is a JPEG or a colour image, or holds an id above 255.
     """
-    if label.format == "JPEG":
-        raise ValueError("the label is a JPEG; lossy compression changes ids, so labels must be PNG")
+    check_is_lossless(label)
     if label.mode in ("L", "P", "1"):
         return np.asarray(label).astype(np.uint8, copy=False)
     if label.mode.startswith("I"):

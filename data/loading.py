@@ -1,4 +1,4 @@
-"""Opening a dataset with an image and a label column, wherever it is, in one form."""
+"""Opening datasets with an image and a label column from any location, in a uniform form."""
 
 import logging
 import re
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names
 from mfuser.data.label_maps import LabelMap, check_sizes, image_size, label_ids
 from mfuser.data.layouts import has_split
 from mfuser.data.tables import DOMAINS
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Written into a prepared folder: its domain, classes and label map, and the pairs that were skipped with the reason.
 PREPARATION_FILE = "mfuser_preparation.json"
+NAMES_FILE = "id2label.json"  # the class names of any other dataset
 LONGEST_CAUSE = 200  # characters of an error of `datasets`, which may list every column of every file
 SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}
 
@@ -106,7 +107,8 @@ def parse_id2label(names: dict | str | Path) -> dict[int, str]:
             A dictionary whose keys are integers or digits, a JSON file of one, or the name of a known domain.
 
     Raises:
-        ValueError: If `names` is none of these, or the ids are not 0 to n - 1 with n at most 255.
+        ValueError: If `names` is none of these, the ids are not 0 to n - 1 with n at most 255, or names repeat or are
+            empty.
     """
     if isinstance(names, (str, Path)):
         if str(names) in DOMAINS:
@@ -117,14 +119,14 @@ def parse_id2label(names: dict | str | Path) -> dict[int, str]:
     else:
         given = names
     try:
-        ordered = {int(index): str(name) for index, name in sorted(given.items(), key=lambda item: int(item[0]))}
+        ordered = {int(index): name for index, name in sorted(given.items(), key=lambda item: int(item[0]))}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"class names must be a dictionary from ids to names, not {given!r}") from None
     if list(ordered) != list(range(len(ordered))) or not 1 <= len(ordered) <= IGNORE_INDEX:
         raise ValueError(
             f"class ids are {list(ordered)}; they must be 0 to n - 1 with n from 1 to {IGNORE_INDEX} (255 is ignored)"
         )
-    return ordered
+    return dict(enumerate(checked_class_names(list(ordered.values()))))
 
 
 def pick_split(available: list[str], wanted: str | None, source: str) -> str:
@@ -241,21 +243,42 @@ def class_names(source: str, id2label=None, preparation: dict | None = None) -> 
             The record of the preparation, if the source was prepared.
 
     Raises:
-        ValueError: If no names are known, or `id2label` differs from the names of the preparation.
+        ValueError: If no names are known, or `id2label` differs from those of the source.
     """
-    prepared = parse_id2label(dict(enumerate(preparation["classes"]))) if preparation else None
+    own: dict[int, str] | None
+    if preparation:
+        own, origin = parse_id2label(dict(enumerate(preparation["classes"]))), "was prepared with"
+    else:
+        own, origin = names_beside(source), f"has an {NAMES_FILE} with"
     if id2label is None:
-        names = prepared or _side_file(source, "id2label.json")
-        if names is None:
+        if own is None:
             raise ValueError(
                 f"{source} does not name its classes: give id2label, a dictionary, a JSON file or one of "
                 f"{', '.join(DOMAINS)}"
             )
-        return parse_id2label(names)
+        return own
     names = parse_id2label(id2label)
-    if prepared and names != prepared:
-        raise ValueError(f"{source} was prepared with classes {prepared}, but id2label is {names}")
+    if own and names != own:
+        different = [index for index in sorted(own | names) if own.get(index) != names.get(index)]
+        listed = ", ".join(f"{index} is {own.get(index)!r}, not {names.get(index)!r}" for index in different[:3])
+        more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+        given = "id2label" if isinstance(id2label, dict) else id2label
+        raise ValueError(f"{source} {origin} other classes than {given}: {listed}{more}")
     return names
+
+
+def names_beside(source: str) -> dict[int, str] | None:
+    """
+    The names of the ids in the labels of a source by its `id2label.json`; `None` without such a file.
+
+    Raises:
+        ValueError: If the file does not hold class names.
+    """
+    names = _side_file(source, NAMES_FILE)
+    try:
+        return None if names is None else parse_id2label(names)
+    except ValueError as error:
+        raise ValueError(f"{source}, {NAMES_FILE}: {error}") from None
 
 
 def _side_file(source: str, file_name: str) -> dict | None:
@@ -278,7 +301,7 @@ def _require_datasets() -> None:
 
 @contextmanager
 def _naming_the_source(source: str) -> Iterator[None]:
-    """Replaces errors of `datasets` that name neither the source nor what is wrong with it."""
+    """Replaces errors of `datasets` that name neither the source nor the problem."""
     try:
         yield
     except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:

@@ -24,10 +24,12 @@ from mfuser.data.domain import Domain
 from mfuser.data.label_maps import LabelMap
 from mfuser.data.layouts import find_pairs, has_split
 from mfuser.data.loading import (
+    NAMES_FILE,
     PREPARATION_FILE,
     SPLIT_ALIASES,
     available_splits,
     class_names,
+    names_beside,
     open_columns,
     pick_split,
 )
@@ -38,6 +40,7 @@ from mfuser.data.shards import (
     Conversion,
     Shard,
     cut_into_shards,
+    is_temporary,
     listed_files,
     prepared_features,
     process_pool,
@@ -133,12 +136,12 @@ def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int
     shards = cut_into_shards(source.rows, folder, source.conversion, shard_size)
     records: list[dict[str, Any] | None] = [None] * len(shards)
     if any(shard.record_file.exists() for shard in shards):
-        # Threads suffice: hashing releases the interpreter's lock.
+        # Threads suffice: hashing releases the GIL.
         records = run(verify_shard, shards, ThreadPoolExecutor(workers), f"{description}: checking existing shards")
     pending = [index for index, record in enumerate(records) if record is None]
     listed = listed_files(folder)
     if not listed:
-        (folder / STATE_FILE).unlink(missing_ok=True)  # it may name files that are gone
+        (folder / STATE_FILE).unlink(missing_ok=True)  # it may name files that no longer exist
     if pending:
         remove_leftovers(folder, shards)
         pool = process_pool(min(workers, len(pending))) if workers > 1 else ThreadPoolExecutor(1)
@@ -151,7 +154,7 @@ def prepare_split(source: SplitSource, folder: Path, title: str, shard_size: int
         raise ValueError(f"{description}: all {len(skipped)} pairs are bad; the first: {_reason(skipped[0])}")
     if pending or listed != {shard.file.name for shard in shards}:
         _finish(folder, shards, records, prepared_features(source.rows.has_conditions), description)
-        remove_leftovers(folder, shards)  # those of the earlier state
+        remove_leftovers(folder, shards)  # of the earlier state
     return result
 
 
@@ -175,7 +178,7 @@ def _split_record(source: SplitSource, records: list) -> dict[str, Any]:
 def _finish(folder: Path, shards: list[Shard], records: list, features, description: str) -> None:
     """Writes the two files that `save_to_disk` writes next to its data, `state.json` last."""
     description = f"{description}, by mfuser prepare: labels are train ids, {IGNORE_INDEX} ignored"
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as written:
+    with tempfile.TemporaryDirectory(prefix=".mfuser-", suffix=".tmp", dir=folder) as written:
         datasets.DatasetInfo(description=description, features=features).write_to_directory(written)
         write_text(folder / INFO_FILE, Path(written, INFO_FILE).read_text(encoding="utf-8"))
     fingerprint = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()[:16]
@@ -247,6 +250,7 @@ def prepare(
         if domain:
             conversion = Conversion(domain.label_map(label_map), domain.classes, domain.class_in_red_channel)
             map_name = domain.label_map_name(label_map)
+            _check_names_of_ids(root, domain, map_name)
         else:
             classes = tuple(class_names(root, id2label).values())
             conversion, map_name = Conversion(LabelMap.identity(len(classes)), classes), "trainIds"
@@ -293,6 +297,22 @@ def _check_arguments(
     if domain:
         domain.label_map_name(label_map)  # raises ValueError if there is no such map
     return domain
+
+
+def _check_names_of_ids(root: str, domain: Domain, map_name: str) -> None:
+    """Raises `ValueError` if an `id2label.json` beside the data contradicts the label map of a domain."""
+    ids = domain.label_maps[map_name]
+    named = names_beside(root) or {}
+    if named and ids == {**domain.id2label, IGNORE_INDEX: None}:
+        class_names(root, domain.name)  # the ids are train ids, so all names must be equal
+    # Other ids may have finer names, several of which the map merges.
+    wrong = [raw for raw, name in named.items() if name in domain.classes and ids.get(raw) != name]
+    if wrong:
+        raw = wrong[0]
+        raise ValueError(
+            f"{root} has an {NAMES_FILE} in which {raw} is {named[raw]!r}; in the {map_name} of {domain.title}, it is "
+            f"{ids.get(raw) or 'no class'}. Use `{CUSTOM}` for labels that are train ids"
+        )
 
 
 def _rows_of_splits(
@@ -342,7 +362,7 @@ def _conversion_record(conversion: Conversion, domain: Domain | None) -> dict[st
 def _earlier_splits(output: Path, preparation: dict[str, Any]) -> dict[str, Any]:
     """The splits that an earlier run finished, if `output` holds the same domain and label map."""
     if not (output / PREPARATION_FILE).is_file():
-        unknown = sorted(path.name for path in output.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
+        unknown = sorted(path.name for path in output.iterdir() if path.name != ".lock" and not is_temporary(path))
         if unknown:
             raise ValueError(f"{output} holds other files, such as {unknown[0]}; give a new or empty folder")
         return {}

@@ -39,7 +39,7 @@ def count_class_pixels(
     """
     Counts the pixels of each class in each label map of a dataset.
 
-    Label maps are read in parallel, a few at a time, with a progress bar. The counts are cached in a file beside the
+    Label maps are read in parallel, a few at a time, with a progress bar. The counts are cached in a file next to the
     dataset's files. The cache is valid until the dataset, the label files it refers to or `num_classes` change. In a
     run of several processes, call this function under `accelerator.main_process_first()`, so that only one counts.
 

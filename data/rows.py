@@ -12,9 +12,11 @@ from PIL import Image, ImageOps
 
 from mfuser.data.label_maps import check_sizes, label_ids, read_label
 from mfuser.data.layouts import Pair
+from mfuser.images_mfuser import rgb_image
 
 try:
     import datasets
+    import pyarrow.compute
 except ImportError:
     datasets = None
 
@@ -69,14 +71,14 @@ class Rows(ABC):
         """The condition of every row."""
 
     @property
-    @abstractmethod
     def labelled(self) -> bool:
-        """Whether the first row has a label. The labels of benchmarks' test splits are not public."""
+        """Whether the first row has a label, which is not decoded. Benchmarks publish no labels of test splits."""
+        return bool(next(self.slice(0, 1).encoded()).label)
 
     @property
     @abstractmethod
     def identities(self) -> list[Any]:
-        """For every row, a value for JSON that changes when the content of the row changes."""
+        """For every row, a JSON-serialisable value that changes when the content of the row changes."""
 
     @abstractmethod
     def encoded(self) -> Iterator[EncodedRow]:
@@ -134,10 +136,6 @@ class DownloadRows(Rows):
         return [pair.condition for pair in self.pairs]
 
     @property
-    def labelled(self) -> bool:
-        return self.pairs[0].label is not None
-
-    @property
     def identities(self) -> list[Any]:
         return [_identity(pair) for pair in self.pairs]
 
@@ -149,7 +147,7 @@ class DownloadRows(Rows):
     def _decode(self, index: int) -> Row:
         pair = self.pairs[index]
         with Image.open(pair.image) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = rgb_image(ImageOps.exif_transpose(file))
         if pair.label is None:
             return Row(image, None)
         return Row(image, read_label(pair.label.read_bytes(), self.class_in_red_channel))
@@ -157,8 +155,12 @@ class DownloadRows(Rows):
 
 def _identity(pair: Pair) -> list[Any]:
     """Changes when a file is replaced, for instance downloaded again because it was damaged."""
-    files = [file.stat() for file in (pair.image, pair.label) if file]
-    return [pair.name, pair.condition, *((status.st_size, status.st_mtime_ns) for status in files)]
+    return [pair.name, pair.condition, *(_size_and_time(file) for file in (pair.image, pair.label) if file)]
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -197,12 +199,15 @@ class DatasetRows(Rows):
         return list(self.dataset["condition"]) if self.has_conditions else [None] * len(self)
 
     @property
-    def labelled(self) -> bool:
-        return self.dataset[0]["label"] is not None
-
-    @property
     def identities(self) -> list[Any]:
-        return [[self._undecoded._fingerprint, self.first + row] for row in range(len(self))]
+        identities: list[Any] = [[self._undecoded._fingerprint, self.first + row] for row in range(len(self))]
+        for column in ("image", "label"):
+            cells = self._undecoded.select_columns(column).with_format("arrow")
+            paths = (path for batch in cells.iter(1000) for path in _paths_without_content(batch[column]))
+            for identity, path in zip(identities, paths, strict=True):
+                if path is not None and Path(path).is_file():
+                    identity.append(_size_and_time(Path(path)))
+        return identities
 
     @cached_property
     def _undecoded(self):
@@ -218,12 +223,18 @@ class DatasetRows(Rows):
 
     def _decode(self, index: int) -> Row:
         row = self.dataset[index]
-        image = ImageOps.exif_transpose(row["image"]).convert("RGB")
+        image = rgb_image(ImageOps.exif_transpose(row["image"]))
         return Row(image, None if row["label"] is None else label_ids(row["label"]))
 
 
+def _paths_without_content(cells) -> list[str | None]:
+    """The path in each undecoded image of an Arrow column; `None` for those that hold the content of a file."""
+    content, paths = (pyarrow.compute.struct_field(cells, field) for field in ("bytes", "path"))
+    return pyarrow.compute.if_else(pyarrow.compute.is_null(content), paths, None).to_pylist()
+
+
 def _file_content(value: dict | None) -> bytes:
-    """The bytes of an undecoded image, which holds them or a path. An empty cell gives none, hence a bad pair."""
+    """The bytes of an undecoded image, which holds them or a path; none for an empty cell, which is a bad pair."""
     if value is None:
         return b""
     return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()

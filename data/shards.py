@@ -2,14 +2,15 @@
 Shards of a prepared split: Arrow files of checked images and train ids, each with a record of its content.
 
 A shard is written under a temporary name and renamed once it is complete, and its record (input, size, checksum,
-skipped pairs) is written after it. When a run that was stopped is started again, it keeps the complete shards. A shard
-of a prepared split is not overwritten with other rows: the split remains whole until the new one is.
+skipped pairs) is written after it. When an interrupted run is started again, it keeps the complete shards. A shard
+of a prepared split is not overwritten with other rows: the split remains complete until the new one is complete.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from mfuser.data.label_maps import LabelMap, check_sizes, image_size, read_label
 from mfuser.data.rows import EncodedRow, Rows
 from mfuser.files import atomic_writer, sha256, write_text
+from mfuser.images_mfuser import rgb_image
 
 try:
     import datasets
@@ -36,7 +38,7 @@ except ImportError:
     datasets = pa = None
 
 
-# Part of every shard's key. Increase it when the same input is to give other rows.
+# Part of every shard's key. Increase it when a change of the code gives other rows for the same input.
 FORMAT = 1
 BATCH_ROWS = 16
 
@@ -97,7 +99,7 @@ def convert(row: EncodedRow, conversion: Conversion) -> Converted:
 
 
 def _decode(kind: str, function: Callable, *arguments) -> Any:
-    """Calls a decoder and raises ValueError for whatever Pillow raises for a damaged file, which may be anything."""
+    """Calls a decoder and converts its exceptions to ValueError: Pillow may raise any type for a damaged file."""
     try:
         return function(*arguments)
     except MemoryError:
@@ -110,7 +112,7 @@ def _decode(kind: str, function: Callable, *arguments) -> Any:
 
 def _decoded_size(data: bytes) -> tuple[int, int]:
     with Image.open(BytesIO(data)) as image:
-        image.load()
+        rgb_image(image)  # which a model takes
         return image_size(image)
 
 
@@ -167,7 +169,7 @@ STATE_FILE = "state.json"  # of `save_to_disk`: the files of a split
 
 
 def listed_files(folder: Path) -> set[str]:
-    """The files of a split that is whole; none if it is not."""
+    """The files of a complete split; none if it is incomplete."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         names = {item["filename"] for item in state["_data_files"]}
@@ -254,7 +256,7 @@ def verify_shard(shard: Shard) -> dict[str, Any] | None:
 
 
 def remove_leftovers(folder: Path, shards: list[Shard]) -> None:
-    """Deletes files of killed runs and shards of an earlier cut, but none that belongs to a split that is whole."""
+    """Deletes files of killed runs and shards of an earlier partition, but none that belongs to a complete split."""
     current = {file.name for shard in shards for file in (shard.file, shard.record_file)}
     for name in listed_files(folder):
         current |= {name, Path(name).with_suffix(".json").name}
@@ -264,9 +266,17 @@ def remove_leftovers(folder: Path, shards: list[Shard]) -> None:
             file.unlink()
 
 
+_TEMPORARY = re.compile(r"\.([0-9a-f]{12}|mfuser-.*)\.tmp")  # of `atomic_writer` and of `prepare_split`
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder has a temporary name of this package, as killed runs leave behind."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_temporary(folder: Path) -> None:
     """Deletes the temporary files and folders of killed runs."""
-    for path in folder.glob("*.tmp"):
+    for path in filter(is_temporary, folder.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -274,7 +284,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Worker processes that leave Ctrl-C to their parent, and end when it is killed."""
+    """Worker processes that ignore Ctrl-C, which their parent handles, and end when it is killed."""
     # Spawned, not forked: forking a process that runs threads, as Arrow's does, can deadlock the child.
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
 

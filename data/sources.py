@@ -2,7 +2,7 @@
 Training on several sources together: one list of classes, one dataset, and samplers that weight the sources.
 
 Sources may have different classes. Their labels are mapped to the ids of all classes by name. A sample of a source
-that does not label all of them carries `class_mask`, so that the loss teaches nothing about the others
+that does not label all of them has a `class_mask`, which excludes the others from the loss
 ([`~mfuser.loss_mfuser.MFuserLoss`]).
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names
 from mfuser.data.augmentation import (
     AUGMENTATION_STREAM,
     RARE_CLASS_STREAM,
@@ -49,12 +49,18 @@ class TrainingSource:
             The name of each id in the labels.
         unlabelled_classes (`tuple[str, ...]`, *optional*):
             Classes of `id2label` that are not labelled. Pixels with their ids are ignored.
+
+    Raises:
+        ValueError: If class names repeat or are empty.
     """
 
     name: str
     dataset: Any
     id2label: dict[int, str]
     unlabelled_classes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        checked_class_names(list(self.id2label.values()))
 
     @classmethod
     def from_domain(cls, name: str, loaded: LoadedDomain) -> "TrainingSource":
@@ -69,8 +75,14 @@ class TrainingSource:
 
 
 def joint_classes(sources: Sequence[TrainingSource]) -> dict[int, str]:
-    """The classes of all sources by id, in the order of their first appearance."""
-    return dict(enumerate(dict.fromkeys(label for source in sources for label in source.id2label.values())))
+    """
+    The classes of all sources by id, in the order of their first appearance.
+
+    Raises:
+        ValueError: If two names differ only in case or surrounding spaces.
+    """
+    names = dict.fromkeys(label for source in sources for label in source.id2label.values())
+    return dict(enumerate(checked_class_names(list(names))))
 
 
 def source_probabilities(sources: Sequence[TrainingSource], weights: Sequence[float] | None = None) -> np.ndarray:
@@ -99,7 +111,7 @@ class MultiSourceDataset(Dataset):
     """
     Applies [`~mfuser.data.augmentation.TrainingAugmentation`] to the rows of several sources, one after another.
 
-    A sample depends only on the draw and the seed. Unless `mask_unlabelled` is `False`, it carries `class_mask`,
+    A sample depends only on the draw and the seed. Unless `mask_unlabelled` is `False`, it has a `class_mask`,
     a boolean tensor of shape `(num_labels,)`, in addition to `pixel_values` and `labels`.
 
     Args:
@@ -110,10 +122,10 @@ class MultiSourceDataset(Dataset):
         seed (`int`, *optional*, defaults to 0):
             Non-negative seed of all random numbers.
         mask_unlabelled (`bool`, *optional*, defaults to `True`):
-            Whether samples carry `class_mask`. Without it, classes that a source does not label are taught as
-            absent.
+            Whether samples have a `class_mask`. Without it, classes that a source does not label are treated as absent
+            from its images.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
-            Whether the next row of the source takes the place of one that cannot be read.
+            Whether a row that cannot be read is replaced by the next row of the source.
 
     Raises:
         ValueError: If a source lacks a column, or (on access) if a row cannot be transformed. The message names the
@@ -305,7 +317,7 @@ def multi_source_sampler(
         rare_class_scope (`str`, *optional*, defaults to `"source"`):
             "source" draws a source by its weight, then a class by its frequency in that source, then an image of it.
             "joint" draws a class by its frequency in all sources, then an image of it, where each image has its share
-            of the source's weight; a source without rare classes is then drawn less often than its weight says.
+            of the source's weight; a source without rare classes is then drawn less often than its weight implies.
             `None` draws images uniformly within a source; without weights, each image once per epoch.
         skip_unreadable (`bool`, *optional*, defaults to `False`):
             See [`~mfuser.data.rare_class_sampling.count_class_pixels`].

@@ -1,8 +1,8 @@
 """
-The datasets: their label tables, packages, splits, sizes and test sizes, as data.
+The datasets: their label tables, packages, splits, image sizes and test sizes.
 
 Each label table has one row per id: the id, the dataset's own name for it, and the class it is mapped to (`None`:
-ignored). A label file that holds any other id is damaged or not of this dataset.
+ignored). A label file that holds any other id is damaged or belongs to another dataset.
 """
 
 from mfuser.class_names_mfuser import CITYSCAPES_CLASSES, IGNORE_INDEX

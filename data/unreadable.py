@@ -20,7 +20,7 @@ class UnreadableRowError(ValueError):
 
 def read_row(dataset: Any, row: int, title: str, make: Callable[[dict[str, Any]], T]) -> T:
     """
-    Decodes a row of a dataset and makes something of it.
+    Decodes a row of a dataset and passes it to a function.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -28,7 +28,7 @@ def read_row(dataset: Any, row: int, title: str, make: Callable[[dict[str, Any]]
         row (`int`):
             The row.
         title (`str`):
-            What the row is called in the error message.
+            The name of the row in the error message.
         make (`Callable`):
             Takes the decoded row.
 
@@ -70,7 +70,7 @@ class SkippedRows:
 
     def first_readable(self, read: Callable[[int], T], row: int, rows: range) -> T:
         """
-        What `read` returns for a row, or for the next one that can be read.
+        The result of `read` for a row, or for the next one that can be read.
 
         Args:
             read (`Callable`):
@@ -78,7 +78,7 @@ class SkippedRows:
             row (`int`):
                 The row.
             rows (`range`):
-                The rows that may take its place.
+                The rows that may replace it.
 
         Raises:
             UnreadableRowError: If rows are not skipped, or none can be read.

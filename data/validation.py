@@ -12,6 +12,7 @@ from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.data.augmentation import label_array
 from mfuser.data.label_maps import check_sizes, image_size
 from mfuser.data.unreadable import UnreadableRowError, check_label, read_row
+from mfuser.images_mfuser import rgb_image
 
 
 class ValidationDataset(Dataset):
@@ -57,7 +58,7 @@ class ValidationDataset(Dataset):
 
 def validation_sample(image: Image.Image, label: np.ndarray, image_processor) -> dict[str, torch.Tensor]:
     """The prepared pixels of an image and its label map at full size, as the model takes them."""
-    pixel_values = image_processor(image, return_tensors="pt")["pixel_values"][0]
+    pixel_values = image_processor(rgb_image(image), do_pad=False, return_tensors="pt")["pixel_values"][0]
     return {"pixel_values": pixel_values, "labels": torch.from_numpy(label.copy())}
 
 

@@ -18,6 +18,7 @@ from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.confidence_mfuser import FEATURES, class_entropy, pixel_features
 from mfuser.evaluation.domains import EvaluationDomain
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, sample_loader
+from mfuser.evaluation.scoring import segment_batch
 
 UNDISTORTED = "none"
 
@@ -51,7 +52,7 @@ def _other_light(pixels: np.ndarray, strength: float, rng: np.random.Generator) 
     return pixels * np.exp(rng.uniform(-0.5 * strength, 0.5 * strength, (3, 1, 1)))
 
 
-# Each maps planar RGB in [0, 1], a strength in [0, 1] and a source of random numbers to pixels that are clipped after.
+# Each maps planar RGB in [0, 1], a strength in [0, 1] and a random generator to pixels, which are clipped afterwards.
 DISTORTIONS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "darker": _darker,
     "less contrast": _less_contrast,
@@ -67,11 +68,16 @@ class PixelSample(NamedTuple):
     Labelled pixels of one view of an image.
 
     Args:
-        row (`int`): The position of the image.
-        distortion (`str`): A key of `DISTORTIONS`, or `UNDISTORTED`.
-        scores (`torch.Tensor` of shape `(pixels, num_labels)`): Scores of the model.
-        labels (`torch.Tensor` of shape `(pixels,)`): Train ids.
-        entropy (`float`): The class entropy of the whole image.
+        row (`int`):
+            The position of the image.
+        distortion (`str`):
+            A key of `DISTORTIONS`, or `UNDISTORTED`.
+        scores (`torch.Tensor` of shape `(pixels, num_labels)`):
+            Scores of the model.
+        labels (`torch.Tensor` of shape `(pixels,)`):
+            Train ids.
+        entropy (`float`):
+            The class entropy of the whole image.
     """
 
     row: int
@@ -101,11 +107,12 @@ def sample_pixels(
     pixels: int = 1000,
     distortions: int = 2,
     progress: bool = True,
+    skipped: list[dict[str, str]] | None = None,
 ) -> Iterator[PixelSample]:
     """
     Segments each labelled image of a domain as it is and distorted, and draws pixels of each view.
 
-    What is drawn depends on the position of the image alone, so that a second run gives the same samples.
+    The draws depend only on the position of the image, so that a second run gives the same samples.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
@@ -122,30 +129,42 @@ def sample_pixels(
             Distorted views of each image, each with a random kind and strength.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        skipped (`list[dict]`, *optional*):
+            A list to which `name` and `reason` of the images are added that cannot be read or segmented, which are
+            then skipped. By default, they are errors.
 
     Returns:
-        `Iterator[PixelSample]`: The samples of one view after the other. Images that cannot be read are skipped.
+        `Iterator[PixelSample]`: The samples of one view after the other.
+
+    Raises:
+        ValueError: If an image cannot be read or segmented, and `skipped` is `None`.
     """
     dataset = ProtocolSamples(domain, processor, options.evaluation_size(domain))
     loader = sample_loader(dataset, [[row] for row in range(len(domain.rows))], options.workers)
     mean, std = (
-        np.array(values, dtype=np.float64)[:, None, None] for values in (processor.image_mean, processor.image_std)
+        np.resize(np.array(values, dtype=np.float64), (3, 1, 1)) / (255 * processor.rescale_factor)
+        for values in ((processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1))
     )
     for (sample,) in tqdm(loader, desc=domain.name, unit="image", disable=not progress):
-        if sample.label is None:
+        known = torch.empty(0) if sample.label is None else (sample.label != IGNORE_INDEX).nonzero()
+        if sample.problem is None and not len(known):
             continue
         rng = np.random.default_rng(sample.row)
-        known = (sample.label != IGNORE_INDEX).nonzero()
-        if not len(known):
-            continue
-        views = [UNDISTORTED, *rng.choice(list(DISTORTIONS), distortions)]
-        for name in views:
+        samples_of_image = []
+        for name in [UNDISTORTED, *rng.choice(list(DISTORTIONS), distortions)]:
             view = sample.pixel_values
             if name != UNDISTORTED:
                 image = (view.numpy() * std + mean).clip(0, 1)  # rounding could make a black pixel negative
                 image = DISTORTIONS[name](image, rng.uniform(), rng).clip(0, 1)
                 view = torch.from_numpy((image - mean) / std).float()
-            scores = model(pixel_values=view[None].to(model.device, model.dtype)).logits
+            (prediction,) = segment_batch(model, options, [sample._replace(pixel_values=view)], keep_scores=True)
+            scores = prediction.scores
+            if scores is None:
+                problem = {"name": domain.rows.names[sample.row], "reason": str(prediction.problem)}
+                if skipped is None:
+                    raise ValueError("{name}: {reason}".format(**problem))
+                skipped.append(problem)
+                break
             drawn = known[torch.from_numpy(rng.integers(len(known), size=pixels))]
             # The position in the scores of the centre of each pixel of the label.
             sizes = zip(scores.shape[-2:], sample.size, strict=True)
@@ -153,13 +172,17 @@ def sample_pixels(
                 ((place + 0.5) * (full / size)).long().clamp(max=full - 1)
                 for place, (full, size) in zip(drawn.unbind(dim=1), sizes, strict=True)
             )
-            yield PixelSample(
-                sample.row,
-                str(name),
-                scores[0][:, rows, columns].T.cpu(),
-                sample.label[tuple(drawn.unbind(dim=1))].long(),
-                class_entropy(scores).item(),
+            samples_of_image.append(
+                PixelSample(
+                    sample.row,
+                    str(name),
+                    scores[:, rows, columns].T.cpu(),
+                    sample.label[tuple(drawn.unbind(dim=1))].long(),
+                    class_entropy(scores[None]).item(),
+                )
             )
+        else:
+            yield from samples_of_image
 
 
 def fit_logistic(features: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +234,7 @@ def halves(samples: list[PixelSample]) -> list[tuple[list[PixelSample], list[Pix
     """
     Two pairs of samples to fit and samples to measure: the first and the second half of the images, and reversed.
 
-    Halves, because neighbouring frames of a sequence are nearly equal.
+    The images are divided into contiguous halves, because neighbouring frames of a sequence are nearly equal.
     """
     rows = sorted({sample.row for sample in samples})
     middle = rows[len(rows) // 2]

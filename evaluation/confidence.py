@@ -1,7 +1,7 @@
 """
-Figures about confidences: calibration error, detection of wrong pixels, and scores of the most confident pixels.
+Metrics of confidences: calibration error, detection of wrong pixels, and scores of the most confident pixels.
 
-Every figure follows from three histograms of integers, so that memory does not depend on the number of images and
+Every metric is computed from three histograms of integers, so that memory does not depend on the number of images and
 counts of several processes add up exactly.
 """
 
@@ -27,7 +27,7 @@ class ConfidenceHistogram:
 
     The state is an int64 tensor of shape `(3, 6000, num_classes)`: for each step of confidence and each class, the
     pixels with that label, the pixels with that prediction, and the pixels with both. A confusion matrix for each step
-    would give the same figures from `num_classes` times the memory.
+    would give the same metrics with `num_classes` times the memory.
 
     Args:
         num_classes (`int`):
@@ -90,20 +90,20 @@ class ConfidenceHistogram:
 
     def compute(self, classes: list[int] | None = None) -> dict[str, Any]:
         """
-        Computes the figures of all pixels counted so far.
+        Computes the metrics of all pixels counted so far.
 
         Args:
             classes (`list[int]`, *optional*):
-                Class ids to average the IoU over; by default all. The other figures are those of all pixels.
+                Class ids to average the IoU over; by default all. The other metrics are those of all pixels.
 
         Returns:
-            `dict`: The figures, ready for JSON:
+            `dict`: The metrics, as JSON-serialisable values:
 
             - `ece`: Expected calibration error, over 15 bins of equal width: the mean over pixels of the distance
               between the accuracy and the mean confidence of their bin.
             - `auroc`: Area under the ROC curve of wrong pixels, found by low confidence; `None` if no pixel is wrong
               or none is right.
-            - `aupr`: Average precision of the same; its value for a random order is `1 - accuracy`.
+            - `aupr`: Average precision of the same detection; its value for a random order is `1 - accuracy`.
             - `accuracy`, `mean_confidence`: Over all pixels.
             - `coverage`: For 100, 90 and 80 % of the pixels, those of highest confidence: `mean_iou` and `accuracy`
               of these pixels, the `threshold` that keeps them, the share that it keeps (`coverage`, at least the
@@ -182,14 +182,14 @@ class DomainConfidence:
 
     def result(self, classes: list[int]) -> dict[str, Any]:
         """
-        The figures of [`ConfidenceHistogram.compute`], ready for JSON.
+        The metrics of [`ConfidenceHistogram.compute`], as JSON-serialisable values.
 
         Args:
             classes (`list[int]`):
                 Class ids to average the IoU over.
 
         Returns:
-            `dict`: For "uncalibrated" and, if the model is calibrated, "calibrated": the figures of all pixels,
+            `dict`: For "uncalibrated" and, if the model is calibrated, "calibrated": the metrics of all pixels,
             `pooled`, and those of each condition, `conditions`.
         """
         result = {}

@@ -35,7 +35,7 @@ _global_generator = threading.Lock()
 
 def corruption_names(words: Sequence[str]) -> tuple[str, ...]:
     """
-    The corruptions that names and groups stand for, in the order of the paper.
+    Expands names and groups to corruptions, in the order of the paper.
 
     Args:
         words (`Sequence[str]`):
@@ -90,7 +90,7 @@ class CorruptionProtocol:
         return [Corruption(name, severity, self.seed) for name in self.names for severity in self.severities]
 
     def record(self) -> dict[str, Any]:
-        """What the scores depend on, ready for JSON."""
+        """The settings that the scores depend on, as JSON-serialisable values."""
         return {
             "names": list(self.names),
             "severities": list(self.severities),
@@ -106,9 +106,8 @@ class Corruption:
     """
     One corruption at one severity.
 
-    The random numbers follow from the pixels of the image, the name and the seed alone. The result is therefore the
-    same in any process and in any order of the images, and the severities of a corruption differ in nothing but
-    severity.
+    The random numbers depend only on the pixels of the image, the name and the seed. The result is therefore the same
+    in any process and in any order of the images, and all severities of a corruption use the same random numbers.
 
     Args:
         name (`str`):

@@ -1,4 +1,4 @@
-"""The domains that are scored: finding their images and labels, wherever they are, and checking their classes."""
+"""The domains that are scored: finding their images and labels, and checking their classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,8 +112,8 @@ class EvaluationDomain:
 
     @property
     def labelled(self) -> bool:
-        """Whether the first row has a label, which is not decoded. Benchmarks publish no labels of test splits."""
-        return bool(next(self.rows.slice(0, 1).encoded()).label)
+        """See [`Rows.labelled`]."""
+        return self.rows.labelled
 
     def read(self, index: int) -> LabelledImage:
         """
@@ -121,7 +121,7 @@ class EvaluationDomain:
 
         Raises:
             MemoryError: If there is too little memory.
-            ValueError: If the row cannot be used, for whatever reason.
+            ValueError: If the row cannot be used for any other reason.
         """
         try:
             image, ids = self.rows.read(index)
@@ -138,7 +138,7 @@ class EvaluationDomain:
             if not next(self.rows.slice(index, index + 1).encoded()).image:
                 return "the image is missing or empty"
         except OSError:
-            pass  # the file cannot be read, which `error` says
+            pass  # the file cannot be read, as `error` states
         return one_line(error) if isinstance(error, (OSError, ValueError)) else f"cannot be read: {one_line(error)}"
 
 

@@ -54,7 +54,7 @@ def risk_coverage(confidences: dict[str, dict[str, Any]]):
 
     Args:
         confidences (`dict[str, dict]`):
-            Figures of [`ConfidenceHistogram.compute`] by label.
+            Metrics of [`ConfidenceHistogram.compute`] by label.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.

@@ -15,7 +15,7 @@ class ImageScore(NamedTuple):
     Args:
         mean_iou (`float`):
             Mean over the classes that occur in its label. Pixels that are predicted as another class lower the IoU of
-            theirs.
+            their true class.
         accuracy (`float`):
             Share of the labelled pixels that are right.
         row (`int`):

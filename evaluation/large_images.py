@@ -67,13 +67,8 @@ def windows_at_once(model: MFuserForSemanticSegmentation, size: tuple[int, int])
         size (`tuple[int, int]`):
             (height, width) of the image.
     """
-    config = model.config
-    if config.windows_per_batch:
-        return config.windows_per_batch
     shape_only = torch.empty(1, 3, 1, 1, device=model.device).expand(1, 3, *size)
-    return windows_per_batch(
-        shape_only, config.crop_size, config.patch_size, model.mfuser.pyramid.stride8.in_channels, model.dtype
-    )
+    return windows_per_batch(shape_only, model.config, model.dtype)
 
 
 class _Band:

@@ -1,5 +1,6 @@
-"""The published test protocols: the size at which an image is segmented, and the samples that a model is given."""
+"""The published test protocols: the size at which an image is segmented, and the samples for the model."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -56,8 +57,10 @@ class EvaluationOptions:
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales is {self.scales}; it must hold at least one number, all of them positive")
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(
+                f"scales is {self.scales}; it must hold at least one number, all of them positive and finite"
+            )
         if self.classes not in CLASSES:
             raise ValueError(f"classes is {self.classes!r}; it must be one of {', '.join(CLASSES)}")
         if self.mapillary_labels not in (None, *LABEL_SIZES):
@@ -130,7 +133,7 @@ class ProtocolSamples(Dataset):
         domain (`EvaluationDomain`):
             The domain.
         processor ([`MFuserImageProcessor`]):
-            Normalises the images. Its own size is not used.
+            Normalises the images. Its own size and padding are not used.
         evaluation_size (`EvaluationSize`):
             The size of the protocol.
     """
@@ -159,7 +162,9 @@ class ProtocolSamples(Dataset):
             planes = pixels.transpose(2, 0, 1)
         else:
             planes = ResizedWindow(target, 0, 0, *target).crop_bilinear(pixels)
-        inputs = self.processor(planes, do_resize=False, input_data_format="channels_first", return_tensors="pt")
+        inputs = self.processor(
+            planes, do_resize=False, do_pad=False, input_data_format="channels_first", return_tensors="pt"
+        )
         labels = None if label is None else torch.from_numpy(np.array(label))
         return Sample(index, inputs["pixel_values"][0], labels, size, None)
 
@@ -177,7 +182,7 @@ def share_of_batches(rows: int, batch_size: int, rank: int, processes: int) -> l
     """
     The batches that one process segments, as row positions.
 
-    Batches are cut before they are distributed, so that they are the same for any number of processes.
+    Batches are formed before they are distributed, so that they are the same for any number of processes.
     """
     batches = [list(range(start, min(start + batch_size, rows))) for start in range(0, rows, batch_size)]
     return batches[rank::processes]

@@ -20,14 +20,14 @@ def require_matplotlib(what: str = "reliability diagrams") -> None:
 
 def reliability_figure(panels: dict[str, dict[str, Any]]):
     """
-    Draws reliability diagrams beside each other.
+    Draws reliability diagrams side by side.
 
     Each bar is a bin of confidence: its height is the accuracy of the pixels in it, and the dot at its mean confidence
     lies on the diagonal if the model is calibrated. Below it is the share of the pixels in the bin.
 
     Args:
         panels (`dict[str, dict]`):
-            The figures of [`ConfidenceHistogram.compute`] by title.
+            The metrics of [`ConfidenceHistogram.compute`] by title.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.

@@ -42,7 +42,7 @@ def score_rows(domains: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def confidence_rows(domains: dict[str, dict[str, Any]]) -> list[list[str]]:
     """
-    A table of the figures about confidences in percent: one row per domain or condition, without and with calibration.
+    A table of the metrics of confidences in percent: one row per domain or condition, without and with calibration.
 
     Args:
         domains (`dict[str, dict]`):
@@ -172,7 +172,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _corrupted(protocol: dict[str, Any], result: dict[str, Any]) -> str:
-    """The score of a domain under corruptions, and which these are."""
+    """The score of a domain under corruptions, with the list of corruptions."""
     score, corruptions = result["corruptions"], protocol["corruptions"]
     relative = score["relative_mean_iou"]
     share = "" if relative is None else f", {100 * relative:.1f} % of that without corruptions"

@@ -1,4 +1,4 @@
-"""The result of scoring a domain: one confusion matrix per condition, and the scores that follow from it."""
+"""The result of scoring a domain: one confusion matrix per condition, and the scores computed from it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from mfuser.evaluation.protocols import Sample
 
 class DomainMetric:
     """
-    What is counted while a domain is scored. Its size does not depend on the number of images.
+    The counts that are accumulated while a domain is scored. Their size does not depend on the number of images.
 
     Args:
         domain (`EvaluationDomain`):

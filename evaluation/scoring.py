@@ -2,10 +2,10 @@
 Scoring a model on a domain as the published protocols do.
 
 Images are resized to the protocol's size and segmented by sliding windows; the scores are resized to the label's size
-before the arg-max, and counted in one confusion matrix per condition. No map of scores is kept.
+before the argmax, and counted in one confusion matrix per condition. No map of scores is kept.
 
-Reading, segmenting and counting overlap, in threads. On a CPU, several threads of one core each segment images if the
-model is small: its operations are too short for several cores. Labels are the same either way.
+Reading, segmenting and counting overlap, in threads. On a CPU, a small model segments several images in parallel, each
+in a thread on one core, since its operations are too short for several cores. The labels are the same.
 """
 
 from functools import partial
@@ -73,8 +73,8 @@ def evaluate_domain(
     Segments every image of a domain once and scores the result.
 
     In several processes (`accelerate launch`), each process takes its share of the batches, and all return the score
-    of the whole. Batches are cut before they are distributed and counts are integers, so the score is exactly that of
-    one process. The memory in use does not depend on the number of images.
+    of the whole domain. Batches are formed before they are distributed and counts are integers, so the score equals
+    that of one process. The memory in use does not depend on the number of images.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
@@ -94,7 +94,7 @@ def evaluate_domain(
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
         confidence (`bool`, *optional*, defaults to `False`):
-            Whether to add figures about the confidences, see [`DomainConfidence.result`].
+            Whether to add metrics of the confidences, see [`DomainConfidence.result`].
         examples (`int`, *optional*, defaults to 0):
             How many of the worst, the median and the best images to name, see [`chosen_examples`].
 
@@ -105,7 +105,7 @@ def evaluate_domain(
         `expected_images`, `unlabelled_images`, `skipped`, `segmented_at`, `domain`, `source`, `split`, `label_map` and
         `label_size` ("full" or "half") describe what was scored. Scores hold `mean_iou`, `mean_accuracy`,
         `overall_accuracy`, `per_class_iou` by name, `classes_averaged` and the `confusion_matrix` (rows: labels;
-        columns: predictions, the last column for predictions of no class). `confidence` holds the figures about the
+        columns: predictions, the last column for predictions of no class). `confidence` holds the metrics of the
         confidences, if they are requested and there are labels, and `examples` the chosen images.
 
     Raises:

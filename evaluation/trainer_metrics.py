@@ -24,7 +24,7 @@ def preprocess_logits_for_metrics(
         logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)` or a tuple):
             The scores; of a tuple, the first element is used.
         labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`):
-            The labels, to whose size the scores are resized bilinearly before the arg-max.
+            The labels, to whose size the scores are resized bilinearly before the argmax.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, label_height, label_width)`, uint8: Class ids.

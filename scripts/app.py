@@ -81,7 +81,8 @@ class Page:
     The functions that the page calls. Results belong to a visitor; the model is shared.
 
     Args:
-        segmenter ([`Segmenter`]): The model.
+        segmenter ([`Segmenter`]):
+            The model.
     """
 
     def __init__(self, segmenter: Segmenter):
@@ -157,8 +158,10 @@ def build(segmenter: Segmenter, title: str) -> gr.Blocks:
     Builds the page.
 
     Args:
-        segmenter ([`Segmenter`]): The model.
-        title (`str`): Name of the model.
+        segmenter ([`Segmenter`]):
+            The model.
+        title (`str`):
+            Name of the model.
 
     Returns:
         `gr.Blocks`: The page, to be started by [`launch`].
@@ -284,9 +287,12 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
     Serves the page in the background.
 
     Args:
-        blocks (`gr.Blocks`): The page.
-        host (`str`): Address to listen on.
-        port (`int`): Port to listen on.
+        blocks (`gr.Blocks`):
+            The page.
+        host (`str`):
+            Address to listen on.
+        port (`int`):
+            Port to listen on.
 
     Returns:
         `str`: The address of the page.

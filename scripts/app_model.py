@@ -1,4 +1,4 @@
-"""The model behind the page of `mfuser app`: bounded images, confidence, and class names that visitors edit."""
+"""The model of `mfuser app`: images of limited size, confidence, and class names that visitors can edit."""
 
 import copy
 from collections import OrderedDict
@@ -11,20 +11,21 @@ from PIL import Image
 
 from mfuser.class_names_mfuser import checked_class_names, label_names, load_tokenizer
 from mfuser.confidence_mfuser import UNKNOWN
-from mfuser.image_processing_mfuser import MFuserImageProcessor, scaled_size
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.images_mfuser import scaled_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.app_view import SegmentedImage
 from mfuser.scripts.segmentation import segment_with_confidence
 
 # Larger files are refused before they are decoded.
 MAX_FILE_PIXELS = 2**26
-# Larger images are reduced. The second limit is that of all classes together: 256 MiB of scores.
+# Larger images are reduced. The second limit applies to all classes together: 256 MiB of scores.
 MAX_PIXELS, MAX_SCORES = 2**22, 2**26
 MAX_NAMED_MODELS = 4
 
 
 def check_class_count(class_names: Sequence[str]):
-    """Raises `ValueError` if there are more classes than label images have ids beside that of unknown pixels."""
+    """Raises `ValueError` if there are more classes than label images have ids, besides that of unknown pixels."""
     if len(class_names) > UNKNOWN:
         raise ValueError(
             f"There are {len(class_names)} classes; at most {UNKNOWN} are possible, because label images have 8 "
@@ -51,8 +52,10 @@ def reduced(image: np.ndarray, num_classes: int) -> np.ndarray:
     Reduces an image whose pixels or scores would exceed the limits of the page.
 
     Args:
-        image (`np.ndarray` of shape `(3, height, width)` and type `uint8`): An RGB image.
-        num_classes (`int`): Number of classes, each of which has a score per pixel.
+        image (`np.ndarray` of shape `(3, height, width)` and type `uint8`):
+            An RGB image.
+        num_classes (`int`):
+            Number of classes, each of which has a score per pixel.
 
     Returns:
         `np.ndarray` of type `uint8`: The image, of the same shape if it is within the limits.
@@ -70,12 +73,16 @@ class Segmenter:
     A model and its image processor, with class names that each visitor may edit.
 
     Args:
-        model ([`MFuserForSemanticSegmentation`]): The model, which is not changed.
-        processor ([`MFuserImageProcessor`]): Its image processor.
-        tokenizer (*optional*): Tokenizer of its text encoder, or its folder or Hub id.
+        model ([`MFuserForSemanticSegmentation`]):
+            The model, which is not changed.
+        processor ([`MFuserImageProcessor`]):
+            Its image processor.
+        tokenizer (*optional*):
+            Tokenizer of its text encoder, or its folder or Hub id.
 
     Raises:
-        ValueError: If the model has too many classes, or if `tokenizer` cannot be loaded.
+        ValueError: If the model has too many classes, or if `tokenizer` cannot be loaded or the model
+            has no text encoder for it.
     """
 
     def __init__(self, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, tokenizer=None):
@@ -85,6 +92,8 @@ class Segmenter:
         self.names_are_fixed_because = ""
         self._named_models: OrderedDict[tuple[str, ...], MFuserForSemanticSegmentation] = OrderedDict()
         if not model.config.use_text_encoder:
+            if tokenizer is not None:
+                raise ValueError("--tokenizer is for models with a text encoder, which this model does not have")
             self.names_are_fixed_because = (
                 "This model has no text encoder: it stores the embeddings of its class names, which cannot be edited."
             )

@@ -1,4 +1,4 @@
-"""What the page of `mfuser app` shows of a segmented image: the overlay, the legend and the files to download."""
+"""The results that `mfuser app` shows: the overlay, the legend and the files to download."""
 
 import json
 from collections.abc import Sequence
@@ -26,10 +26,14 @@ class View:
     The settings of the page.
 
     Args:
-        kind (`str`): Whether colours are those of the classes, `CLASSES`, or of their confidence, `CONFIDENCE`.
-        opacity (`float`): Opacity of the colours, from 0 to 1.
-        threshold (`float`): Pixels of lower confidence are unknown.
-        shown (`Sequence[str]`, *optional*): Names of the classes that are coloured; by default all.
+        kind (`str`):
+            Whether colours are those of the classes, `CLASSES`, or of their confidence, `CONFIDENCE`.
+        opacity (`float`):
+            Opacity of the colours, from 0 to 1.
+        threshold (`float`):
+            Pixels of lower confidence are unknown.
+        shown (`Sequence[str]`, *optional*):
+            Names of the classes that are coloured; by default all.
     """
 
     kind: str = CLASSES
@@ -44,12 +48,18 @@ class SegmentedImage:
     An image and what the model found in it; eight bytes per pixel.
 
     Args:
-        name (`str`): Name of the image file, without suffix.
-        pixels (`np.ndarray` of shape `(height, width, 3)` and type `uint8`): The image.
-        labels (`np.ndarray` of shape `(height, width)` and type `uint8`): Class ids.
-        confidence (`np.ndarray` of shape `(height, width)` and type `float32`): Confidence, from 0 to 1.
-        class_names (`list[str]`): Names of the classes.
-        is_calibrated (`bool`, *optional*, defaults to `False`): Whether the model's confidence is calibrated.
+        name (`str`):
+            Name of the image file, without suffix.
+        pixels (`np.ndarray` of shape `(height, width, 3)` and type `uint8`):
+            The image.
+        labels (`np.ndarray` of shape `(height, width)` and type `uint8`):
+            Class ids.
+        confidence (`np.ndarray` of shape `(height, width)` and type `float32`):
+            Confidence, from 0 to 1.
+        class_names (`list[str]`):
+            Names of the classes.
+        is_calibrated (`bool`, *optional*, defaults to `False`):
+            Whether the model's confidence is calibrated.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Arguments that several commands have. Importing this module imports no library."""
+"""Arguments that several commands share. Importing this module imports no library."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "mfuser
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`, an available `torch.device`."""
-    # A default that is a string is converted as a value is, and not for `--help`.
+    # argparse converts a string default like a given value, but not for `--help`.
     parser.add_argument(
         "--device", type=_available_device, default="auto", help="e.g. cpu, cuda, cuda:1 (default: cuda if available)"
     )

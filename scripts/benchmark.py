@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 
 from mfuser.errors import CommandError
-from mfuser.files import write_text
 from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_device_argument
 from mfuser.scripts.benchmark_measuring import machine
+from mfuser.scripts.results import check_result_file, write_result
 
 DESCRIPTION = """Measures the variants that it compares in turns, in one run, on random models, and prints tables.
   scan           the selective scan, its reference formulation and, if it is installed, mamba_ssm
@@ -37,7 +36,7 @@ DESCRIPTION = """Measures the variants that it compares in turns, in one run, on
 
 
 def run_part(module: str, function: str, options) -> list[dict]:
-    """Runs the function of the module that measures a part; the module is imported here, with what it needs."""
+    """Runs the function that measures a part; its module and the packages that it needs are imported only here."""
     try:
         return getattr(importlib.import_module(f"mfuser.scripts.benchmark_{module}"), function)(options)
     except ModuleNotFoundError as error:
@@ -89,7 +88,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="mfuser benchmark", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="see above; all of them by default")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "--json", type=Path, help="also write the results to this file; until all are there, to NAME.partial.json"
+    )
     parser.add_argument("--rounds", type=positive, default=5, help="rounds to measure (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     add_device_argument(parser)
@@ -114,13 +115,15 @@ def main(arguments: list[str] | None = None) -> int:
         "command": ["mfuser", "benchmark", *(arguments or [])],
     }
     if options.json:  # before anything is measured
-        write_text(options.json, json.dumps(figures, indent=2) + "\n")
+        check_result_file(options.json)
     print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
     for part in options.parts or PARTS:
         figures[part] = PARTS[part](options)
         print(f"\n{part}\n\n{table(figures[part])}", flush=True)
         if options.json:
-            write_text(options.json, json.dumps(figures, indent=2) + "\n")
+            write_result(options.json, figures, complete=False)
+    if options.json:
+        write_result(options.json, figures, complete=True)
     return 0
 
 

@@ -20,7 +20,7 @@ from mfuser.scripts.benchmark_measuring import (
     peak_gibibytes,
     synchronise,
 )
-from mfuser.windows_mfuser import window_starts, windows_per_batch
+from mfuser.windows_mfuser import sliding_windows, windows_per_batch
 
 
 def random_model(device: str, dtype: str, crop: int = 512) -> MFuserForSemanticSegmentation:
@@ -125,7 +125,7 @@ def benchmark_image(options) -> list[dict]:
     run(images[512, 512])
     rows = []
     for size, pixels in images.items():
-        windows = count_windows(size, model.config)
+        windows = len(sliding_windows(*size, model.config.crop_size, model.config.crop_stride))
         forget_peak(device)
         seconds = in_turns({size: partial(run, pixels)}, options.rounds, device, warm_up=device.startswith("cuda"))
         row = {"image": "x".join(map(str, size)), "windows": windows, "compiled": str(options.compile)}
@@ -141,9 +141,7 @@ def benchmark_windows(options) -> list[dict]:
     model = inference_model(device, options.dtype)
     pixels = torch.randn(1, 3, 1024, 2048, device=device, dtype=dtype)
     config = model.config
-    chosen = windows_per_batch(
-        pixels, config.crop_size, config.patch_size, model.mfuser.pyramid.stride8.in_channels, dtype
-    )
+    chosen = windows_per_batch(pixels, config, dtype)
     rows = []
     for together in sorted({1, 2, 4, 9, 18, min(chosen, 18)}):
         config.windows_per_batch = together
@@ -153,11 +151,6 @@ def benchmark_windows(options) -> list[dict]:
         row["chosen by free memory"] = "yes" if together == min(chosen, 18) else ""
         rows.append(row | ({"peak GiB": peak_gibibytes(device)} if device.startswith("cuda") else {}))
     return rows
-
-
-def count_windows(size: tuple[int, int], config: MFuserConfig) -> int:
-    rows, columns = (len(window_starts(side, config.crop_size, config.crop_stride)) for side in size)
-    return rows * columns
 
 
 def train_step(crop: int, batch: int, device: str, dtype: str, rounds: int) -> dict:

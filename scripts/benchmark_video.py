@@ -97,7 +97,8 @@ def benchmark_video(options: Any) -> list[dict]:
     Measures `mfuser segment` with the demonstration model: images one by one, overlapped, and as one video.
 
     Args:
-        options (`argparse.Namespace`): Those of the command.
+        options (`argparse.Namespace`):
+            Those of the command.
     """
     rows = []
     for size in SIZES:

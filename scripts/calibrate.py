@@ -10,9 +10,11 @@ docs/confidence.md describes the method.
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfuser.confidence_mfuser import confidence_map
 from mfuser.evaluation.calibration import UNDISTORTED, PixelSample, calibrated, fit_calibration, halves, sample_pixels
@@ -30,9 +32,10 @@ CONFIG = "config.json"
 DESCRIPTION = """Fits the confidences of a model, and stores the result in its config.json as confidence_calibration.
 
 Give the validation split of the source, the domain that the model was trained on. Its images are segmented as they
-are and distorted, so that confidences hold under other conditions too. Never give a domain on which confidences are
-to be measured: what is fitted on a target says nothing about other targets.
-Exit code: 0 if the model was calibrated, 2 if the command could not run."""
+are and distorted, so that confidences remain valid under other conditions. Never give a domain on which confidences
+are to be measured: a fit to a target domain says nothing about other targets.
+An image that cannot be read or segmented is named, counted and left out.
+Exit code: 0 if the model was calibrated on every image, 1 if one was skipped, 2 if the command could not run."""
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -109,7 +112,8 @@ def save(folder: Path, calibration: dict[str, float], output: Path | None) -> Pa
         write_text(folder / CONFIG, text)
         return folder / CONFIG
     with atomic_folder(output) as new:
-        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        left_out = shutil.ignore_patterns("__pycache__", f"{PREFIX_CHECKPOINT_DIR}-*")
+        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=left_out)
         write_text(new / CONFIG, text)
     return output / CONFIG
 
@@ -120,22 +124,30 @@ def main(arguments: list[str] | None = None) -> int:
     folder, revision = model_folder(parsed.model)
     if parsed.output is not None:
         check_new_folder(parsed.output)
+        if parsed.output.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--output {parsed.output} is inside --model {parsed.model}; choose a folder elsewhere")
     elif revision is not None:
         raise ValueError(f"{parsed.model} is a model on the Hub; give --output DIR for its calibrated copy")
     model, processor = load_for_inference(folder, parsed.device)
     _, name, split, source = parsed.domain
-    domain = open_domain(name, source, split, id2label=parsed.id2label)
+    domain = open_domain(name, source, split, id2label=parsed.id2label, skip_unreadable=True)
     check_classes(model.config.id2label, domain)
     if not domain.rows.labelled:
         raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")
     options = EvaluationOptions(protocol=parsed.protocol, workers=parsed.workers)
-    samples = list(sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions))
+    skipped = list(domain.skipped)
+    samples = list(
+        sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions, skipped=skipped)
+    )
+    for each in skipped:
+        print(f"{domain.name}: skipped {each['name']}: {each['reason']}", file=sys.stderr)
     images = len({sample.row for sample in samples})
     if images < 2:
-        raise ValueError(f"{domain.name}: {images} images with labels can be read; at least 2 are needed")
+        raise ValueError(f"{domain.name}: {images} images with labels can be used; at least 2 are needed")
     print(before_and_after(samples))
     calibration = fit_calibration(samples)
     file = save(folder, calibration, parsed.output)
     values = ", ".join(f"{key} {value:.4f}" for key, value in calibration.items())
-    print(f"fitted to {images} images of {domain.name}: {values}\nwritten to {file}")
-    return 0
+    left_out = f", {len(skipped)} skipped" if skipped else ""
+    print(f"fitted to {images} images of {domain.name}{left_out}: {values}\nwritten to {file}")
+    return 1 if skipped else 0

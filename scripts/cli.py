@@ -1,7 +1,7 @@
 """
 The command `mfuser`: runs one of the scripts in this folder, and reports errors in the same way for all of them.
 
-An error that input can cause ends a command with exit code 2 and one line on stderr, `mfuser COMMAND: MESSAGE`, which
+An error caused by input ends a command with exit code 2 and one line on stderr, `mfuser COMMAND: MESSAGE`, which
 names the file or setting and what is accepted. `--debug`, anywhere on the command line, shows the traceback as well.
 Other exceptions are bugs and keep their traceback. Ctrl-C ends a command with exit code 130.
 """
@@ -21,10 +21,10 @@ from mfuser.errors import CommandError, is_expected, one_line
 COMMANDS = {
     "segment": ("segment", "segment images with a trained model"),
     "prepare": ("prepare_domain", "convert a dataset's official download to train ids in the format of `datasets`"),
-    "app": ("app", "segment images on a page in the browser"),
+    "app": ("app", "segment images in a local web app"),
     "train": ("train", "train or fine-tune from a recipe"),
     "evaluate": ("evaluate", "score a model on any number of domains"),
-    "report": ("report", "turn results of evaluate into a page, and compare them"),
+    "report": ("report", "turn results of evaluate into a report, and compare them"),
     "calibrate": ("calibrate", "fit the confidences of a model on its source"),
     "benchmark": ("benchmark", "measure the time of a model's parts on this machine"),
     "export": ("export", "export a model to torch.export, ONNX or AOTInductor"),
@@ -40,10 +40,10 @@ EXTRAS = {
     "gradio": "app",
     "jinja2": "report",
 }
-# Modules that read the arguments of a command without its libraries, so that `--help` comes at once.
+# Modules that parse the arguments of a command without its libraries, so that `--help` is fast.
 ARGUMENTS = {"segment": "segment_arguments"}
-# Commands that start quickly, and packages that Transformers imports wherever they are installed and that the command
-# does not use.
+# Commands with a fast start, and the packages that Transformers would import if they are installed, although the
+# command does not use them.
 QUICK = {"segment": ("torchao", "scipy", "sklearn")}
 DEBUG = "--debug"
 FAILED, INTERRUPTED = 2, 130  # exit codes
@@ -107,11 +107,11 @@ def quick_imports(unused: Sequence[str]) -> Iterator[None]:
 
     Args:
         unused (`Sequence[str]`):
-            Packages that are taken for not installed. They can be imported after the block.
+            Packages that appear as not installed. They can be imported after the block.
     """
     hidden = [name for name in unused if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # `None`: no such module, see `import`
-    gc.disable()  # modules are kept; looking for garbage among their objects takes a sixth of the time
+    gc.disable()  # modules are kept; searching their objects for garbage takes a sixth of the time
     try:
         yield
     finally:
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: The exit code. It is 2 if the command is unknown or one of its packages is not installed.
     """
-    is_process = arguments is None  # which runs one command and nothing else
+    is_process = arguments is None  # the process runs this command only
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == DEBUG:
         arguments = [*arguments[1:], DEBUG]
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
     code = module.main(arguments[1:])
     if quick:
-        # All files are closed. To take down the libraries' modules would take as long as to segment an image.
+        # All files are closed. The teardown of the libraries' modules would take as long as segmenting an image.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

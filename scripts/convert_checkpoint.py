@@ -235,9 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--siglip",
-        default=PUBLISHED_SIGLIP,
         help="folder or Hub id of the pretrained SigLIP, for the SigLIP variant's tokenizer, logit scale and bias "
-        "(default: %(default)s)",
+        f"(default: {PUBLISHED_SIGLIP})",
     )
     options = parser.parse_args(arguments)
     if not options.checkpoint.is_file():
@@ -245,10 +244,16 @@ def main(arguments: list[str] | None = None) -> int:
     check_new_folder(options.output)
     state_dict = read_state_dict(options.checkpoint)
     if is_eva02_clip_state_dict(state_dict):
-        return convert_eva02_clip.main([str(options.checkpoint), str(options.output)])
+        for option in ("config", "siglip"):
+            if getattr(options, option):
+                raise ValueError(f"--{option} is for MFuser checkpoints, but {options.checkpoint} is an EVA02-CLIP")
+        convert_eva02_clip.convert(state_dict, options.output)
+        return 0
     known = read_json(options.config) if options.config else None
     variant = detect_variant(state_dict)
-    model = convert_checkpoint(state_dict, known, options.siglip)
+    if options.siglip and variant != "siglip":
+        raise ValueError(f"--siglip is for the SigLIP variant, but {options.checkpoint} is the {variant} variant")
+    model = convert_checkpoint(state_dict, known, options.siglip or PUBLISHED_SIGLIP)
     save_converted(model, options.output, options.checkpoint)
     dropped = Counter(filter(None, (dropped_reason(key, variant) for key in state_dict)))
     print(f"{variant}: {len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {options.output}")
@@ -258,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def save_converted(model: MFuserForSemanticSegmentation, output: Path, checkpoint: Path) -> None:
-    """Writes weights, configuration, image processor, code and model card to a new folder, at once."""
+    """Writes weights, configuration, image processor, code and model card to a new folder, atomically."""
     about = f"Converted from the authors' `{checkpoint.name}` (SHA-256 `{sha256(checkpoint)}`)."
     with atomic_folder(output) as folder:
         # save_pretrained adds only the saved class; AutoModel loads the base model from the same folder

@@ -1,14 +1,12 @@
-"""Converts published EVA02-CLIP weights to a folder that `Eva02ClipModel.from_pretrained` loads.
+"""Converts published EVA02-CLIP weights to a folder that `Eva02ClipModel.from_pretrained` loads (`mfuser convert`).
 
 The files are EVA02_CLIP_B_psz16_s8B.pt, EVA02_CLIP_L_psz14_s4B.pt and EVA02_CLIP_L_336_psz14_s6B.pt of
 github.com/baaivision/EVA.
 """
 
-import argparse
 import json
 import pickle
 import re
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -20,9 +18,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.configuration_eva02_clip import Eva02ClipConfig, Eva02ClipTextConfig, Eva02ClipVisionConfig
 from mfuser.errors import one_line
-from mfuser.files import atomic_folder, check_new_folder
+from mfuser.files import atomic_folder
 from mfuser.modeling_eva02_clip import Eva02ClipModel
-from mfuser.scripts import cli
 
 StateDict = dict[str, torch.Tensor]
 
@@ -362,7 +359,7 @@ def read_state_dict(path: Path) -> StateDict:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # the readers raise almost anything for damaged files
+    except Exception as error:  # the readers raise exceptions of almost any type for damaged files
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path} is corrupt or not a checkpoint: {one_line(error)}") from error
@@ -395,29 +392,6 @@ def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
             f"{path}: {name} holds NaN or infinite values; the file is damaged or the training diverged, use another "
             "checkpoint"
         )
-
-
-def load_eva02_clip_state_dict(path: str | Path) -> StateDict:
-    """
-    Reads the tensors of a published EVA02-CLIP checkpoint.
-
-    Args:
-        path (`str` or `Path`):
-            The file, `.pt` or `.safetensors`.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The tensors under their original names.
-
-    Raises:
-        ValueError: If the file does not hold an EVA02-CLIP-B/16 or L/14.
-    """
-    state_dict = read_state_dict(Path(path))
-    if not is_eva02_clip_state_dict(state_dict):
-        raise ValueError(
-            f"{path} is not an EVA02-CLIP-B/16 or L/14: it holds {', '.join(list(state_dict)[:5])} ..., but not "
-            f"{SIGNATURE}"
-        )
-    return state_dict
 
 
 def eva02_clip_from_state_dict(
@@ -463,28 +437,27 @@ def image_processor_config(image_size: int) -> dict:
     }
 
 
-@cli.reports_errors("convert")
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mfuser.scripts.convert_eva02_clip", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="published file, .pt or .safetensors")
-    parser.add_argument("output", type=Path, help="folder to write to")
-    options = parser.parse_args(arguments)
+def convert(state_dict: Mapping[str, torch.Tensor], output: Path) -> None:
+    """
+    Writes a model and its image processor to a new folder, atomically, and prints what was converted.
 
-    check_new_folder(options.output)
-    state_dict = load_eva02_clip_state_dict(options.checkpoint)
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            The tensors of a published checkpoint.
+        output (`Path`):
+            The folder, which must not exist or be empty.
+
+    Raises:
+        ValueError: If tensors are unexpected, missing or of a wrong shape; the error lists all of them.
+    """
     model = eva02_clip_from_state_dict(state_dict)
     processor = image_processor_config(model.config.vision_config.image_size)
-    with atomic_folder(options.output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         text = json.dumps(processor, indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     dropped = Counter(filter(None, map(dropped_reason, state_dict)))
-    print(f"{len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {options.output}")
+    print(f"{len(state_dict) - dropped.total()} of {len(state_dict)} tensors converted to {output}")
     for reason, count in dropped.items():
         print(f"{count} dropped, {reason}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,6 @@ JSON into a page.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -29,6 +28,7 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
 from mfuser import __version__
+from mfuser.data.rows import DownloadRows
 from mfuser.data.tables import DOMAINS, MAPILLARY
 from mfuser.evaluation.corruptions import (
     CORRUPTIONS,
@@ -46,14 +46,15 @@ from mfuser.evaluation.protocols import CLASSES, LABEL_SIZES, PROTOCOLS, Evaluat
 from mfuser.evaluation.reliability_diagram import require_matplotlib, write_reliability_diagram
 from mfuser.evaluation.report import shortfalls, skipped_when_corrupted, summary
 from mfuser.evaluation.scoring import check_scores_are_those_of_the_model, evaluate_domain
-from mfuser.files import make_folder, sha256, write_text
+from mfuser.files import sha256
 from mfuser.loading import load_for_inference
 from mfuser.quantization import quantize
 from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_quantize_argument
-from mfuser.scripts.example_panels import write_examples
+from mfuser.scripts.example_panels import examples_folder, write_examples
+from mfuser.scripts.results import check_result_file, check_writable, write_result
 
-# How images are resized to the protocol's size, recorded in the report. mmcv did it so for the published numbers.
+# How images are resized to the protocol's size, recorded in the report. mmcv does this for the published numbers.
 RESIZING = "bilinear, sampled as OpenCV does, without smoothing"
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "numpy", "pillow")
 
@@ -113,7 +114,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="test-time augmentation: several scales; the paper's are 0.5 0.75 1 1.25 1.5 1.75 (default: 1)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("evaluation.json"), help="JSON file to write (default: evaluation.json)"
+        "--output",
+        type=Path,
+        default=Path("evaluation.json"),
+        help="JSON file to write (default: evaluation.json); until it is complete, NAME.partial.json",
     )
     parser.add_argument(
         "--save-predictions",
@@ -153,14 +157,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=0,
         metavar="N",
         help="write the images with the N worst, median and best scores of each domain as PNG, with prediction, label "
-        "and errors, into a folder beside --output (default: 0)",
+        "and errors, into a folder next to --output (default: 0)",
     )
-    parser.add_argument(
-        "--image-column", default="image", help="image column of parquet and Hub datasets (default: image)"
-    )
-    parser.add_argument(
-        "--label-column", default="label", help="label column of parquet and Hub datasets (default: label)"
-    )
+    parser.add_argument("--image-column", help="image column of parquet and Hub datasets (default: image)")
+    parser.add_argument("--label-column", help="label column of parquet and Hub datasets (default: label)")
     parser.add_argument("--id2label", help="class names of your own datasets: a JSON file, or the name of a domain")
     parser.add_argument(
         "--device", help="e.g. cpu, cuda:1 (default: chosen by Accelerate; in several processes only cpu is accepted)"
@@ -186,10 +186,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--id2label is for your own datasets; those of --domains have their own class names")
     for option, value in (("map", parsed.mapillary_map), ("labels", parsed.mapillary_labels)):
         if value and "mapillary" not in (name for _, name, *_ in parsed.domains):
-            parser.error(f"--mapillary-{option} is for mapillary, which is not among the --domains")
+            parser.error(f"--mapillary-{option} applies to mapillary, which is not among the --domains")
     for option, value in (("severities", parsed.severities), ("corruption-seed", parsed.corruption_seed)):
         if value is not None and parsed.corruptions is None:
-            parser.error(f"--{option} is for --corruptions, which is not given")
+            parser.error(f"--{option} requires --corruptions")
     if parsed.examples < 0:
         parser.error(f"--examples is {parsed.examples}; it must be at least 0")
     return parsed
@@ -251,13 +251,16 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
             source,
             split,
             label_map=parsed.mapillary_map if name == "mapillary" else None,
-            image_column=parsed.image_column,
-            label_column=parsed.label_column,
+            image_column=parsed.image_column or "image",
+            label_column=parsed.label_column or "label",
             id2label=None if name in DOMAINS else parsed.id2label,
-            skip_unreadable=True,  # it is skipped and counted when it is its turn
+            skip_unreadable=True,  # skipped and counted when it is read
         )
         for title, name, split, source in parsed.domains
     }
+    for option, column in (("image", parsed.image_column), ("label", parsed.label_column)):
+        if column and all(isinstance(domain.rows, DownloadRows) for domain in domains.values()):
+            raise ValueError(f"--{option}-column is {column}; official downloads, as all of --domains are, have files")
     for domain in domains.values():
         check_classes(model.config.id2label, domain)
         domain.scored_classes(options.classes)  # raises ValueError if the domain lacks one
@@ -364,21 +367,23 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
 
     def write_report() -> None:
         if leader:
-            write_text(parsed.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
+            write_result(parsed.output, report, report["complete"])
 
     for title, domain in domains.items():
         began = time.monotonic()
         result = scored(domain, parsed.save_predictions, parsed.examples)
         report["domains"][title] = result
+        examples = result.pop("examples", [])  # added when they are drawn
+        # Written after every domain and every corruption, so that an interrupted run keeps the results it has.
+        write_report()
         if leader:
             for line in shortfalls(title, result):
                 tqdm.write(line, file=sys.stderr)
             if parsed.reliability_diagrams is not None and "confidence" in result:
                 write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
             if parsed.examples:
-                result["examples"] = write_examples(parsed.output, title, model, processor, domain, options, result)
-        # Written after every domain and every corruption, so that an interrupted run keeps the results it has.
-        write_report()
+                result["examples"] = write_examples(parsed.output, title, model, processor, domain, options, examples)
+                write_report()
         under_corruption: dict[str, dict[str, Any]] = {}
         for corruption in corruptions.all() if corruptions else ():
             each = corrupted_result(scored(corrupted_domain(domain, corruption)), result)
@@ -398,7 +403,14 @@ def main(arguments: list[str] | None = None) -> int:
     cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
     # The precision is that of --dtype, not that of an Accelerate configuration on this machine.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    make_folder(parsed.output.parent)
+    check_result_file(parsed.output)
+    for folder in (
+        parsed.reliability_diagrams,
+        parsed.save_predictions,
+        examples_folder(parsed.output) if parsed.examples else None,
+    ):
+        if folder is not None:
+            check_writable(folder)
     report = evaluate(parsed, accelerator)
     if accelerator.is_main_process:
         print(summary(report))

@@ -21,6 +21,11 @@ WRONG = (255, 23, 68)
 CAPTION_HEIGHT, GAP = 24, 6
 
 
+def examples_folder(output: Path) -> Path:
+    """The folder of the panels of a report whose JSON file is `output`."""
+    return output.with_name(f"{output.stem}_examples")
+
+
 def write_examples(
     output: Path,
     title: str,
@@ -28,31 +33,31 @@ def write_examples(
     processor,
     domain: EvaluationDomain,
     options: EvaluationOptions,
-    result: dict[str, Any],
+    examples: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """
-    Segments the chosen images of a domain again and writes their panels into a folder beside the report.
+    Segments the chosen images of a domain again and writes their panels into a folder next to the report.
 
     Args:
         output (`Path`):
-            The JSON file of the report. The folder of its panels is `NAME_examples`.
+            The JSON file of the report, see [`examples_folder`].
         title (`str`):
             The name of the domain in the report, after which its subfolder is named.
         model, processor, domain, options:
-            What `evaluate_domain` was given.
-        result (`dict`):
-            What it returned.
+            The arguments of `evaluate_domain`.
+        examples (`list[dict]`):
+            The examples that `evaluate_domain` chose.
 
     Returns:
-        `list[dict]`: The examples of the result, each with its `file` relative to the folder of the report.
+        `list[dict]`: The examples, each with its `file` relative to the folder of the report.
     """
     samples = ProtocolSamples(domain, processor, options.evaluation_size(domain))
-    folder = Path(f"{output.stem}_examples", title.replace(":", "-"))
+    folder = Path(examples_folder(output).name, title.replace(":", "-"))
     (output.parent / folder).mkdir(parents=True, exist_ok=True)
     colours = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)  # black where a label is ignored
     colours[: len(domain.id2label)] = palettes.class_colours(list(domain.id2label.values()))
-    written, numbers = [], dict.fromkeys((each["kind"] for each in result["examples"]), 0)
-    for example in result["examples"]:
+    written, numbers = [], dict.fromkeys((each["kind"] for each in examples), 0)
+    for example in examples:
         numbers[example["kind"]] += 1
         file = folder / f"{example['kind']}-{numbers[example['kind']]}.png"
         sample = samples[example["row"]]
@@ -74,7 +79,7 @@ def _prediction(model, pixel_values: torch.Tensor, size: tuple[int, int], option
 
 def panel(image: Image.Image, prediction: np.ndarray, label: np.ndarray, colours: np.ndarray) -> Image.Image:
     """
-    Draws an image, its prediction, its label and its errors beside each other, with captions.
+    Draws an image, its prediction, its label and its errors side by side, with captions.
 
     Args:
         image (`Image.Image`):

@@ -6,19 +6,19 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.export import Dim
 
 from mfuser.errors import CommandError
-from mfuser.files import make_folder, write_text
+from mfuser.files import atomic_folder, check_new_folder, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -57,10 +57,10 @@ class Window(nn.Module):
 
     def window_scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features = self.model.mfuser(pixel_values, output_feature_maps=False, return_dict=True)
-        return self.model._decode(features, pixel_values.shape[-2:], labels=None, class_mask=None).logits
+        return self.model.decode(features, pixel_values.shape[-2:]).logits
 
     def expected(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the artefact must return."""
+        """The output that the artefact must reproduce."""
         return self(pixel_values)
 
     def checked_sizes(self) -> list[tuple[int, int]]:
@@ -71,9 +71,9 @@ class Window(nn.Module):
 
 class WholeImage(Window):
     """
-    The same for images of at least one crop, whose sliding windows are a loop in the graph.
+    A [`Window`] for images of at least one crop, whose sliding windows are a loop in the graph.
 
-    The windows are all of the size of a crop, so that every shape in the body of the loop is known at export.
+    All windows have the size of a crop, so that every shape in the body of the loop is known at export.
     """
 
     def __init__(self, model: MFuserForSemanticSegmentation, argmax: bool):
@@ -127,7 +127,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="torch-export: a program that torch loads; onnx: for ONNX Runtime and others; aoti: compiled for the "
         "processor of this machine, which needs a C++ compiler",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder for the artefact")
     parser.add_argument(
         "--argmax",
         action="store_true",
@@ -218,13 +218,23 @@ def description(window: Window, processor: MFuserImageProcessor, kind: str):
         "whole_image": isinstance(window, WholeImage),
         "classes": names,
         "colours": palettes.class_colours(names).tolist(),
-        "mean": list(processor.image_mean),
-        "std": list(processor.image_std),
+        "scale": processor.rescale_factor,
+        "mean": np.broadcast_to(processor.image_mean if processor.do_normalize else 0.0, 3).tolist(),
+        "std": np.broadcast_to(processor.image_std if processor.do_normalize else 1.0, 3).tolist(),
         "size": _limits(processor),
+        "resample": int(processor.resample),
         "crop_size": config.crop_size,
         "crop_stride": config.crop_stride,
         "minimum_side": window.minimum_side,
     }
+
+
+def check_processor(processor: MFuserImageProcessor):
+    """Raises `CommandError` if the settings of an image processor do not fit 8-bit images, which run.py reads."""
+    try:
+        processor(Image.new("RGB", (64, 64), "white"))
+    except ValueError as error:
+        raise CommandError(f"the model's image processor refuses 8-bit images: {error}") from error
 
 
 def _limits(processor: MFuserImageProcessor) -> dict[str, int] | None:
@@ -277,7 +287,7 @@ def export(
         kind (`str`):
             `"torch-export"`, `"onnx"` or `"aoti"`.
         output (`Path`):
-            Folder to write to. Files of other names in it are kept.
+            Folder to write, which must not exist or be empty. It appears when it is complete.
         argmax (`bool`, *optional*, defaults to `False`):
             Whether the artefact returns labels instead of scores.
         whole_image (`bool`, *optional*, defaults to `False`):
@@ -289,15 +299,17 @@ def export(
         `float`: The largest difference of scores, or the share of different labels.
 
     Raises:
-        CommandError: If the format needs something that is not installed, or if the artefact differs from the model.
+        CommandError: If the format needs something that is not installed, if the image processor does not accept 8-bit
+            images, or if the artefact differs from the model.
+        ValueError: If `output` holds anything.
     """
     check_requirements(kind)
-    make_folder(output)
+    check_new_folder(output)
     # In float32, in which the artefact is compared with the model.
     model, processor = load_for_inference(name_or_path, torch.device("cpu"), "float32")
+    check_processor(processor)
     window = (WholeImage if whole_image else Window)(quantize(model, quantization), argmax)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        folder = Path(temporary)
+    with atomic_folder(output) as folder:
         try:
             WRITERS[kind](capture(window), folder / FILES[kind])
         except RuntimeError as error:  # of the exporters and of the compiler
@@ -312,8 +324,6 @@ def export(
             raise CommandError(
                 f"the artefact differs from the model by {difference:.1e}; at most {TOLERANCE:.0e} is accepted"
             )
-        for file in folder.iterdir():
-            os.replace(file, output / file.name)
     return difference
 
 

@@ -52,7 +52,7 @@ for step in "${steps[@]}"; do
             echo "Ended with exit code $code (124: after $limit s):"
             echo
         fi
-        # of a benchmark its tables, of other commands and failures the end
+        # the tables of a benchmark; for other commands and failures, the last lines
         if [ $code -eq 0 ] && grep -q '^|' "$folder/$file.log"; then
             grep -E '^(\||$)' "$folder/$file.log"
         else

@@ -1,4 +1,4 @@
-"""The label maps of a video in one compressed file, which NumPy reads, written part by part in bounded memory."""
+"""The label maps of a video in one compressed NumPy file, written incrementally in bounded memory."""
 
 import zipfile
 from typing import BinaryIO
@@ -17,7 +17,8 @@ class LabelArchive:
     `(frames,)`, in seconds; the number is that of the first frame in them. A frame of another size starts a new pair.
 
     Args:
-        stream (`BinaryIO`): Where to write.
+        stream (`BinaryIO`):
+            Where to write.
     """
 
     def __init__(self, stream: BinaryIO):

@@ -50,7 +50,7 @@ def write_model_card(folder: Path, config: MFuserConfig, title: str, about: str)
 
     Args:
         folder (`Path`):
-            The model folder. Its name stands in the card's example.
+            The model folder. Its name is used in the example of the card.
         config (`MFuserConfig`):
             Configuration of the model.
         title (`str`):

@@ -1,4 +1,4 @@
-"""A panel of an image, its overlay with a legend, and its confidence: the picture to look at first."""
+"""A panel of an image, its overlay with a legend, and its confidence."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -40,7 +40,7 @@ def draw_panel(
         colours (`np.ndarray` of shape `(ids, 3)`):
             RGB colours by id.
         is_calibrated (`bool`):
-            Whether the confidence is calibrated; the title of the third part says so if it is not.
+            Whether the confidence is calibrated; otherwise the title of the third part states that it is not.
 
     Returns:
         `Image.Image`: The panel.

@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.mapillary_map and options.domain != "mapillary":
-        raise ValueError(f"--mapillary-map is for mapillary, not {options.domain}")
+        raise ValueError(f"--mapillary-map applies to mapillary, not to {options.domain}")
     try:
         prepare(
             options.domain,

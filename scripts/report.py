@@ -23,14 +23,14 @@ from mfuser.scripts import cli
 from mfuser.scripts.report_sections import Figure, Section, report_sections
 
 TEMPLATES = Path(__file__).parent / "templates"
-# What Markdown could take for markup, wherever it stands. The colon of an address is, so that no name becomes a link.
+# Characters that Markdown could interpret as markup, including the colon of a URL, so that no name becomes a link.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~$#!&@]|:(?=//))")
 
 DESCRIPTION = """Turns results of `mfuser evaluate` into a report: tables of domains, classes, conditions, corruptions
 and confidences, curves, confusion matrices and examples. Several results are compared side by side.
 
 It writes into the output folder
-  report.html   one file without references to others, for any browser, in light and dark
+  report.html   one self-contained file, in light and dark mode
   report.md     the same as Markdown, with its pictures in figures/
 Results of different protocols are refused, since their scores have different meanings.
 Exit code: 0 if the report was written, 2 if the command could not run."""
@@ -80,7 +80,7 @@ def markdown_text(value: object) -> str:
 
 
 def data_uri(picture: bytes, name: str) -> str:
-    """A picture as an address that holds its content."""
+    """A picture as a data URI."""
     kind = Image.registered_extensions()[Path(name).suffix]
     return f"data:image/{kind.lower()};base64,{base64.b64encode(picture).decode()}"
 
@@ -107,7 +107,7 @@ def markdown_page(title: str, sections: list[Section]) -> str:
 
 
 def write_report(folder: Path, title: str, sections: list[Section]) -> None:
-    """Writes both pages and the pictures of the second into a new folder, which appears when it is complete."""
+    """Writes the HTML and the Markdown report, with its pictures, into a new folder, which appears when complete."""
     with atomic_folder(folder) as new:
         (new / "figures").mkdir()
         for section in sections:

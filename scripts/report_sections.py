@@ -36,7 +36,7 @@ _MAX_EXAMPLE_BYTES = 50 * 2**20
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text. A `notice` is shown so that nobody misses it."""
+    """Text. A `notice` is highlighted."""
 
     kind: ClassVar[str] = "paragraph"
     text: str
@@ -97,7 +97,7 @@ def report_sections(results: Results, folders: list[Path], differences: list[str
         do not exist.
 
     Raises:
-        ValueError: If an example image is outside its folder, or is no PNG.
+        ValueError: If an example image is outside its folder, or is not a PNG.
     """
     groups = _groups(results)
     examples, missing = _examples(results, folders)
@@ -116,7 +116,7 @@ def report_sections(results: Results, folders: list[Path], differences: list[str
 
 
 def _groups(results: Results) -> list[tuple[str, Results]]:
-    """What is shown in one table, by caption: the domains of a single result, or the results of a domain."""
+    """The content of each table, by caption: the domains of a single result, or the results of a domain."""
     if len(results) == 1:
         return [("", next(iter(results.values()))["domains"])]
     titles = dict.fromkeys(title for result in results.values() for title in result["domains"])
@@ -127,7 +127,7 @@ def _groups(results: Results) -> list[tuple[str, Results]]:
 
 
 def _columns(results: Results) -> list[tuple[str, str, str]]:
-    """(label, result, domain) of every domain of every result, those of the same domain beside each other."""
+    """(label, result, domain) of every domain of every result, grouped by domain."""
     titles = dict.fromkeys(title for result in results.values() for title in result["domains"])
     return [
         (title if len(results) == 1 else f"{title}, {name}", name, title)
@@ -266,7 +266,7 @@ def _examples(results: Results, folders: list[Path]) -> tuple[list[Paragraph | T
 
 
 def _example_file(folder: Path, name: str) -> Path:
-    """The file of an example. A result may come from anyone, so that it must not name any file of this machine."""
+    """The file of an example. A result is untrusted input, so it must not refer to files outside of its folder."""
     folder = folder.resolve()
     file = (folder / name).resolve()
     if folder not in file.parents:
@@ -276,7 +276,7 @@ def _example_file(folder: Path, name: str) -> Path:
 
 def _example_picture(file: Path) -> bytes:
     """
-    An example, coded anew as JPEG, a fifth of the size of its PNG.
+    An example, re-encoded as JPEG, a fifth of the size of its PNG.
 
     Raises:
         ValueError: If the file is not a PNG image, or too large for a page.

@@ -4,9 +4,10 @@ Segments an image with an exported MFuser model.
     python run.py IMAGE [OUTPUT]
 
 It needs numpy, pillow and the runtime: torch or onnxruntime. An image larger than the crop is segmented by sliding
-windows whose scores are averaged; they are part of an artefact of whole images. Images are resized as by the model's
-image processor, and labels back to the size of the image. OUTPUT is a palette PNG whose indices are the class ids
-(default: labels.png). `mfuser export` copies this file into the folder of the model as run.py.
+windows whose scores are averaged; they are part of an artefact of whole images. Images are rotated upright, resized
+and normalised by the settings of the model's image processor; labels have the size of the upright image. OUTPUT is a
+palette PNG whose indices are the class ids (default: labels.png). `mfuser export` copies this file into the folder of
+the model as run.py.
 """
 
 import json
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 DESCRIPTION_FILE = "artefact.json"
 INPUT, OUTPUT = "pixel_values", "output"
@@ -59,9 +60,24 @@ def model_size(width, height, limits):
     return tuple(max(int(length * min(scales) + 0.5), 1) for length in (width, height))
 
 
-def normalise(image, artefact):
-    """RGB image (H, W, 3), uint8 -> pixels (1, 3, H, W), float32."""
-    pixels = np.asarray(image, dtype=np.float32) / 255
+def read_image(path):
+    """An image file as 8-bit RGB, rotated as its EXIF orientation says; 16-bit values are scaled to 8 bits."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        image.load()
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"{path} has pixels of an unknown range; save it with 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def prepare(image, artefact):
+    """RGB image -> resized and normalised pixels (1, 3, H, W), float32."""
+    width, height = image.size
+    resized = image.resize(model_size(width, height, artefact["size"]), artefact["resample"])
+    pixels = np.asarray(resized, dtype=np.float32) * np.float32(artefact["scale"])
     pixels = (pixels - np.float32(artefact["mean"])) / np.float32(artefact["std"])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
 
@@ -99,11 +115,9 @@ def segment_file(image_path, output, folder):
     classes = artefact["classes"]
     if len(classes) > 256:
         raise ValueError(f"the model has {len(classes)} classes; a palette PNG holds at most 256: call load() instead")
-    with Image.open(image_path) as image:
-        size = model_size(*image.size, artefact["size"])
-        resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        labels = segment(normalise(resized, artefact), load(folder), artefact)
-        picture = Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    image = read_image(image_path)
+    labels = segment(prepare(image, artefact), load(folder), artefact)
+    picture = Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     labels = np.asarray(picture)
     picture.putpalette(np.uint8(artefact["colours"]).tobytes())
     picture.save(f"{output}.part", format="PNG")

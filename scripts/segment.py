@@ -15,7 +15,7 @@ from mfuser.files import make_folder
 from mfuser.loading import load_for_inference
 from mfuser.quantization import quantize
 from mfuser.scripts import cli, palettes
-from mfuser.scripts.segment_arguments import parse_arguments
+from mfuser.scripts.segment_arguments import DEFAULT_RATE, parse_arguments
 from mfuser.scripts.segment_images import segment_images
 from mfuser.scripts.segment_inputs import Kind, Source, find_sources
 from mfuser.scripts.segment_results import Drawing, image_files, is_done, is_free, settings_of, write_legend
@@ -41,8 +41,10 @@ class Summary:
     What a run has done so far, and its messages.
 
     Args:
-        num_classes (`int`): Number of label values.
-        skipped (`int`): Number of inputs that were skipped before.
+        num_classes (`int`):
+            Number of label values.
+        skipped (`int`):
+            Number of inputs that were skipped before.
     """
 
     def __init__(self, num_classes: int, skipped: int):
@@ -81,6 +83,8 @@ def check_options(parsed: argparse.Namespace, sources: list[Source]) -> None:
         raise CommandError(f"--labels applies to one image, but the inputs are {len(sources)} images or videos")
     if kinds == {Kind.IMAGE} and parsed.smoothing:
         raise CommandError("--smoothing applies to videos, but the inputs are images; give frames as a pattern")
+    if parsed.frame_rate is not None and Kind.FRAMES not in kinds:
+        raise CommandError("--frame-rate applies to numbered frames; give them as a pattern, such as frames/%05d.png")
     if kinds != {Kind.IMAGE}:
         import_av()
 
@@ -144,11 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_videos(sources: Iterable[Source], parsed: argparse.Namespace, summary: Summary, **common: Any) -> bool:
     """Segments videos. Returns whether a signal ended one before its end."""
-    options = VideoOptions(parsed.smoothing, parsed.frame_rate, parsed.unknown_threshold)
+    rate = parsed.frame_rate or DEFAULT_RATE
+    options = VideoOptions(parsed.smoothing, rate, parsed.unknown_threshold)
     for source in sources:
         made_with = {**common["settings"], "smoothing": parsed.smoothing}
         if source.kind is Kind.FRAMES:
-            made_with["frame_rate"] = str(parsed.frame_rate)
+            made_with["frame_rate"] = str(rate)
         if parsed.skip_existing and is_done(source, parsed.output, common["drawing"], made_with):
             summary.done += 1
             continue

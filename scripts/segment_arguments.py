@@ -24,7 +24,7 @@ A file that cannot be read, segmented or written is named and skipped. Results o
 another, also of an earlier run: they are numbered, NAME-2. Results of the same image are replaced.
 Ctrl-C or SIGTERM during a video finalises its files with the frames so far.
 Exit code: 0 if everything was segmented, 1 if an image was skipped or a video is damaged, 2 if the command could not
-run, 130 if it was interrupted (a camera or an address, which have no end: 0)."""
+run, 130 if it was interrupted (0 for a camera or a URL, which have no end)."""
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="IMAGE_OR_FOLDER_OR_VIDEO",
         help="images and videos; folders that are searched for both; frames of one video as a pattern, such as "
-        "frames/%%05d.png; the index of a camera, such as 0; an address, such as rtsp://...",
+        "frames/%%05d.png; the index of a camera, such as 0; a URL, such as rtsp://...",
     )
     parser.add_argument(
         "--model",
@@ -90,7 +90,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--frame-rate",
         type=_rate,
-        default=DEFAULT_RATE,
         metavar="FPS",
         help="frames per second of a pattern, e.g. 30 or 30000/1001 (default: 25)",
     )

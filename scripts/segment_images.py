@@ -33,7 +33,7 @@ def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
             upright.load()
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # PIL's decoders raise almost anything for damaged files
+    except Exception as error:  # PIL's decoders raise exceptions of almost any type for damaged files
         raise ValueError(f"it is not an image that can be read: {one_line(error)}") from error
     pixels = processor.process_image(upright, do_convert_rgb=True)
     if pixels.dtype != np.uint8:
@@ -54,8 +54,8 @@ def segment_images(
     """
     Segments images and writes their results.
 
-    Reading, the model and writing run at the same time, in threads; a small model segments several images side by
-    side, see [`images_at_once`]. The number of images in memory is bounded.
+    Reading, the model and writing run concurrently, in threads; a small model segments several images in parallel, see
+    [`images_at_once`]. The number of images in memory is bounded.
 
     Args:
         sources (`Iterable[Source]`):
@@ -111,7 +111,7 @@ def segment_images(
 
 
 def _step(function: Callable[[Segmented], None]) -> Callable[[Segmented], Segmented]:
-    """A step that leaves out images that were skipped before, and records why it cannot be done."""
+    """A step that passes on images that were skipped before, and records the reason if it fails."""
 
     def run(segmented: Segmented) -> Segmented:
         if segmented.error is None and not segmented.is_done:

@@ -1,4 +1,4 @@
-"""What `mfuser segment` is given: images, videos, numbered frames, cameras, addresses; and how results are named."""
+"""The inputs of `mfuser segment` (images, videos, numbered frames, cameras, URLs) and the names of results."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ NUMBER = re.compile(r"%0?\d*d")
 
 
 class Kind(Enum):
-    """What an input is."""
+    """The kind of an input."""
 
     IMAGE = "image"
     VIDEO = "video"
@@ -40,13 +40,13 @@ class Source:
 
     Args:
         kind (`Kind`):
-            What it is.
+            The kind of the source.
         place (`Path`):
-            Where its results go, relative to the folder of the results and without suffix.
+            Path of its results, relative to the folder of the results and without suffix.
         path (`Path`, *optional*):
             The file of an image or a video.
         given (`str`, *optional*):
-            The pattern, index or address of any other.
+            The pattern, index or URL of any other source.
         frames (`tuple[Path, ...]`, *optional*):
             The files of numbered frames.
     """
@@ -67,7 +67,7 @@ class Source:
                 return re.sub(r"(?<=://)[^/@]*@", "", self.given)
 
     def identity(self) -> str:
-        """A text that no other source has. It holds no password, since results record its hash."""
+        """A text that identifies the source. It contains no password, since results record its hash."""
         return str(self.path.resolve()) if self.kind in (Kind.IMAGE, Kind.VIDEO) else str(self)
 
 
@@ -83,11 +83,11 @@ def find_sources(
 
     Args:
         inputs (`Sequence[str]`):
-            Files, folders, patterns such as `frames/%05d.png`, indices of cameras, and addresses.
+            Files, folders, patterns such as `frames/%05d.png`, indices of cameras, and URLs.
         output (`Path`):
             Folder of the results.
         is_free (`Callable`):
-            Whether the results of a source may be written where it says.
+            Whether the results of a source may be written to its `place`.
 
     Returns:
         `tuple[list[Source], list[str]]`: The sources (results of files in a folder keep their subfolder; duplicate
@@ -155,21 +155,21 @@ def _kind_by_content(path: Path) -> Kind:
     try:
         with Image.open(path):
             return Kind.IMAGE
-    except Exception:  # PIL's decoders raise almost anything
+    except Exception:  # PIL's decoders raise exceptions of almost any type
         pass
     try:
         import av
 
         with av.open(str(path)) as container:
-            if container.streams.video and container.format.name != "tty":  # FFmpeg takes text for a terminal
+            if container.streams.video and container.format.name != "tty":  # FFmpeg reads text as a terminal recording
                 return Kind.VIDEO
     except Exception:  # without PyAV, videos are known by their suffix
         pass
-    return Kind.IMAGE  # which cannot be read either; the error says so
+    return Kind.IMAGE  # it cannot be read as an image either, which is reported
 
 
 def _file_name(address: str) -> str:
-    """A file name for the results of a stream: the last part of its address, without suffix."""
+    """A file name for the results of a stream: the last part of its URL, without suffix."""
     host, _, path = address.partition("://")[2].rpartition("@")[2].partition("/")
     name = re.sub(r"\.\w{1,5}$", "", path.rpartition("/")[2]) or host
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "stream"

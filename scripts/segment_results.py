@@ -1,4 +1,4 @@
-"""The files that `mfuser segment` writes: their names, whose they are, and which model and settings made them."""
+"""The files that `mfuser segment` writes: their names, their source, and the model and settings that produced them."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from mfuser.files import make_folder, read_json, write_image, write_text
 from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.loading import config_content
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import palettes
 from mfuser.scripts.panel import draw_panel
@@ -18,7 +19,7 @@ from mfuser.scripts.segment_inputs import Kind, Source
 from mfuser.scripts.segmentation import weights_hash
 
 JPEG_LIMIT = 65_500  # pixels on a side
-# Texts of a label PNG: a hash of the path of its image, and what its results were made with.
+# Text chunks of a label PNG: a hash of the path of its image, and the record of the model and settings.
 SOURCE, RECORD = "Source", "Record"
 
 
@@ -53,7 +54,7 @@ class Drawing:
 @dataclass
 class Segmented:
     """
-    An image on its way through the command.
+    An image and its results, passed from one step of the command to the next.
 
     Args:
         source (`Source`):
@@ -94,7 +95,7 @@ def video_files(results: Path) -> dict[str, Path]:
 
 
 def source_hash(source: Source) -> str:
-    """SHA-256 of what identifies a source, by which its results are known as its own."""
+    """SHA-256 of the text that identifies a source; its results contain it."""
     return hashlib.sha256(source.identity().encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -102,7 +103,7 @@ def settings_of(
     model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, options: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    What results depend on, beside the source.
+    What results depend on, besides the source.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
@@ -115,20 +116,11 @@ def settings_of(
     Returns:
         `dict`: Values of JSON: the options, and a hash of the weights and one of both configurations.
     """
-    config = _without_origin(model.config.to_dict())
+    config = config_content(model.config)
     text = json.dumps([config, processor.to_dict()], sort_keys=True, default=str)
     is_calibrated = config.get("confidence_calibration") is not None
     hashes = {"weights": weights_hash(model), "config": hashlib.sha256(text.encode()).hexdigest()}
     return {**hashes, "dtype": str(model.dtype), "is_calibrated": is_calibrated, **options}
-
-
-def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without where it was loaded from, and by which version."""
-    return {
-        name: _without_origin(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in ("_name_or_path", "transformers_version")
-    }
 
 
 def record_of(source: Source, settings: dict[str, Any]) -> str:
@@ -140,14 +132,14 @@ def record_of(source: Source, settings: dict[str, Any]) -> str:
 
 
 def is_free(source: Source, output: Path) -> bool:
-    """Whether the results of a source may be written to its place: nothing is there, or earlier results of it."""
+    """Whether the results of a source may be written to its place: it is empty, or holds earlier results of it."""
     files = image_files(output / source.place) if source.kind is Kind.IMAGE else video_files(output / source.place)
     owner, *others = files.values()
     try:
         if not owner.exists():
             return not any(file.exists() for file in others)
     except OSError:
-        return True  # writing will fail too, and say why
+        return True  # writing will fail as well, with a message
     try:
         if source.kind is not Kind.IMAGE:
             return read_json(owner)["source"] == source_hash(source)
@@ -209,8 +201,8 @@ def write_image_results(segmented: Segmented, output: Path, drawing: Drawing, se
     """
     Writes the results of an image.
 
-    The label image comes first: it says whose the others are. Each file carries the record of what made it, so that
-    results are known to be complete even if a run ended between two of them.
+    The label image is written first, since it identifies the source of the others. Each file contains the record of
+    the model and settings, so that incomplete results are detected if a run ended between two files.
 
     Args:
         segmented (`Segmented`):

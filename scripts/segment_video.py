@@ -45,9 +45,12 @@ class VideoOptions:
     How videos are segmented.
 
     Args:
-        smoothing (`float`): Weight of earlier frames in the scores, from 0 to less than 1.
-        rate (`Fraction`): Frames per second of numbered frames.
-        unknown_threshold (`float`, *optional*): Pixels of lower confidence than this get the label 255.
+        smoothing (`float`):
+            Weight of earlier frames in the scores, from 0 to less than 1.
+        rate (`Fraction`):
+            Frames per second of numbered frames.
+        unknown_threshold (`float`, *optional*):
+            Pixels of lower confidence than this get the label 255.
     """
 
     smoothing: float
@@ -71,11 +74,16 @@ class VideoResult:
     What was segmented of a video.
 
     Args:
-        frames (`int`): Number of frames.
-        counts (`np.ndarray`): Number of pixels by class id.
-        note (`str`): What was left out, if anything.
-        problem (`str`): What is wrong with the video, if anything.
-        was_stopped (`bool`): Whether a signal ended it early.
+        frames (`int`):
+            Number of frames.
+        counts (`np.ndarray`):
+            Number of pixels by class id.
+        note (`str`):
+            What was left out, if anything.
+        problem (`str`):
+            What is wrong with the video, if anything.
+        was_stopped (`bool`):
+            Whether a signal ended it early.
     """
 
     frames: int
@@ -272,12 +280,18 @@ class VideoResults:
     The files of a video. They are opened at the first frame, and replace earlier ones together once they are complete.
 
     Args:
-        source (`Source`): The video.
-        output (`Path`): Folder of the results.
-        video (`Video`): The open video.
-        drawing (`Drawing`): How the overlay is drawn.
-        settings (`dict`): What the results depend on.
-        stack (`ExitStack`): Closes the files; if an exception is raised in its block, it deletes them.
+        source (`Source`):
+            The video.
+        output (`Path`):
+            Folder of the results.
+        video (`Video`):
+            The open video.
+        drawing (`Drawing`):
+            How the overlay is drawn.
+        settings (`dict`):
+            What the results depend on.
+        stack (`ExitStack`):
+            Closes the files; if an exception is raised in its block, it deletes them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Pixels to label maps and confidences, by a model and its image processor; several frames of one size at once."""
+"""Segmentation of images by a model and its image processor: label maps and confidences, also of several frames."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,15 +10,16 @@ import torch
 
 from mfuser.confidence_mfuser import confidence_map, mark_unknown, resize_maps
 from mfuser.evaluation.large_images import label_map_by_bands, windows_at_once
-from mfuser.image_processing_mfuser import MFuserImageProcessor, resized_size
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.images_mfuser import resized_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
 from mfuser.overlap import is_small, model_threads
 from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.windows_mfuser import sliding_windows
 
-# Windows of a small model, in tokens, that keep one core busy in a forward.
+# Windows of a small model, in tokens, that keep one core busy in a forward pass.
 SMALL_MODEL_TOKENS_PER_BATCH = 2048
-# Frames in one forward: at most this many, and at most this many bytes of pixels and of scores.
+# Frames in one forward pass: at most this many, and at most this many bytes of pixels and of scores.
 MAX_FRAMES_AT_ONCE, MAX_PIXEL_BYTES, MAX_SCORE_BYTES = 8, 2**23, 2**26
 
 
@@ -27,8 +28,8 @@ def segment(image: np.ndarray, model: MFuserForSemanticSegmentation, processor: 
     """
     Segments an image.
 
-    Without resizing, the memory in use grows with the pixels of the image, by less than 40 bytes each, and not with
-    pixels times classes. With resizing, the scores of all classes at the size after resizing come in addition.
+    Without resizing, the memory in use grows with the number of pixels, by less than 40 bytes each, and not with
+    pixels times classes. With resizing, it also includes the scores of all classes at the size after resizing.
 
     Args:
         image (`np.ndarray` of shape `(3, height, width)`):
@@ -81,7 +82,7 @@ def segment_with_confidence(
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Class ids and confidences, both of shape `(height, width)`.
     """
-    inputs = processor(image, input_data_format="channels_first", return_tensors="pt")
+    inputs = processor(image, do_pad=False, input_data_format="channels_first", return_tensors="pt")
     outputs = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype), output_confidence=True)
     results: list[Any] = processor.post_process_semantic_segmentation(
         outputs, inputs=inputs, return_confidence=True, unknown_threshold=unknown_threshold
@@ -95,7 +96,7 @@ def class_scores(
     frames: list[np.ndarray], model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor
 ) -> torch.Tensor:
     """
-    Computes the class scores of several images of one size in one forward, which batches windows of all of them.
+    Computes the class scores of several images of one size in one forward pass, which batches windows of all of them.
 
     Args:
         frames (`list[np.ndarray]`):
@@ -145,9 +146,9 @@ def frames_at_once(
     size: tuple[int, int], model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor
 ) -> int:
     """
-    Number of frames to segment in one forward.
+    Number of frames to segment in one forward pass.
 
-    Several, if their windows fit into one batch of windows of the model, and if they take little memory.
+    It is more than 1 if the windows of several frames fit into one batch of windows and take little memory.
 
     Args:
         size (`tuple[int, int]`):
@@ -176,7 +177,7 @@ def count_pixels(labels: np.ndarray, number: int) -> np.ndarray:
 @contextmanager
 def images_at_once(model: MFuserForSemanticSegmentation) -> Iterator[int]:
     """
-    Number of images to segment side by side, in threads. Within the block, PyTorch's threads are shared out to them.
+    Number of images to segment in parallel, in threads. Within the block, PyTorch's threads are divided among them.
 
     On a CPU, the operations of a small model are too small to be spread over several cores. One core per image keeps
     all of them busy. A large model, or one on a GPU, segments one image after the other.

@@ -15,7 +15,7 @@ import yaml
 from mfuser.encoder_configs_mfuser import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Strings that stand for booleans where a boolean is expected. YAML 1.1 reads them as booleans everywhere.
+# Strings that are booleans where a boolean is expected. YAML 1.1 reads them as booleans everywhere.
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 

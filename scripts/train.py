@@ -19,14 +19,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
-from mfuser.class_names_mfuser import give_classes, label_names, pretrained_tokenizer
+from mfuser.class_names_mfuser import IGNORE_INDEX, give_classes, label_names, pretrained_tokenizer
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
 from mfuser.data.loading import load_domain, parse_id2label
@@ -83,12 +84,8 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
         [`MFuserForSemanticSegmentation`]: The model, in float32.
 
     Raises:
-        ValueError: If the options describe no model or several, or the classes of the data cannot be given to a saved
-            model.
+        ValueError: If the options describe no model, or the classes of the data cannot be given to a saved model.
     """
-    if (options.model and (options.vfm or options.vlm)) or bool(options.vfm) != bool(options.vlm):
-        given = ", ".join(f"{name}={getattr(options, name)}" for name in ("model", "vfm", "vlm"))
-        raise ValueError(f"the model is given as {given}; give either `model`, or `vfm` and `vlm`, or `model_config`")
     class_names = list(id2label.values())
     fields = model_fields_for(options, class_names)
     if options.model:
@@ -96,6 +93,12 @@ def build_model(options: ModelArguments, id2label: dict[int, str]) -> MFuserForS
             model = load_model(options.model, dtype=torch.float32, **fields)
         except RuntimeError as error:  # raised by Transformers for weights of another shape
             raise ValueError(f"{options.model} does not fit model_config: {error}") from error
+        if model.config.semantic_loss_ignore_index != IGNORE_INDEX:
+            raise ValueError(
+                f"{options.model} has semantic_loss_ignore_index {model.config.semantic_loss_ignore_index}; ignored "
+                f"pixels of the data have the label {IGNORE_INDEX}: set model_config.semantic_loss_ignore_index="
+                f"{IGNORE_INDEX}"
+            )
         if class_names != label_names(model.config.id2label):
             tokenizer = options.tokenizer or (encoders_of(options) or {}).get("vlm")
             logger.warning(
@@ -189,6 +192,35 @@ def tokenizer_of(model: MFuserForSemanticSegmentation, options: ModelArguments) 
     return None
 
 
+def build_processor(model: str | None, data: DataArguments) -> MFuserImageProcessor:
+    """
+    The image processor of validation, monitoring and the saved model, whose mean and deviation training uses as well.
+
+    It is that of `model`, if there is one, with `validation_size` and the mean and deviation of `augmentation`.
+
+    Raises:
+        ValueError: If a setting of it is invalid, or images of training cannot be prepared in the same way.
+    """
+    names = ("image_mean", "image_std")
+    changes: dict[str, Any] = {
+        name: [float(value) for value in data.augmentation[name]] for name in names if name in data.augmentation
+    }
+    if data.validation_size:
+        changes["size"] = data.validation_size
+    if model is None or cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        return MFuserImageProcessor(**changes)
+    processor = MFuserImageProcessor.from_pretrained(model, **changes)
+    for name in ("do_rescale", "rescale_factor", "do_normalize"):
+        if getattr(processor, name) != getattr(MFuserImageProcessor, name):
+            raise ValueError(
+                f"the image processor of {model} has {name} {getattr(processor, name)}; it must be "
+                f"{getattr(MFuserImageProcessor, name)}, as in training"
+            )
+    for name in names:  # a single number is that of all channels
+        setattr(processor, name, np.broadcast_to(getattr(processor, name), 3).tolist())
+    return processor
+
+
 def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> Sampler[Draw]:
     """The sampler of the sources. Counts the pixels of each class first if rare classes are drawn more often."""
     rare_classes: dict[str, Any] = {
@@ -220,7 +252,7 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
         id2label=data.id2label,
         skip_unreadable=data.skip_unreadable,
     )
-    processor = MFuserImageProcessor(**({"size": data.validation_size} if data.validation_size else {}))
+    processor = build_processor(model_options.model, data)
     with training.main_process_first(desc="opening the data"):
         sources = [
             TrainingSource.from_domain(source, open_data(source, split))
@@ -247,7 +279,8 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
         sampler = build_sampler(sources, data, training.seed)
     set_seed(training.seed)
     model = build_model(model_options, id2label)
-    augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation})
+    normalization = {"image_mean": tuple(processor.image_mean), "image_std": tuple(processor.image_std)}
+    augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation, **normalization})
     train_dataset: Dataset
     skip = data.skip_unreadable
     if len(sources) == 1:
@@ -305,7 +338,8 @@ def about(trainer: MFuserTrainer, data: DataArguments, metrics: dict[str, float]
 
 def run(trainer: MFuserTrainer, checkpoint: str | None):
     """
-    Trains, from `checkpoint` if given. A checkpoint of the last step is loaded and not trained further.
+    Trains, from `checkpoint` if given. A checkpoint of the last step is not trained further; its weights, or with
+    `load_best_model_at_end` those of the best checkpoint, are loaded.
 
     Raises:
         ValueError: If the checkpoint belongs to another run, or `max_steps` is smaller than its step.
@@ -326,14 +360,18 @@ def run(trainer: MFuserTrainer, checkpoint: str | None):
             "be at least that"
         )
     if trainer.args.max_steps == state.global_step:
-        restore_weights(trainer.model, checkpoint)
+        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        if best is not None and not Path(best).is_dir():
+            logger.warning(f"the best checkpoint, {best}, does not exist; the model is that of the last step.")
+            best = None
+        restore_weights(trainer.model, best or checkpoint)
         trainer.state.global_step = state.global_step
         return
     train(trainer, checkpoint)
 
 
 def train(trainer: MFuserTrainer, checkpoint: str | None = None):
-    """Trains. An error in a worker process has the message that it had there, without the worker's traceback."""
+    """Trains. An error in a worker process is raised with its original message, without the worker's traceback."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:

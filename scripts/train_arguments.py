@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedConfig
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
+from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.configuration_mfuser import MFuserConfig
 from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.data.sources import RARE_CLASS_SCOPES
@@ -49,6 +52,11 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if (self.model and (self.vfm or self.vlm)) or bool(self.vfm) != bool(self.vlm):
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in ("model", "vfm", "vlm"))
+            raise ValueError(
+                f"the model is given as {given}; give either `model`, or `vfm` and `vlm`, or `model_config`"
+            )
         for name in ("vfm", "vlm"):
             revision, source = getattr(self, f"{name}_revision"), getattr(self, name)
             if revision is not None and (source is None or Path(source).is_dir()):
@@ -78,7 +86,7 @@ class DataArguments:
         default=True,
         metadata={
             "help": "With several train_data, whether classes that one of them does not label are left out of the "
-            "loss of its images. Otherwise they are taught as absent, as in plain concatenation."
+            "loss of its images. Otherwise they are treated as absent, as in plain concatenation."
         },
     )
     validation_data: str | None = field(
@@ -93,7 +101,10 @@ class DataArguments:
     )
     validation_size: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "Size that validation images are resized to, in the form of MFuserImageProcessor's `size`."},
+        metadata={
+            "help": "Size that validation images are resized to, in the form of MFuserImageProcessor's `size` "
+            "(default: that of the image processor of `model`, or none)."
+        },
     )
     monitor_data: dict[str, str] = field(
         default_factory=dict,
@@ -125,7 +136,9 @@ class DataArguments:
     augmentation: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Arguments of TrainingAugmentation (default: the published ones, with the model's crop_size)."
+            "help": "Arguments of TrainingAugmentation (default: the published ones, with the model's crop_size and "
+            "the mean and deviation of the image processor of `model`). image_mean and image_std hold for the saved "
+            "image processor as well."
         },
     )
     rare_class_sampling: bool = field(
@@ -202,7 +215,15 @@ WITHOUT_EFFECT = {
     "do_eval": "eval_strategy",
     "do_predict": "`mfuser evaluate`",
     "label_names": "label_column",
+    "bf16_full_eval": "bf16",
+    "fp16_full_eval": "fp16",
 }
+# Settings of Transformers' evaluation, which MFuserTrainer does not use.
+OF_TRANSFORMERS_EVALUATION = (
+    *("prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+    *("batch_eval_metrics", "include_for_metrics"),
+)
+logger = logging.get_logger("transformers.mfuser.train")
 
 
 def argument_parser() -> HfArgumentParser:
@@ -217,7 +238,8 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     Reads the settings (see [`~mfuser.scripts.settings.read_settings`]) and checks their names, types and ranges.
 
     Raises:
-        ValueError: If a setting is unknown or has no effect, or its value is of another type or out of range.
+        ValueError: If a setting is unknown or has no effect, or its value is of another type or out of range. A
+            setting of a recipe that has no effect because of another one is a warning.
     """
     settings = read_settings(arguments)
     kinds = (ModelArguments, DataArguments, TrainArguments)
@@ -229,6 +251,9 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     for name, instead in WITHOUT_EFFECT.items():
         if name in settings:
             raise ValueError(f"{name} has no effect in mfuser train; use {instead}")
+    for name in OF_TRANSFORMERS_EVALUATION:
+        if name in settings:
+            raise ValueError(f"{name} has no effect in mfuser train, whose evaluation keeps only counts of pixels")
     settings = {name: typed(value, declared[name], name) for name, value in settings.items()}
     for name, check in (("model_config", model_fields), ("augmentation", augmentation_fields)):
         settings[name] = check(settings.get(name) or {})
@@ -237,7 +262,34 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
         model, data, training = argument_parser().parse_dict(settings)
     except TypeError as error:  # of the classes that Transformers builds from settings that are dictionaries
         raise ValueError(f"a setting of Transformers' Trainer has a field that does not exist: {error}") from error
+    on_command_line = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
+    for name, reason in without_effect(data, training).items():
+        if name in on_command_line:
+            raise ValueError(f"{name} has no effect: {reason}")
+        if name in settings:  # of a recipe, which may be the base of others
+            logger.warning(f"{name} has no effect: {reason}.")
     return model, data, training
+
+
+def without_effect(data: DataArguments, training: TrainArguments) -> dict[str, str]:
+    """The settings that have no effect with these values of the others, and the reason of each."""
+    reasons: dict[str, str] = {}
+    schedule = SchedulerType(training.lr_scheduler_type)
+    if schedule != SchedulerType.POLYNOMIAL:
+        names = ("min_learning_rate", "schedule_power", "warmup_start")
+        reasons |= dict.fromkeys(names, f"lr_scheduler_type is {schedule.value}, and only polynomial uses it")
+    if training.per_device_eval_batch_size != 1:
+        reasons["per_device_eval_batch_size"] = "images are evaluated one by one"
+    if not data.rare_class_sampling:
+        names = ("rare_class_temperature", "rare_class_min_pixels", "rare_class_scope")
+        reasons |= dict.fromkeys(names, "rare_class_sampling is false")
+    if data.train_data is not None and len(data.train_data) == 1:
+        values = {"rare_class_scope": data.rare_class_scope, "mask_unlabelled_classes": data.mask_unlabelled_classes}
+        changed = [name for name, value in values.items() if value in ("joint", False)]
+        reasons |= dict.fromkeys(changed, "it is for several train_data, of which there is one")
+    if not data.monitor_data:
+        reasons["monitor_images"] = "there is no monitor_data"
+    return reasons
 
 
 def augmentation_arguments() -> dict[str, Any]:
@@ -256,6 +308,11 @@ def model_fields(values: dict[str, Any]) -> dict[str, Any]:
     """The setting `model_config` with checked names and types, those of the encoders' configurations included."""
     declared = config_types(MFuserConfig) | PAIRING_ARGUMENTS
     check_names(values, [*declared, *COMMON_ARGUMENTS], "model_config")
+    if values.get("semantic_loss_ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        raise ValueError(
+            f"model_config.semantic_loss_ignore_index is {values['semantic_loss_ignore_index']!r}; it must be "
+            f"{IGNORE_INDEX}, the label of ignored pixels in the data"
+        )
     checked = dict(values)
     for name, value in values.items():
         if name in DEFAULT_ENCODERS and isinstance(value, dict):

@@ -37,8 +37,10 @@ class Frame:
     A frame of a video.
 
     Args:
-        pixels (`np.ndarray` of shape `(3, height, width)`): RGB, of uint8, upright.
-        time (`int`): When it is shown, in units of the video's `time_base`.
+        pixels (`np.ndarray` of shape `(3, height, width)`):
+            RGB, of uint8, upright.
+        time (`int`):
+            When it is shown, in units of the video's `time_base`.
     """
 
     pixels: np.ndarray
@@ -50,13 +52,20 @@ class Video:
     A video that is read once, from start to end.
 
     Attributes:
-        time_base (`Fraction`): Unit of time of the frames, in seconds.
-        rate (`Fraction`): Frames per second, on average.
-        num_frames (`int`, *optional*): Number of frames, if the source says.
-        pixel_aspect (`Fraction`): Width of a pixel in relation to its height.
-        sound (`list`): PyAV's audio streams, whose packets are part of the iteration.
-        note (`str`): What is left out, if anything.
-        problem (`str`): What was found wrong after the iteration, if anything.
+        time_base (`Fraction`):
+            Unit of time of the frames, in seconds.
+        rate (`Fraction`):
+            Frames per second, on average.
+        num_frames (`int`, *optional*):
+            Number of frames, if the source says.
+        pixel_aspect (`Fraction`):
+            Width of a pixel in relation to its height.
+        sound (`list`):
+            PyAV's audio streams, whose packets are part of the iteration.
+        note (`str`):
+            What is left out, if anything.
+        problem (`str`):
+            What was found wrong after the iteration, if anything.
     """
 
     time_base: Fraction
@@ -100,11 +109,13 @@ def open_video(source: Source, rate: Fraction, read_image: Callable[[Any], np.nd
 
 class StoredVideo(Video):
     """
-    A video file, or a stream at an address.
+    A video file, or a stream at a URL.
 
     Args:
-        location (`str`): Path or address.
-        is_live (`bool`): Whether waiting for data is bounded.
+        location (`str`):
+            Path or URL.
+        is_live (`bool`):
+            Whether waiting for data is bounded.
     """
 
     def __init__(self, location: str, is_live: bool):
@@ -112,7 +123,7 @@ class StoredVideo(Video):
         try:
             self.container = self.av.open(location, timeout=NETWORK_TIMEOUT if is_live else None)
         except self.av.error.FFmpegError as error:
-            # Not its own message, which contains the address with its password.
+            # Not its own message, which contains the URL with its password.
             problem = "cannot be opened" if isinstance(error, OSError) else "is not a video that can be read"
             raise ValueError(f"it {problem}: {error.strerror}") from error
         cover = self.av.stream.Disposition.attached_pic
@@ -207,9 +218,12 @@ class NumberedFrames(Video):
     Numbered images, in the order of their numbers. One that cannot be read is left out.
 
     Args:
-        source (`Source`): The frames.
-        rate (`Fraction`): Frames per second.
-        read_image (`Callable`): Reads an image.
+        source (`Source`):
+            The frames.
+        rate (`Fraction`):
+            Frames per second.
+        read_image (`Callable`):
+            Reads an image.
     """
 
     def __init__(self, source: Source, rate: Fraction, read_image: Callable[[Any], np.ndarray]):
@@ -240,7 +254,8 @@ class Camera(Video):
     A camera, by OpenCV: PyAV's wheels contain no devices. A frame has the time at which it was read.
 
     Args:
-        index (`int`): Number of the camera.
+        index (`int`):
+            Number of the camera.
     """
 
     def __init__(self, index: int):

@@ -1,4 +1,4 @@
-"""The page of `mfuser app` as a Hugging Face Space; docs/app.md says how to publish it."""
+"""The web app of `mfuser app` as a Hugging Face Space; docs/app.md describes how to publish it."""
 
 import os
 import sys

@@ -115,7 +115,7 @@ class Recorder:
 
 
 def use_golden_points(model, inputs: dict[str, torch.Tensor]):
-    """Replaces the random points of the mask losses by the golden's, which are ordered by image and class id."""
+    """Replaces the random points of the mask losses by those of the golden, ordered by image and class id."""
     labels, num_classes = inputs["labels"], model.config.num_labels
     present = torch.stack([(labels == index).flatten(1).any(1) for index in range(num_classes)], dim=1).flatten()
     stacked = []

@@ -1,20 +1,20 @@
 """
-Compare training with numbers of the reference implementation.
+Compares training with the reference implementation.
 
     python tests/check_training.py FOLDER [FOLDER ...]
 
 A folder has the format of the goldens (see check_golden.py) and a `trajectory/`. Its weights are converted by `mfuser
-convert`; optimizer, parameter groups and schedule are those of `MFuserTrainer`. Checked are
+convert`; optimizer, parameter groups and schedule are those of `MFuserTrainer`. It checks
 
 - 12 steps of the published recipe and of one with amplified rates: the loss of every step (relative, within 5 times
   the recorded drift plus 1e-6), learning rates, parameter groups name by name, every trained tensor (absolute, within
   10 times its `drift_max` plus 2e-6; amplified: 5 times plus 1e-5) and the final scores (absolute, 5 times plus 1e-6);
-- if there is an `initial_statistics.json`, the distributions that new tensors start from, over 5 seeds: mean, variance
-  and a Kolmogorov-Smirnov test, at a false-alarm rate of 1e-6 for all tensors together;
+- if there is an `initial_statistics.json`, the initial distributions of new tensors, over 5 seeds: mean, variance and
+  a Kolmogorov-Smirnov test, at a false-positive rate of 1e-6 for all tensors together;
 - if there is a `dropout_statistics.safetensors`, mean and standard deviation of the embeddings under each kind of
   noise (every mean within 7 standard errors; root mean square of the standard deviations within 10 %).
 
-Prints the worst values; exit status 1 beyond the tolerance.
+Prints the largest errors; exits with 1 if an error exceeds the tolerance.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Golden:
         return AutoModelForSemanticSegmentation.from_pretrained(self.model_folder, trust_remote_code=True, **fields)
 
     def converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        """Reference name -> our names and tensors, without what the converter drops."""
+        """Reference name -> our names and tensors, without the tensors that the converter drops."""
         kept = {key: tensor for key, tensor in tensors.items() if dropped_reason(key, self.variant) is None}
         return {key: convert_tensor(key, tensor, self.variant) for key, tensor in kept.items()}
 
@@ -159,7 +159,7 @@ def trajectory_errors(golden: Golden, run: str, workspace: Path) -> Table:
 
 
 def standardised(values: np.ndarray, tensor: dict) -> tuple[np.ndarray, stats.rv_continuous | None]:
-    """Values and the distribution that they should follow; `None` for values that are no random numbers."""
+    """Values and the distribution that they should follow; `None` for values that are not random."""
     parameters, name = tensor["parameters"], tensor["distribution"]
     if name.startswith("inverse softplus"):
         steps = np.log1p(np.exp(values))
@@ -174,7 +174,7 @@ def standardised(values: np.ndarray, tensor: dict) -> tuple[np.ndarray, stats.rv
 
 
 def fixed_values(tensor: dict, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What a tensor that starts without randomness must hold."""
+    """The initial values of a tensor that is not randomly initialised."""
     name = tensor["distribution"]
     if "value" in tensor["parameters"]:
         return [torch.full_like(part, tensor["parameters"]["value"]) for part in parts]
@@ -195,7 +195,7 @@ def head_directions(bias: torch.Tensor, heads: int, levels: int = 3) -> torch.Te
 
 
 def initial_value_errors(golden: Golden) -> Table:
-    """Rejects start distributions at a false-alarm rate of 1e-6 for all tensors: error is -log10 of the p-value."""
+    """Tests initial distributions at a false-positive rate of 1e-6 for all tensors: error is -log10 of the p-value."""
     tensors = json.loads((golden.folder / "initial_statistics.json").read_text())["small"]
     config = golden.model().config
     models = []
@@ -234,7 +234,7 @@ def noisy_embeddings(golden: Golden, kind: str, draws: int) -> dict[str, torch.T
     pixel_values = golden.inputs["pixel_values"]
     if kind == "drop_path":
         model = golden.model(**NO_NOISE | {"vlm_drop_path_rate": 0.1}).mfuser.train()
-        # The dropped positions are the same for the whole batch: one forward per draw.
+        # The dropped positions are the same for the whole batch: one forward pass per draw.
         outputs = [model(pixel_values, output_feature_maps=False) for _ in range(draws)]
         return {
             name: torch.stack([output[f"{source}_embedding"] for output in outputs])

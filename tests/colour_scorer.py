@@ -43,7 +43,7 @@ def pixels_and_labels(count=6, classes=4, sizes=((20, 28), (24, 20)), ignored=0.
         yield rng.integers(0, 256, (*size, 3), dtype=np.uint8), label
 
 
-def write_dataset(file, rows, conditions=None, names=None, labelled=True):
+def write_dataset(file, rows, conditions=None, names=None, labelled=True, classes=NAMES):
     """Writes a parquet file, and the class names next to it."""
     images, labels = zip(*rows, strict=True)
     columns = {"image": [Image.fromarray(image) for image in images]}
@@ -54,7 +54,7 @@ def write_dataset(file, rows, conditions=None, names=None, labelled=True):
             columns[name], features[name] = values, datasets.Value("string")
     file.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
-    (file.parent / "id2label.json").write_text(json.dumps(NAMES))
+    (file.parent / "id2label.json").write_text(json.dumps(classes))
     return file
 
 

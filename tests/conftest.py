@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-# before anything imports transformers, which reads it once
+# set before transformers is imported, which reads it once
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mfuser-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 

@@ -47,7 +47,7 @@ class Gradients(TrainerCallback):
 
 
 def fixed_points(model):
-    """Samples mask losses on a grid and fixes BatchNorm's statistics, so that neither chance nor the batch matters."""
+    """Samples mask losses on a grid and freezes BatchNorm's statistics, to exclude chance and effects of the batch."""
     axis = (torch.arange(8) + 0.5) / 8
     points = torch.cartesian_prod(axis, axis)
     model.criterion.draw_points = lambda logits: points.expand(len(logits), -1, -1)
@@ -105,7 +105,7 @@ def random_maps() -> np.ndarray:
 
 
 def reduced_counts() -> list[list[list[int]]]:
-    """The confusion matrix over all processes, reduced twice from one that counts every second image."""
+    """The confusion matrix over all processes, reduced twice; each process counts every second image."""
     accelerator = Accelerator(cpu=True)
     prediction, label = random_maps()
     part = MeanIoU(19)

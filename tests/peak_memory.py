@@ -1,4 +1,4 @@
-"""Peak memory of `mfuser segment` in a process of its own."""
+"""Peak memory of `mfuser segment` in a separate process."""
 
 import subprocess
 import sys

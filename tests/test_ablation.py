@@ -1,4 +1,4 @@
-"""Parts that an ablation removes have no parameters and no effect; the published model is as it was."""
+"""Parts that an ablation removes have no parameters and no effect; the published model is unchanged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A folder without the frozen encoders works like a whole one, and only with the encoders that it was trained on."""
+"""A folder without the frozen encoders works like a complete one, but only with the encoders of its training."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def copied(saved, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Returns a function that puts folders into an empty cache of the Hub, as their repositories' newest commits."""
+    """Returns a function that puts folders into an empty cache of the Hub, as the newest commits of repositories."""
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -272,7 +272,7 @@ def test_encoders_without_a_meaning_are_refused(saved):
         MFuserForSemanticSegmentation.from_pretrained(folder / "part", encoders={"vmf": "x"})
 
 
-# --- everywhere else -------------------------------------------------------------------------------------------------
+# --- commands, auto classes and the Hub ------------------------------------------------------------------------------
 
 
 STRANGER = """

@@ -1,4 +1,4 @@
-"""Tests of `mfuser app`: what it draws and writes, and the page itself, driven in headless Chromium."""
+"""Tests of `mfuser app`: the images and files that it creates, and the page, driven in headless Chromium."""
 
 import configparser
 import copy
@@ -70,7 +70,7 @@ def test_hidden_classes_show_the_image():
 def test_pixels_below_the_threshold_are_unknown():
     result = result_of_two_classes()
     assert (result.labels_above(0.5) == np.where(result.labels == 1, 255, 0)).all()
-    assert (result.labels_above(0.4) == result.labels).all()  # the threshold itself is no longer unknown
+    assert (result.labels_above(0.4) == result.labels).all()  # a confidence equal to the threshold is not unknown
     pixels = drawn(opacity=1, threshold=0.5)
     assert (pixels[:, :3] == (128, 64, 128)).all() and (pixels[:, 3:] == 0).all()
     assert (drawn(opacity=1, threshold=0.5, shown=[])[:, 3:] == 0).all()
@@ -168,7 +168,7 @@ def tiny_segmenter(folder: Path, **options) -> Segmenter:
 
 
 def renamed_labels(folder: Path, class_names: list[str]) -> np.ndarray:
-    """The labels of the noise image by a model of its own, whose class names are set."""
+    """The labels of the noise image by a separate model, whose class names are set."""
     model = MFuserForSemanticSegmentation.from_pretrained(folder).eval()
     model.set_class_names(class_names, tiny_tokenizer())
     with torch.no_grad():
@@ -225,6 +225,11 @@ def test_names_are_fixed_without_text_encoder_or_tokenizer(tiny_folder, tmp_path
     assert Segmenter(model, MFuserImageProcessor(), str(tiny_folder)).parse_names("road") == ["road"]
     with pytest.raises(ValueError, match="cannot be loaded"):
         Segmenter(model, MFuserImageProcessor(), str(tmp_path))
+    model.config.use_text_encoder = False
+    with pytest.raises(ValueError, match="edited"):
+        Segmenter(model, MFuserImageProcessor()).parse_names("road")
+    with pytest.raises(ValueError, match="--tokenizer is for models with a text encoder"):
+        Segmenter(model, MFuserImageProcessor(), str(tiny_folder))
 
 
 # The command
@@ -299,7 +304,7 @@ def free_port() -> int:
 
 
 class Browser:
-    """Chromium, and what a visitor does on the page."""
+    """Chromium, and the actions of a visitor on the page."""
 
     def __init__(self, profile: Path):
         from selenium import webdriver
@@ -340,7 +345,7 @@ class Browser:
             wait_for(lambda: self.text("#status").startswith("Upload an image"), "the page without an image")
 
     def upload(self, path: Path):
-        """Uploads a file in place of the present image, and waits for what the page says about it."""
+        """Uploads a file in place of the current image, and waits for the status message."""
         self.remove_image()
         self.all("#image input[type=file]")[0].send_keys(str(path))
         wait_for(lambda: path.stem in self.text("#status"), "the status")
@@ -385,7 +390,7 @@ class Browser:
         return {name: float(share) for name, share, _ in rows}
 
     def download(self) -> dict[str, bytes]:
-        """Has the files prepared, and follows their links."""
+        """Prepares the files to download, and follows their links."""
         self.click("#save")
         wait_for(lambda: len(self.all("#files a[download]")) == 3, "the files")
         files = {}
@@ -418,7 +423,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """`mfuser app` with the demonstration model, in a process of its own: its address, and its temporary folder."""
+    """`mfuser app` with the demonstration model, in a separate process: its address, and its temporary folder."""
     pytest.importorskip("gradio", reason="gradio is not installed (the extra [app])")
     port, folder = free_port(), tmp_path_factory.mktemp("temporary")
     log = folder.with_suffix(".log")
@@ -511,6 +516,7 @@ def test_the_controls_redraw_the_result(demonstration, segmented, tmp_path):
     page.change(lambda: page.slide("#opacity", 0.5))
 
 
+@pytest.mark.slow
 def test_the_example_image_can_be_selected(demonstration, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     demonstration.upload(tmp_path / "black.png")
@@ -518,6 +524,7 @@ def test_the_example_image_can_be_selected(demonstration, tmp_path):
     assert demonstration.text("#status").startswith("street: 960 x 720")
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_camera_is_segmented(demonstration):
     page = demonstration
     page.remove_image()
@@ -533,6 +540,7 @@ def test_a_picture_of_the_camera_is_segmented(demonstration):
     page.buttons("Upload file")[0].click()
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read_are_reported_on_the_page(demonstration, tmp_path):
     demonstration.upload(EXAMPLE)
     (tmp_path / "text.png").write_text("no image")
@@ -548,6 +556,7 @@ def test_files_that_cannot_be_read_are_reported_on_the_page(demonstration, tmp_p
     assert "segmented in" in demonstration.text("#status")
 
 
+@pytest.mark.slow
 def test_a_model_without_text_encoder_says_that_its_names_are_fixed(demonstration):
     demonstration.click("#naming button")
     wait_for(lambda: "has no text encoder" in demonstration.text("#names"), "the reason")
@@ -555,6 +564,7 @@ def test_a_model_without_text_encoder_says_that_its_names_are_fixed(demonstratio
     assert not demonstration.all("#names textarea")[0].is_enabled()
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name_for_screen_readers(demonstration):
     controls = [
         control for control in demonstration.all("input, button, textarea, select, a") if control.is_displayed()
@@ -615,6 +625,7 @@ def test_class_names_can_be_edited(tiny_page, tiny_folder, tmp_path):
     wait_for(lambda: set(page.shares()) == set(CLASSES), "the old legend")
 
 
+@pytest.mark.slow
 def test_the_model_runs_once_per_image(tiny_page, tmp_path):
     page, model, _ = tiny_page
     Image.fromarray(noise_image()[:40]).save(tmp_path / "b.png")

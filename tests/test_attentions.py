@@ -1,4 +1,4 @@
-"""Attention weights, hidden states and attention implementations, as Transformers' users expect them."""
+"""Attention weights, hidden states and attention implementations behave as in Transformers."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_attention_weights_of_every_layer_of_both_encoders(pair):
 @torch.no_grad()
 def test_attention_weights_are_those_of_their_encoder():
     model, pixel_values = eager(tiny_model("deeper dinov2+clip")), tiny_batch()["pixel_values"]
-    for layer in model.mfuser.fusion_layers:  # without fusion, the encoders compute what they do alone
+    for layer in model.mfuser.fusion_layers:  # without fusion, the encoders are independent
         layer.mvfuser.scale.zero_()
         layer.vfm_out_proj.bias.zero_()
     outputs = model.mfuser(pixel_values, output_attentions=True)

@@ -32,7 +32,7 @@ def generator(seed):
 
 
 def assert_uniform(values, low, high):
-    """Kolmogorov-Smirnov distance to the uniform distribution on [low, high], at a level of about 1e-4."""
+    """Kolmogorov-Smirnov test of the uniform distribution on [low, high], at a significance level of about 1e-4."""
     values = np.sort(np.asarray(values, dtype=float))
     assert low <= values[0] and values[-1] <= high
     expected = (values - low) / (high - low)
@@ -100,7 +100,7 @@ def test_scales_and_crop_offsets_are_uniform():
 def test_at_most_three_quarters_of_a_crop_are_one_class():
     label = np.zeros((200, 400), np.uint8)
     label[:, 250:] = 1
-    label[:40] = 255  # ignored pixels are no class
+    label[:40] = 255  # ignored pixels have no class
     augmentation = TrainingAugmentation(crop_size=64, scale_range=(1, 1))
     shares = []
     for seed in range(200):
@@ -330,6 +330,9 @@ def test_bad_input_is_named(rows):
         augmentation(image.astype(np.float32), label, generator(0))
     with pytest.raises(ValueError, match="uint8"):
         augmentation(image, image, generator(0))
+    for std in (0, -1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="image_std .* both must be finite, and image_std positive"):
+            TrainingAugmentation(image_std=(1, 1, std))
     with pytest.raises(ValueError, match="scale_range"):
         TrainingAugmentation(scale_range=(2, 0.5))
     with pytest.raises(ValueError, match="max_class_ratio"):

@@ -1,4 +1,4 @@
-"""The benchmark measures what it states. No test depends on how fast anything is."""
+"""The benchmarks measure what they state. No test depends on execution times."""
 
 import importlib
 import json
@@ -90,6 +90,21 @@ def test_a_file_that_cannot_be_written_is_reported_before_anything_is_measured(t
     assert error.startswith("mfuser benchmark: ") and error.count("\n") == 1
 
 
+def test_earlier_figures_remain_until_all_parts_are_measured(tmp_path, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmark.PARTS, "metric", lambda options: [{"time": 1.0}])
+    monkeypatch.setitem(benchmark.PARTS, "scan", interrupted)
+    file = tmp_path / "figures.json"
+    file.write_text("earlier")
+    assert benchmark.main(["metric", "scan", "--json", str(file)]) == 130
+    assert file.read_text() == "earlier"
+    assert json.loads((tmp_path / "figures.partial.json").read_text())["metric"] == [{"time": 1.0}]
+    assert benchmark.main(["metric", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["metric"] and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     monkeypatch.delitem(sys.modules, "mfuser.scripts.benchmark_data", raising=False)
@@ -148,6 +163,7 @@ def test_postprocessing_gives_the_labels_it_is_compared_with():
     assert torch.equal(expected, found.long())
 
 
+@pytest.mark.slow
 def test_quantised_models_are_compared_with_float32(monkeypatch):
     monkeypatch.setattr(quantization, "inference_model", lambda *_: tiny_model())
     monkeypatch.setattr(quantization, "gemm", lambda *_: (lambda: None, 1.0))

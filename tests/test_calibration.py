@@ -1,4 +1,4 @@
-"""`mfuser calibrate` fits confidences to the source, as they are and distorted, and stores them with the model."""
+"""`mfuser calibrate` fits confidences to original and distorted source images, and stores the calibration."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from colour_scorer import pixels_and_labels, write_dataset
+from colour_scorer import Colours, pixels_and_labels, write_dataset
 from tiny_models import tiny_config, tiny_model
 
 from mfuser import MFuserImageProcessor
@@ -90,10 +90,15 @@ def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     rows[1] = (rows[1][0], rows[1][1][:-1])  # a bad pair is skipped
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
     model, processor = tiny_model(), MFuserImageProcessor()
+    skipped = []
     runs = [
-        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=500, progress=False))
+        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=500, progress=False, skipped=skipped))
         for _ in range(2)
     ]
+    reason = "the image has 40x56 pixels, its label 39x56 (height x width)"
+    assert skipped == 2 * [{"name": "00000001", "reason": reason}]
+    with pytest.raises(ValueError, match="^00000001: the image has 40x56 pixels"):
+        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=1, progress=False))
     for first, second in zip(*runs, strict=True):
         assert first.distortion == second.distortion and torch.equal(first.scores, second.scores)
     assert [sample.row for sample in runs[0]] == [0, 0, 0, 2, 2, 2, 3, 3, 3, 4, 4, 4]
@@ -111,6 +116,49 @@ def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     confidence = calibrated([sample], CALIBRATION)
     everywhere = confidence_map(outputs.logits, CALIBRATION)
     assert everywhere.min() - 1e-4 <= confidence.min() and confidence.max() <= everywhere.max() + 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_normalize": False}, {"image_mean": 0.4, "image_std": 0.2}, {"rescale_factor": 1 / 127.5}]
+)
+def test_views_are_the_same_images_whatever_the_processor_does(tmp_path, settings):
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(2)))
+    seen = []
+    for processor in (MFuserImageProcessor(), MFuserImageProcessor(pad_size={"height": 64, "width": 64}, **settings)):
+        model, views = Colours(), []
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs, views=views: views.append(kwargs["pixel_values"][0].numpy()), with_kwargs=True
+        )
+        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=1, distortions=6, progress=False))
+        mean, std = (
+            np.resize(values, (3, 1, 1))
+            for values in ((processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1))
+        )
+        seen.append([(view * std + mean) / processor.rescale_factor / 255 for view in views])
+    for first, second in zip(*seen, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_the_command_names_and_counts_what_it_skips(tmp_path, saved_model, capsys):
+    rows = list(pixels_and_labels(5, sizes=((40, 56),)))
+    rows[1] = (rows[1][0], rows[1][1][:-1])
+    rows[3] = tuple(part[:4, :4] for part in rows[3])
+    names = ["one", "two", "three", "four", "five"]
+    source = write_dataset(tmp_path / "validation.parquet", rows, names=names)
+    arguments = ["--model", saved_model, "--domain", f"mine={source}", "--workers", 0, "--pixels", 50]
+    model = tmp_path / "model"
+    shutil.copytree(saved_model, model)
+    (model / "checkpoint-10").mkdir()
+    (model / "checkpoint-10/optimizer.bin").touch()
+    arguments[1] = model
+    assert calibrate.main([str(each) for each in (*arguments, "--output", model / "calibrated")]) == 2
+    assert f"--output {model / 'calibrated'} is inside --model {model}" in capsys.readouterr().err
+    assert calibrate.main([str(each) for each in (*arguments, "--output", tmp_path / "calibrated")]) == 1
+    printed = capsys.readouterr()
+    assert "mine: skipped two: the image has 40x56 pixels, its label 39x56" in printed.err
+    assert "mine: skipped four: segmented at 4 x 4 pixels, a side has 4; a patch has" in printed.err
+    assert "fitted to 3 images of mine, 2 skipped: " in printed.out
+    assert not (tmp_path / "calibrated/checkpoint-10").exists()
 
 
 def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, saved_model, capsys):

@@ -1,4 +1,4 @@
-"""Class names and what a model learned for them: cached, stored as a tensor, or replaced without training."""
+"""Class embeddings are cached or stored as a tensor; class names can be replaced without training."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `mfuser segment` imports, by name: its time is that of its imports. No test depends on a time."""
+"""The packages that `mfuser segment` imports, which determine its start time. No test depends on execution times."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_help_needs_neither_torch_nor_transformers(arguments):
 
 @pytest.mark.slow
 def test_a_model_that_torchao_quantised_is_segmented_too(saved, tmp_path):
-    """torchao is imported for such a model alone."""
+    """torchao is imported only for such a model."""
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 
 def folder_of_tests() -> Path | None:
-    """The folder that `TRANSFORMERS_TESTS` names, or `tests` beside the package in a source checkout."""
+    """The folder that `TRANSFORMERS_TESTS` names, or `tests` next to the package in a source checkout."""
     source = Path(transformers.__file__).parents[2]
     folder = Path(os.environ.get("TRANSFORMERS_TESTS") or source / "tests")
     return folder.resolve() if (folder / "test_modeling_common.py").is_file() else None

@@ -1,4 +1,4 @@
-"""Confidences are calibrated probabilities where a model was calibrated, and the figures about them are right."""
+"""The confidences of a calibrated model are calibrated probabilities, and their metrics are correct."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def test_other_classes_have_no_calibration():
     assert model.config.confidence_calibration is None
 
 
-# The figures
+# The metrics
 
 
 def random_pixels(pixels=5000, classes=5, seed=0):

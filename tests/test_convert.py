@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts.checkpoint_names import convert_state_dict, convert_tensor, detect_variant, dropped_reason
 from mfuser.scripts.convert_checkpoint import config_from_state_dict, main
+from mfuser.scripts.convert_eva02_clip import SIGNATURE
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ("clip", "eva02_clip", "siglip")
@@ -319,6 +320,16 @@ def test_a_published_eva02_clip_becomes_a_model_of_its_own(tmp_path):
     torch.save({"module": tensors}, tmp_path / "EVA02.pt")
     assert main([str(tmp_path / "EVA02.pt"), "--output", str(tmp_path / "eva02")]) == 0
     assert json.loads((tmp_path / "eva02" / "config.json").read_text())["model_type"] == "eva02_clip"
+
+
+def test_options_without_an_effect_are_refused(checkpoint, tmp_path, capsys):
+    assert checkpoint.convert("--siglip", "nowhere") == 2
+    assert "--siglip is for the SigLIP variant" in capsys.readouterr().err
+    torch.save({SIGNATURE: torch.zeros(1)}, tmp_path / "EVA02.pt")
+    for option in ("--config", "--siglip"):
+        command = [str(tmp_path / "EVA02.pt"), "--output", str(tmp_path / "eva02"), option, "nowhere"]
+        assert main(command) == 2
+        assert f"{option} is for MFuser checkpoints" in capsys.readouterr().err
 
 
 def test_a_published_eva02_clip_that_lacks_tensors_is_refused(tmp_path, capsys):

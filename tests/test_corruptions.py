@@ -44,7 +44,7 @@ def test_every_corruption_changes_the_image_and_keeps_its_size(name):
     image = picture(size=(41, 57))
     before = np.array(image)
     results = [np.array(Corruption(name, severity)(image)) for severity in (1, 5)]
-    assert np.array_equal(image, before)  # the image itself is kept
+    assert np.array_equal(image, before)  # the input image is not modified
     for result in results:
         assert result.shape == before.shape and result.dtype == np.uint8
     changes = [np.abs(result.astype(float) - before).mean() for result in results]
@@ -123,7 +123,10 @@ def test_the_decoded_image_is_corrupted_before_it_is_resized(tmp_path, monkeypat
     by_hand = [(np.array(corruption(Image.fromarray(image))), label) for image, label in rows]
     model, options = Colours(dict(enumerate(CITYSCAPES_CLASSES))), EvaluationOptions(protocol)
     domains = [
-        open_domain("small", write_dataset(tmp_path / name / "validation.parquet", content))
+        open_domain(
+            "small",
+            write_dataset(tmp_path / name / "validation.parquet", content, classes=DOMAINS["cityscapes"].id2label),
+        )
         for name, content in (("clean", rows), ("corrupted", by_hand))
     ]
     clean, expected = (
@@ -181,8 +184,8 @@ def test_without_corruptions_a_report_has_none(tmp_path, saved_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--severities", 1], "--severities is for --corruptions, which is not given"),
-        (["--corruption-seed", 1], "--corruption-seed is for --corruptions"),
+        (["--severities", 1], "--severities requires --corruptions"),
+        (["--corruption-seed", 1], "--corruption-seed requires --corruptions"),
         (["--examples", -1], "--examples is -1; it must be at least 0"),
     ],
 )
@@ -255,9 +258,11 @@ def test_an_interrupted_run_keeps_the_corruptions_that_it_has_scored(tmp_path, s
 
     monkeypatch.setattr(command, "evaluate_domain", interrupted)
     output = tmp_path / "report.json"
+    output.write_text("an earlier report")
     arguments = ("--model", saved_model, "--domains", f"mine={source}", "--output", output)
     assert run(*arguments, "--corruptions", "contrast", "pixelate", "--severities", 1, 2) == 130
-    report = json.loads(output.read_text())
+    assert output.read_text() == "an earlier report"
+    report = json.loads((tmp_path / "report.partial.json").read_text())
     assert not report["complete"] and report["mean_iou"] is None
     scores = report["domains"]["mine"]["corruptions"]["scores"]
     assert {name: list(by_severity) for name, by_severity in scores.items()} == {

@@ -29,6 +29,7 @@ from mfuser.data.tables import (
     SYNTHIA_LABELS,
     URBANSYN,
 )
+from mfuser.evaluation.domains import open_domain
 
 # raw id:train id, transcribed from the sources independently of `mfuser.data.tables`; all other ids are 255.
 CITYSCAPES_IDS = (
@@ -412,6 +413,19 @@ def test_class_names_come_from_a_domain_a_file_or_the_folder(tmp_path):
     (tmp_path / "id2label.json").write_text(json.dumps({str(n): f"class {n}" for n in reversed(range(19))}))
     assert load_domain(tmp_path).id2label == {n: f"class {n}" for n in range(19)}
     assert load_domain(tmp_path, id2label=tmp_path / "id2label.json").id2label[18] == "class 18"
+    message = (
+        "has an id2label.json with other classes than {}: 0 is 'class 0', not 'road', 1 is 'class 1', not 'sidewalk', "
+        "2 is 'class 2', not 'building', and 16 more"
+    )
+    with pytest.raises(ValueError, match=message.format("cityscapes")):
+        load_domain(tmp_path, id2label="cityscapes")
+    with pytest.raises(ValueError, match=message.format("cityscapes")):
+        open_domain("cityscapes", tmp_path)
+    with pytest.raises(ValueError, match=message.format("id2label")):
+        load_domain(tmp_path, id2label=dict(enumerate(NAMES)))
+    (tmp_path / "id2label.json").write_text('{"1": "road"}')
+    with pytest.raises(ValueError, match=r"id2label.json: class ids are \[1\]"):
+        load_domain(tmp_path)
 
 
 def test_unknown_class_names_are_an_error(tmp_path):
@@ -427,10 +441,13 @@ def test_unknown_class_names_are_an_error(tmp_path):
         ({}, "0 to n - 1"),
         (["a", "b"], "dictionary"),
         ({"a": 0}, "dictionary"),
+        ({0: "road", 1: "sky", 2: "Road "}, "contains 'road' more than once"),
+        ({0: "road", 1: " "}, "different, non-empty names"),
+        ({0: "road", 1: None}, "different, non-empty names"),
         ("nowhere.json", "neither a JSON file nor a domain"),
     ],
 )
-def test_class_names_that_are_not_numbered_consecutively_are_refused(names, message):
+def test_class_names_that_repeat_or_are_not_numbered_consecutively_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         parse_id2label(names)
 

@@ -91,7 +91,7 @@ def reference_model(published):
     return model
 
 
-# What the reference computes
+# Comparison with the reference
 
 
 def test_rotary_table_is_the_reference_table_after_a_row_for_the_class_token(reference, reference_model):
@@ -170,7 +170,7 @@ def test_vision_layer_on_a_non_square_grid_equals_its_definition(published, refe
 
 
 def test_every_norm_has_the_published_epsilon():
-    """It is too small to change the outputs visibly."""
+    """Checked directly, since a wrong epsilon would hardly change the outputs."""
     model = Eva02ClipModel(tiny_config())
     for tower, eps in ((model.vision_model, 1e-6), (model.text_model, 1e-5)):
         assert {module.eps for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)} == {eps}

@@ -77,7 +77,7 @@ def test_images_segmented_in_parallel_have_the_labels_of_sequential_ones(tmp_pat
         folder, options = tmp_path / f"predictions_{limit}", EvaluationOptions(batch_size=2)
         results[limit] = evaluate_domain(model, MFuserImageProcessor(), domain, options, folder, confidence=True)
         predictions[limit] = {file.name: file.read_bytes() for file in folder.rglob("*.png")}
-        # A large model runs in one thread with both cores, a small one in two with one core each.
+        # A large model runs in one thread on both cores, a small one in two threads on one core each.
         assert list(seen.values()) == [2] if limit == 0 else set(seen.values()) == {1}
         assert torch.get_num_threads() == 2
         with overlap.model_threads(model) as threads:
@@ -116,7 +116,7 @@ def test_scores_resized_class_by_class_have_the_arg_max_of_scores_resized_togeth
         found = label_map_of_scores(scores, size)
         assert found.dtype == torch.uint8
         assert torch.equal(found.long(), expected)
-    assert not label_map_of_scores(torch.ones(3, 4, 4), (4, 4)).any()  # the first of equal scores wins
+    assert not label_map_of_scores(torch.ones(3, 4, 4), (4, 4)).any()  # ties are resolved to the first class
     assert not label_map_of_scores(torch.ones(3, 4, 4), (8, 8)).any()
 
 
@@ -126,7 +126,7 @@ def test_images_are_segmented_at_the_protocols_size_and_scored_at_the_labels_siz
     monkeypatch.setitem(DOMAINS, "small", domain)
     names = dict(enumerate(CITYSCAPES_CLASSES))
     rows = list(pixels_and_labels(2, classes=19, sizes=((30, 60), (60, 30)), ignored=0))
-    source = write_dataset(tmp_path / "validation.parquet", rows)
+    source = write_dataset(tmp_path / "validation.parquet", rows, classes=names)
     for protocol, shown, scored in (("P1", [(12, 24), (24, 12)], 15 * 30), ("P2", [(24, 48), (48, 24)], 30 * 60)):
         model = Colours(names)
         opened = open_domain("small", source)
@@ -393,6 +393,8 @@ def test_pairs_that_were_skipped_in_the_preparation_are_reported(tmp_path):
         ({"protocol": "P3"}, "protocol is 'P3'; it must be one of P1, P2"),
         ({"scales": ()}, r"scales is \(\); it must hold at least one number"),
         ({"scales": (1.0, 0.0)}, r"scales is \(1.0, 0.0\); .* all of them positive"),
+        ({"scales": (1.0, float("inf"))}, r"scales is \(1.0, inf\); .* finite"),
+        ({"scales": (float("nan"),)}, r"scales is \(nan,\); .* finite"),
         ({"batch_size": 0}, "batch_size is 0 and workers is 0"),
         ({"workers": -1}, "batch_size is 1 and workers is -1"),
     ],
@@ -426,7 +428,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         model.register_forward_hook(look)
         evaluate_domain(model, MFuserImageProcessor(), domain, progress=False)
         alive[count] = max(seen)
-    # Threads are ahead by a number of images that varies; a map of one byte per pixel of every image would be more.
+    # Threads read ahead a varying number of images; label maps of all images, one byte per pixel, would take more.
     image, ahead = 40 * 40 * 32, BATCHES_AHEAD + 2
     assert alive[300] - alive[3] <= ahead * image < 297 * 40 * 40
 
@@ -441,7 +443,9 @@ def test_images_are_resized_as_opencv_does_without_smoothing(tmp_path, monkeypat
     image = np.zeros((24, 24, 3), dtype=np.uint8)
     image[1::4] = image[2::4] = 200  # halving averages two rows; a smoothing filter would mix more
     label = np.zeros((24, 24), dtype=np.uint8)
-    domain = open_domain("small", write_dataset(tmp_path / "validation.parquet", [(image, label)]))
-    sample = ProtocolSamples(domain, MFuserImageProcessor(do_normalize=False), sizes["P2"])[0]
+    source = write_dataset(tmp_path / "validation.parquet", [(image, label)], classes=CITYSCAPES.id2label)
+    domain = open_domain("small", source)
+    processor = MFuserImageProcessor(do_normalize=False, pad_size={"height": 32, "width": 32})  # padding is not used
+    sample = ProtocolSamples(domain, processor, sizes["P2"])[0]
     assert sample.pixel_values.shape == (3, 12, 12) and sample.size == (24, 24)
     torch.testing.assert_close(sample.pixel_values, torch.full((3, 12, 12), 100 / 255))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from colour_scorer import pixels_and_labels, run_evaluate, write_dataset
 
+from mfuser.evaluation.comparison import read_result
 from mfuser.evaluation.report import score_table
 from mfuser.scripts import evaluate as command
 
@@ -31,6 +32,7 @@ def test_the_report_holds_the_scores_and_all_settings(tmp_path, saved_model, cap
     assert run(*arguments, "--output", output, "--flip", "--protocol", "P1") == 0
     report = json.loads(output.read_text())
     assert report["complete"] and list(report["domains"]) == ["mine", "mine:dusk"]
+    assert list(output.parent.iterdir()) == [output]  # no partial report remains
     assert [result["split"] for result in report["domains"].values()] == ["validation", "dusk"]
     scores = [result["mean_iou"] for result in report["domains"].values()]
     assert report["mean_iou"] == pytest.approx(np.mean(scores))
@@ -96,7 +98,7 @@ def test_two_processes_give_exactly_the_score_of_one(tmp_path, saved_model, caps
         (["cityscapes"], [], "not of the form NAME=SOURCE"),
         (["mine=a", "mine=b"], [], "names mine more than once"),
         (["bdd100k=a"], ["--mapillary-map", "B"], "not among the --domains"),
-        (["bdd100k=a"], ["--mapillary-labels", "half"], "--mapillary-labels is for mapillary"),
+        (["bdd100k=a"], ["--mapillary-labels", "half"], "--mapillary-labels applies to mapillary"),
         (["bdd100k=a"], ["--id2label", "classes.json"], "have their own class names"),
     ],
 )
@@ -123,5 +125,38 @@ def test_errors_are_found_before_the_first_image_is_segmented(tmp_path, saved_mo
         assert not output.exists()
     assert run("--model", saved_model, "--domains", f"mine={good}", "--classes", "synthia16") == 2
     assert "mine has no class sidewalk" in capsys.readouterr().err
+    download = f"acdc={tmp_path / 'acdc'}"
+    assert run("--model", saved_model, "--domains", download, "--label-column", "annotation") == 2
+    assert "--label-column is annotation; official downloads" in capsys.readouterr().err
     assert run("--model", tmp_path / "no/model/here", "--domains", f"mine={good}") == 2
     assert "there is no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "folder"), "folder is a folder; choose a file"),
+        (("--output", "file/report.json"), "file is a file; choose another folder"),
+        (("--reliability-diagrams", "file"), "file is a file; choose another folder"),
+        (("--save-predictions", "file"), "file is a file; choose another folder"),
+        (("--output", "new/report.json", "--examples", 1), "report_examples is a file; choose another folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "new"):
+        (tmp_path / folder).mkdir()
+    for file in ("file", "new/report_examples"):
+        (tmp_path / file).touch()
+    assert run("--model", "no/model", "--domains", "mine=data", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_scores_are_written_before_diagrams_and_examples_are_drawn(tmp_path, saved_model, monkeypatch):
+    source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))
+    monkeypatch.setattr(command, "write_examples", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    arguments = ("--model", saved_model, "--domains", f"mine={source}", "--output", tmp_path / "report.json")
+    assert run(*arguments, "--examples", 1) == 2
+    assert read_result(tmp_path / "report.partial.json")["domains"]["mine"]["images"] == 1

@@ -1,10 +1,13 @@
-"""Exported artefacts: equal to the model, self-contained, and written whole or not at all."""
+"""Exported artefacts are equal to the model, self-contained, and written completely or not at all."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import fault_injection
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import nn
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor, MFuserModel
 from mfuser.outputs_mfuser import MFuserForSemanticSegmentationOutput, MFuserModelOutput
 from mfuser.scripts import cli, export, run_artefact
+from mfuser.scripts.segment_images import read_image
 
 DEMONSTRATION = Path(__file__).parents[1] / "checkpoints" / "mfuser-tiny-camvid"
 # Modules that a process running an artefact must not import.
@@ -36,7 +40,7 @@ def save_image(path, size=(100, 72), seed=0):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """In place of the model's computation, whose export takes minutes: a convolution, and a bias that is a weight."""
+    """Replaces the model, whose export takes minutes, by a convolution and a bias that is a weight."""
     kernel = torch.randn(len(CLASSES), 3, 3, 3, generator=torch.Generator().manual_seed(0))
 
     def forward(model, pixel_values, *args, **kwargs):
@@ -47,13 +51,13 @@ def stand_in(monkeypatch):
         return MFuserForSemanticSegmentationOutput(logits=scores)
 
     monkeypatch.setattr(MFuserModel, "forward", forward)
-    monkeypatch.setattr(MFuserForSemanticSegmentation, "_decode", decode)
+    monkeypatch.setattr(MFuserForSemanticSegmentation, "decode", decode)
 
 
 def run_elsewhere(folder, image, kind, code=0):
     """
-    The labels that run.py writes, and what it prints, in a process that cannot import what it must not need; with
-    another exit code, what it prints to stderr.
+    The labels that run.py writes, and its output, in a process without the packages that it must not need; with
+    another exit code, its output on stderr.
     """
     program = "import sys, runpy; sys.modules.update(dict.fromkeys({!r})); sys.argv[0] = {!r}; "
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -88,12 +92,53 @@ def test_the_script_resizes_as_the_processor(size):
         assert run_artefact.model_size(width, height, described["size"]) == pixels.shape[:0:-1]
 
 
-def test_the_script_normalises_as_the_processor(tmp_path):
-    pixels = save_image(tmp_path / "image.png")
-    processor = MFuserImageProcessor()
-    artefact = {"mean": processor.image_mean, "std": processor.image_std}
-    expected = processor(pixels, return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(run_artefact.normalise(Image.fromarray(pixels), artefact), expected, atol=1e-6)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_mean": 0.5, "image_std": 0.5},
+        {"size": {"height": 48, "width": 64}, "resample": 0},
+        {"size": {"longest_edge": 150}, "resample": 3},
+    ],
+)
+def test_the_script_prepares_an_image_as_the_processor(settings):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8))
+    processor = MFuserImageProcessor(**settings)
+    artefact = export.description(export.Window(tiny_model(), argmax=False), processor, "onnx")
+    expected = processor(image, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(run_artefact.prepare(image, artefact), expected, atol=2e-6)
+
+
+def test_the_script_reads_an_image_as_mfuser_segment(tmp_path):
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 65536, (20, 30), dtype=np.uint16)
+    colours = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    colours.save(tmp_path / "rotated.png", exif=orientation)
+    colours.convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(values).save(tmp_path / "16 bits.png")
+    Image.fromarray(values).save(tmp_path / "16 bits.tiff", exif=orientation)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "32 bits.tiff")
+    for file in tmp_path.iterdir():
+        expected = read_image(file, MFuserImageProcessor()).transpose(1, 2, 0)
+        np.testing.assert_array_equal(np.asarray(run_artefact.read_image(file)), expected, str(file))
+    for name, unknown in (("float", np.float32(values)), ("large", values.astype(np.int32) * 2)):
+        Image.fromarray(unknown).save(tmp_path / f"{name}.tiff")
+        with pytest.raises(ValueError, match=f"{name}.tiff has pixels of an unknown range; save it with 8 or 16"):
+            run_artefact.read_image(tmp_path / f"{name}.tiff")
+
+
+@pytest.mark.parametrize("settings", [{"do_rescale": False}, {"do_center_crop": True}])
+def test_an_image_processor_that_refuses_8_bit_images_is_refused(settings, tmp_path, capsys):
+    folder = save(tmp_path / "model")
+    MFuserImageProcessor(**settings).save_pretrained(folder)
+    assert cli.main(["export", folder, "--format", "torch-export", "--output", str(tmp_path / "artefact")]) == 2
+    error = capsys.readouterr().err
+    assert "the model's image processor refuses 8-bit images" in error and next(iter(settings)) in error
+    assert not (tmp_path / "artefact").exists()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (150, 130), (66, 200)])
@@ -130,7 +175,7 @@ def test_an_artefact_runs_where_mfuser_and_transformers_are_not(kind, tmp_path, 
     assert "largest difference of scores" in printed and str(output / export.FILES[kind]) in printed
     assert {path.name for path in output.iterdir()} == {export.FILES[kind], "artefact.json", "run.py"}
     assert json.loads((output / "artefact.json").read_text())["classes"] == list(CLASSES)
-    assert [path.name for path in output.parent.iterdir()] == ["artefact"]  # nothing temporary is left
+    assert [path.name for path in output.parent.iterdir()] == ["artefact"]  # no temporary file remains
 
     pixels = save_image(tmp_path / "image.png")
     labels, text = run_elsewhere(output, tmp_path / "image.png", kind)
@@ -172,6 +217,7 @@ def test_a_whole_image_artefact_equals_the_model_from_one_window_upwards(tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_labels_of_whole_images_are_those_of_the_model(tmp_path, stand_in, capsys):
     folder, output = save(tmp_path / "model"), tmp_path / "artefact"
     command = ["export", folder, "--format", "torch-export", "--whole-image", "--argmax", "--output", str(output)]
@@ -200,13 +246,44 @@ def test_an_artefact_that_differs_from_the_model_is_not_written(tmp_path, stand_
         return program
 
     monkeypatch.setattr(export, "capture", changed)
-    output = tmp_path / "artefact"
-    output.mkdir()
-    (output / "model.pt2").write_text("an earlier one")
+    output = tmp_path / "new" / "artefact"
     assert cli.main(["export", save(tmp_path / "model"), "--format", "torch-export", "--output", str(output)]) == 2
     assert "differs from the model by 1.0e-03; at most 1e-05" in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["model.pt2"]
-    assert (output / "model.pt2").read_text() == "an earlier one"
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_folder_that_holds_anything_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "run.py").write_text("mine")
+    assert cli.main(["export", "no/model", "--format", "torch-export", "--output", str(tmp_path)]) == 2
+    assert "is not empty; choose a new folder, so that nothing is overwritten" in capsys.readouterr().err
+    assert (tmp_path / "run.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
+def test_an_export_that_ends_at_any_file_operation_leaves_nothing_or_a_complete_artefact(fault, tmp_path, monkeypatch):
+    model, processor = tiny_model(), MFuserImageProcessor()
+    monkeypatch.setattr(export, "load_for_inference", lambda *_: (model, processor))
+    monkeypatch.setattr(export, "capture", lambda window: b"graph")
+    monkeypatch.setitem(export.WRITERS, "torch-export", lambda program, path: path.write_bytes(program))
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
+    work = tmp_path / "work"
+    work.mkdir()
+    output = work / "artefact"
+    act = fault_injection.full_disk_is_an_exit_code(lambda: export.export("model", "torch-export", output))
+    _, operations = fault_injection.run(act, work)
+    shutil.rmtree(output)
+    assert operations >= 6
+    for at in range(operations):
+        code, _ = fault_injection.run(act, work, fault, at)
+        failed = -signal.SIGKILL if fault is fault_injection.kill else fault_injection.FULL
+        assert code in (failed, fault_injection.FINISHED)
+        assert output.exists() or code == failed
+        if output.exists():
+            assert {path.name for path in output.iterdir()} == {"model.pt2", "artefact.json", "run.py"}
+            assert (output / "run.py").read_bytes() == Path(run_artefact.__file__).read_bytes()
+            shutil.rmtree(output)
+        if fault is fault_injection.fill_disk:
+            assert list(work.iterdir()) == []
 
 
 def test_without_a_compiler_aoti_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):

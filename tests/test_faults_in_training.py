@@ -1,4 +1,4 @@
-"""A kill at any change of a file, and a disk that is full from any write on: nothing that was whole is lost."""
+"""No complete file is lost if the process is killed at any file operation, or the disk is full from any write on."""
 
 import hashlib
 import shutil
@@ -64,7 +64,7 @@ def faults(step: int):
 
 
 def check(action, trainer, tmp_path, fault, step):
-    """Tries one fault after another until the action has no further change of a file; returns the last number."""
+    """Injects one fault after another until the action has no further file operation; returns the last number."""
     original = Path(trainer.args.output_dir)
     before = files_in(original)
     run = tmp_path / "run"
@@ -80,7 +80,7 @@ def check(action, trainer, tmp_path, fault, step):
         code, _ = fault_injection.run(act, run, fault, number)
         assert code in (FINISHED, -signal.SIGKILL if fault is kill else FULL)
         if code == FULL:
-            assert not (run / "_unfinished").exists()  # the space is free again
+            assert not (run / "_unfinished").exists()  # the disk space is freed
         restore_replaced(run)  # as the next run does
         after = files_in(run)
         for path in run.glob("checkpoint-*"):

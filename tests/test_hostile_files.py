@@ -1,4 +1,4 @@
-"""One bad image never ends `mfuser segment` or `mfuser evaluate`: it is named, counted, and the rest goes on."""
+"""One bad image never stops `mfuser segment` or `mfuser evaluate`: it is reported, counted and skipped."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def png_that_claims(width: int, height: int) -> bytes:
     return bytes(content)
 
 
-# --- the promise: a bad file in a folder of good ones, and the reason that is given ----------------------------------
+# --- guarantee: a bad file in a folder of good ones, and the reason that is given ------------------------------------
 
 BAD_FILES = {
     "bomb.png": (png_that_claims(60_000, 60_000), "exceeds limit of .* pixels, could be decompression bomb"),

@@ -1,4 +1,4 @@
-"""Images and label maps that could be misread are refused with a reason; what is accepted is read as it was meant."""
+"""Ambiguous images and label maps are refused with a reason; those that are accepted are interpreted correctly."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from mfuser.postprocessing_mfuser import label_map_of_scores
 
 torch.set_num_threads(1)
 
-# --- the promise: input, settings of the call, message ---------------------------------------------------------------
+# --- guarantee: input, settings of the call, message -----------------------------------------------------------------
 
 
 def floats(low: float, high: float, dtype=np.float32) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_a_misspelt_setting_is_refused_at_construction_and_when_loading(tmp_path
         MFuserImageProcessor.from_pretrained(tmp_path, do_rezise=True)
     _, unused = MFuserImageProcessor.from_pretrained(tmp_path, do_rezise=True, return_unused_kwargs=True)
     assert unused == {"do_rezise": True}
-    # What Transformers passes on to every part of a pipeline is not a setting.
+    # Arguments that Transformers passes to every part of a pipeline are not settings.
     MFuserImageProcessor.from_pretrained(tmp_path, trust_remote_code=True, _from_auto=True, low_cpu_mem_usage=True)
 
 
@@ -120,7 +120,7 @@ def test_any_array_gives_plausible_pixels_or_an_error(image, options):
     assert pixels.shape == (3, *image.shape[:2]) and np.isfinite(pixels).all() and abs(pixels).max() <= 10
 
 
-# --- what was done to each image travels with the batch --------------------------------------------------------------
+# --- a batch records how each image was resized and padded -----------------------------------------------------------
 
 SIZES = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=3)
 CALLS = st.one_of(
@@ -197,7 +197,7 @@ def test_labels_found_class_by_class_are_those_of_an_arg_max(classes, shape, siz
         clear = best - second > 1e-6  # PyTorch rounds the last bit of one class and of several differently
         assert torch.equal(label_map_of_scores(scores.to(dtype), size)[clear].long(), expected.argmax(0)[clear])
     tied = torch.randint(0, 3, (classes, *shape), generator=generator).float()
-    assert torch.equal(label_map_of_scores(tied).long(), tied.argmax(0))  # the first of equal scores wins
+    assert torch.equal(label_map_of_scores(tied).long(), tied.argmax(0))  # ties are resolved to the first class
 
 
 def test_more_classes_than_a_byte_holds_keep_their_ids():

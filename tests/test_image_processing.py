@@ -1,5 +1,6 @@
-"""Tests of the image processor: the pixels that the model receives, and the label maps of its scores."""
+"""Tests of the image processor: the pixels that the model receives, and the label maps computed from its scores."""
 
+import base64
 import json
 import logging
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from PIL import Image
 # Without torchvision, `transformers.AutoImageProcessor` is a dummy in some releases.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from mfuser.image_processing_mfuser import MFuserImageProcessor, resized_size
+from mfuser.image_processing_mfuser import MFuserImageProcessor
+from mfuser.images_mfuser import resized_size
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -84,6 +86,20 @@ def test_a_path_is_opened(processor, tmp_path):
     assert_pixels(processor(str(tmp_path / "image.png")), image)
 
 
+def test_a_url_is_opened_upright_and_what_is_no_image_is_named(processor, tmp_path, monkeypatch):
+    image, exif = random_image(), Image.Exif()
+    exif[0x0112] = 6  # to be rotated by 90 degrees
+    Image.fromarray(np.rot90(image)).save(tmp_path / "image.png", exif=exif)
+    response = SimpleNamespace(content=(tmp_path / "image.png").read_bytes(), raise_for_status=lambda: None)
+    session = SimpleNamespace(get={"https://host/image.png": response}.__getitem__)
+    monkeypatch.setattr("mfuser.images_mfuser.get_session", lambda: session)
+    assert_pixels(processor("https://host/image.png"), image)
+    assert_pixels(processor([str(tmp_path / "image.png")]), image)
+    for source in (__file__, "missing.png"):
+        with pytest.raises(ValueError, match=f"^{source} is neither an image file, nor the URL of one"):
+            processor(source)
+
+
 def test_grey_images_become_rgb(processor):
     grey = random_image(channels=1)
     rgb = np.stack([grey] * 3, axis=-1)
@@ -114,6 +130,8 @@ def test_16_bit_images_are_scaled_to_8_bit(processor, tmp_path):
     deep_colours = np.stack([deep] * 3, axis=-1)
     for form in (
         Image.open(tmp_path / "deep.png"),
+        str(tmp_path / "deep.png"),
+        "data:image/png;base64," + base64.b64encode((tmp_path / "deep.png").read_bytes()).decode(),
         Image.fromarray(deep.astype(np.int32)),  # mode I, as older releases of Pillow open it
         deep,
         deep_colours,
@@ -300,6 +318,18 @@ def test_a_map_that_does_not_fit_is_refused_with_a_reason(processor, maps, messa
 # Batches
 
 
+def test_a_jpeg_is_no_label_map(processor, tmp_path):
+    image = random_image()
+    for form in ("png", "jpeg"):
+        Image.fromarray(random_image(channels=1) % 4).save(tmp_path / f"labels.{form}")
+    expected = random_image(channels=1) % 4
+    for labels in (str(tmp_path / "labels.png"), Image.open(tmp_path / "labels.png")):
+        np.testing.assert_array_equal(processor(image, labels)["labels"][0], expected)
+    for labels in (str(tmp_path / "labels.jpeg"), Image.open(tmp_path / "labels.jpeg")):
+        with pytest.raises(ValueError, match="the label is a JPEG; lossy compression changes ids"):
+            processor(image, labels)
+
+
 def test_images_of_different_size_are_padded_right_and_below(processor):
     small, large = random_image(10, 30), random_image(20, 15, seed=1)
     inputs = processor([small, Image.fromarray(large)], [small[..., 0], large[..., 0]], return_tensors="pt")
@@ -369,7 +399,7 @@ def test_padding_is_cut_off_the_maps(settings):
     processor = MFuserImageProcessor(**settings)
     images = [random_image(10, 30), random_image(20, 15)]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    # A "model" that answers class 1 within an image and class 2 on its padding.
+    # A "model" that predicts class 1 within an image and class 2 on its padding.
     scores = torch.stack([scores_of(torch.where(image.abs().sum(0) > 0, 1, 2)) for image in pixel_values])
     maps = processor.post_process_semantic_segmentation(SimpleNamespace(logits=scores), [(10, 30), (20, 15)])
     assert [tuple(label_map.shape) for label_map in maps] == [(10, 30), (20, 15)]

@@ -1,4 +1,4 @@
-"""Imports point downwards, and the figure of them is current."""
+"""Imports point downwards, and the figure of the import graph is current."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""Saved models are loaded whole, or on top of the encoders that they were saved without."""
+"""Saved models are loaded from complete folders, or together with the encoders that they were saved without."""
 
 import shutil
 

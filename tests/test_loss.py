@@ -1,4 +1,4 @@
-"""The training objective, beyond what the reference's numbers show."""
+"""The training objective, beyond the comparison with the reference."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_images_without_labels_or_with_one_class_give_finite_numbers_and_gradien
 def test_an_entirely_ignored_image_has_no_mask_loss():
     losses = objective()(**predictions(), labels=torch.full((2, 64, 64), 255))
     assert losses["mask_0"] == losses["dice_1"] == losses["score_map"] == 0
-    assert losses["class_0"] > 0  # every query should say "no object"
+    assert losses["class_0"] > 0  # every query should predict "no object"
 
 
 def test_ignored_pixels_are_background_in_every_mask_and_zero_in_the_mean_of_the_score_map():
@@ -70,7 +70,7 @@ def test_the_label_that_is_ignored_is_the_configurations():
 
 @pytest.mark.parametrize("with_class_mask", [False, True])
 def test_the_host_does_not_wait_for_a_gpu(with_class_mask):
-    """Checked on the meta device, as on a GPU: its tensors have no values, and whatever waits for one fails."""
+    """The meta device replaces a GPU: its tensors have no values, so any synchronisation fails."""
     with torch.device("meta"):
         with pytest.raises(RuntimeError):
             bool(torch.ones(()) > 0)
@@ -104,7 +104,7 @@ def test_each_query_is_matched_to_its_own_class_if_the_image_holds_it():
 
 def test_points_are_drawn_where_the_prediction_is_uncertain():
     torch.manual_seed(0)
-    logits = torch.linspace(-9, 9, 64).expand(1, 64, 64)  # unsure in the middle, ever surer to both sides
+    logits = torch.linspace(-9, 9, 64).expand(1, 64, 64)  # uncertain in the middle, more certain towards both sides
     points = objective(loss_num_points=400).draw_points(logits)
     assert points.shape == (1, 400, 2) and points.min() >= 0 and points.max() <= 1
     unsure, fresh = sample_points(logits, points)[0].abs().split([300, 100])
@@ -158,7 +158,7 @@ def test_classes_that_a_source_does_not_label_have_no_loss_and_exactly_no_gradie
     losses = criterion(**inputs, **two_sources())
     gradients = torch.autograd.grad(sum(losses.values()), list(inputs.values()))
     classes, masks, scores = gradients
-    assert classes[:, 1, 2:].eq(0).all() and classes[:, 1, :2, 2:4].eq(0).all()  # as queries, and as answers of others
+    assert classes[:, 1, 2:].eq(0).all() and classes[:, 1, :2, 2:4].eq(0).all()  # as queries, and as logits of others
     assert masks[:, 1, 2:].eq(0).all() and scores[1, 2:].eq(0).all()
     assert classes[:, 1, :2, [0, 1, 4]].ne(0).all() and masks[:, 1, :2].any() and scores[1, :2].any()
     assert classes[:, 0].ne(0).all() and scores[0].any(dim=(1, 2)).all()  # the first image labels all

@@ -23,7 +23,7 @@ def random_maps(seed, num_classes, shape, present=None, ignored=0.2, wrong=0.3):
 
 
 def published_mean_iou(predictions, labels, num_labels, ignore_index):
-    """What evaluate's mean_iou (after MMSegmentation) is defined to be: three histograms per map, then nanmean."""
+    """The definition of evaluate's mean_iou (after MMSegmentation): three histograms per map, then nanmean."""
     areas = np.zeros((3, num_labels))
     for prediction, label in zip(predictions, labels, strict=True):
         valid = label != ignore_index
@@ -144,7 +144,7 @@ def test_bad_input_is_named():
             metric.update(zeros, np.array([[19, 34, 0, 255]] * 4, dtype))
     with pytest.raises(ValueError, match=r"\[-1\]"):
         metric.update(zeros, zeros.astype(np.int64) - 1)
-    assert not metric.matrix.any()  # what is refused is not counted either
+    assert not metric.matrix.any()  # refused maps are not counted
     with pytest.raises(ValueError, match="no labelled pixel"):
         metric.compute()
     metric.update(zeros, zeros)
@@ -180,7 +180,7 @@ def test_loads_through_evaluate_offline_and_streams(tmp_path, monkeypatch):
     ours.add_batch(predictions=torch.from_numpy(predictions[1:]), references=[references[1]])
     assert ours.compute()["mean_iou"] == scores["mean_iou"]
     with pytest.raises(ValueError, match="no labelled pixel"):
-        ours.compute()  # computing empties the count
+        ours.compute()  # computing resets the counts
     with pytest.raises(ValueError, match="2 predictions for 1 references"):
         ours.add_batch(predictions=predictions, references=references[:1])
     with pytest.raises(ValueError, match="num_process is 2; DomainMeanIou runs in one process"):

@@ -218,7 +218,7 @@ def test_initial_values_are_the_papers():
         assert torch.equal(mvfuser.D, torch.ones(16))
         assert mvfuser.scale.item() == pytest.approx(1e-3)
         assert mvfuser.dt_proj.weight.abs().max() <= mvfuser.time_step_rank**-0.5
-    # steps are spread evenly on a logarithmic scale between 1e-3 and 1e-1
+    # steps are log-uniform between 1e-3 and 1e-1
     steps = torch.cat([F.softplus(mvfuser.dt_bias) for mvfuser in mvfusers])
     assert 0.99e-3 <= steps.min() < 3e-3 and 3e-2 < steps.max() <= 1.01e-1
     assert 5e-3 < steps.log().mean().exp() < 2e-2
@@ -228,7 +228,7 @@ def test_initial_values_are_the_papers():
 
 @pytest.mark.parametrize("pair", ["dinov2+clip", "dinov2_with_registers+eva02_clip", "dinov3+siglip2"])
 def test_missing_weights_of_encoders_get_the_initial_values_of_their_encoder(pair, tmp_path):
-    # Of remote code, Transformers skips modules that initialise the weights of their submodules.
+    # In remote code, Transformers skips modules that initialise the weights of their submodules.
     assert MFuserForSemanticSegmentation.is_remote_code()
     model = MFuserForSemanticSegmentation(tiny_config(pair))
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Monitored domains are scored and logged, select nothing and change nothing; several validation sets have names."""
+"""Monitored domains are scored and logged, but do not affect training or selection; validation sets can be named."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from mfuser import MFuserImageProcessor
 from mfuser.data.augmentation import ShuffledSampler
 from mfuser.data.validation import ValidationDataset, evenly_spaced
 from mfuser.scripts import train
+from mfuser.training import trainer as trainer_module
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
@@ -25,7 +26,7 @@ REASON = "selecting on a target domain invalidates a domain-generalisation resul
 
 
 class OtherSamples(Dataset):
-    """Four samples that differ from those that are trained on, whose reading uses every global random stream."""
+    """Four samples that differ from the training samples; reading them uses every global random generator."""
 
     def __len__(self):
         return 4
@@ -115,6 +116,14 @@ def test_monitored_scores_are_logged_at_their_interval_and_equal_an_evaluation(t
     assert not any("night" in name for name in trainer.evaluate())
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 1, "max_steps": -1}])
+def test_the_last_step_is_monitored_whatever_the_interval(tmp_path, length):
+    trainer = trainer_in(tmp_path, {"night": OtherSamples()}, monitor_steps=500, **length)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "monitor_night_mean_iou" in log]
+    assert [log["step"] for log in logs] == [3]
+
+
 def test_each_domain_has_a_curve_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -125,6 +134,43 @@ def test_each_domain_has_a_curve_in_tensorboard(tmp_path):
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("train/monitor_night_mean_iou")] == [1, 2]
+
+
+# --- images without a score ------------------------------------------------------------------------------------------
+
+WITHOUT_A_SCORE = {
+    "smaller than a patch": ({"pixel_values": torch.zeros(3, 8, 8)}, "must be at least one patch"),
+    "with scores of NaN": ({"pixel_values": torch.full((3, 64, 64), math.nan)}, "hold NaN or infinite values"),
+    "with a label that is no class": ({"labels": torch.full((64, 64), 9)}, "label holds [9], which are neither class"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_SCORE)
+def test_an_image_without_a_score_is_named_and_left_out(kind, tmp_path, monkeypatch):
+    change, message = WITHOUT_A_SCORE[kind]
+    good = [OtherSamples()[index] for index in range(2)]
+    with_bad = [good[0], good[0] | change, good[1]]
+    trainer, warnings = trainer_in(tmp_path, {"night": with_bad, "fog": good}), []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    logs = trainer.monitor()
+    assert logs["monitor_night_unreadable"] == 1 and logs["monitor_night_mean_iou"] == logs["monitor_fog_mean_iou"]
+    (warning,) = warnings
+    assert warning.startswith("Row 1 of the evaluated images: ") and message in warning
+    with pytest.raises(ValueError, match="^Row 1 of the evaluated images: "):
+        trainer.evaluate(with_bad)
+
+
+def test_without_a_labelled_pixel_monitoring_goes_on_and_validation_is_an_error(tmp_path, monkeypatch):
+    unlabelled = [OtherSamples()[0] | {"labels": torch.full((64, 64), 255)}]
+    damaged = [{"error": "row 0: damaged"}]
+    trainer, warnings = trainer_in(tmp_path, {"night": unlabelled, "fog": damaged}), []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    assert trainer.monitor() == {"monitor_fog_unreadable": 1}
+    assert "The monitored domain 'night' has no score: no labelled pixel was counted." in warnings
+    with pytest.raises(ValueError, match="no labelled pixel was counted in the validation images"):
+        trainer.evaluate(unlabelled)
+    with pytest.raises(ValueError, match="none of the validation images can be read"):
+        trainer.evaluate(damaged)
 
 
 # --- no selection ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Other classes than those a model was saved with: `from_pretrained`, checks of names and tokenizers, training."""
+"""Loading a model with other classes than the saved ones: `from_pretrained`, checks of names, training."""
 
 import copy
 import logging
@@ -56,7 +56,7 @@ def assert_kept(model, trained, names=TABLES):
 
 
 def assert_learns(model):
-    """Every row that is new changes in one step of training."""
+    """Every new row changes in one training step."""
     model.train()
     batch = tiny_batch()
     batch["labels"] = torch.randint(0, 5, batch["labels"].shape, generator=torch.Generator().manual_seed(0))
@@ -278,3 +278,12 @@ def test_mfuser_train_gives_a_saved_model_the_classes_of_the_data(stored, tmp_pa
     if not stored:
         with pytest.raises(ValueError, match="contains none; give tokenizer="):
             build_model(ModelArguments(model=str(tmp_path / "model")), LABELS["id2label"])
+
+
+def test_new_classes_of_a_model_in_a_subfolder_use_its_configuration_and_tokenizer(tmp_path):
+    model = saved("dinov2+clip", tmp_path / "models" / "small", with_tokenizer=True)
+    loaded = MFuserForSemanticSegmentation.from_pretrained(
+        tmp_path / "models", subfolder="small", class_names=NAMES, ignore_mismatched_sizes=True
+    )
+    assert [loaded.config.id2label[index] for index in range(5)] == NAMES
+    assert_kept(loaded, model)

@@ -1,4 +1,4 @@
-"""Loss, gradients and weights that are not finite: skipped, then an error, and never saved."""
+"""Non-finite loss and gradients are skipped, or an error after many steps; non-finite weights are never saved."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The example notebook runs from the first cell to the last, and what it trains is good."""
+"""The example notebook runs from the first cell to the last, and trains a good model."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Accelerate can hold any part of a model in memory or on disk: every weight is read in the forward of its module."""
+"""Accelerate can keep any part of a model in memory or on disk: weights are read in the `forward` of their module."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def scores(model, size=(64, 64)):
 
 
 def assert_same_scores(offloaded, expected, size=(64, 64)):
-    for _ in range(2):  # caches hold nothing that is gone
+    for _ in range(2):  # caches do not keep offloaded weights
         torch.testing.assert_close(scores(offloaded, size), expected, rtol=1e-4, atol=1e-6)
 
 

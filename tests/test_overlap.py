@@ -1,4 +1,4 @@
-"""Steps that run at the same time give the results of steps that run one after the other, in bounded memory."""
+"""Concurrent steps give the results of sequential steps, in bounded memory."""
 
 import threading
 import time

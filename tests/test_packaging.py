@@ -1,4 +1,4 @@
-"""What a wheel holds, and which code lies in the folder of the demonstration model."""
+"""The content of the wheel, and the code in the folder of the demonstration model."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Adapters of PEFT: what is trained, saved and loaded again gives the same scores."""
+"""PEFT adapters give the same scores after training, saving and reloading."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_reloaded_adapter_gives_bit_identical_scores(pair, config, saved, tmp_
     assert torch.equal(scores(reloaded), expected)
     plain = scores(load(folder))
     assert not torch.allclose(plain, expected, atol=1e-3)
-    with reloaded.disable_adapter():  # of which nothing is left in a cache
+    with reloaded.disable_adapter():  # caches do not depend on the adapter
         assert torch.equal(scores(reloaded), plain)
     assert torch.equal(scores(reloaded), expected)
     torch.testing.assert_close(scores(reloaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@ number of workers, and a run that was stopped at any point continues."""
 
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import filelock
 import numpy as np
 import pytest
 from fault_injection import FINISHED, FULL, fill_disk, full_disk_is_an_exit_code, kill
+from PIL import Image
 
 from mfuser.data import preparation
 from mfuser.data import rows as data_rows
 from mfuser.data.layouts import has_split
 from mfuser.data.loading import PREPARATION_FILE, load_domain
 from mfuser.data.preparation import prepare
-from mfuser.data.tables import DOMAINS, MAPILLARY
+from mfuser.data.tables import CITYSCAPES_LABELS, DOMAINS, MAPILLARY
 from mfuser.scripts import prepare_domain
 from mfuser.scripts.prepare_domain import main
 
@@ -146,7 +148,8 @@ def test_a_split_without_public_labels_has_images_and_empty_labels(tmp_path):
 
 
 def test_bad_pairs_are_skipped_and_listed_with_the_reason(tmp_path, capsys):
-    raw = fake.gta5(tmp_path / "raw", count=9)
+    raw = fake.gta5(tmp_path / "raw", count=10)
+    Image.fromarray(np.zeros((6, 8), dtype=np.float32)).save(raw / "images/00010.png", "TIFF")
     label = fake.all_ids(range(35))
     fake.write(raw / "images/00002.png", fake.encoded_image(size=(8, 9)))
     fake.write(raw / "labels/00003.png", fake.encoded_label(np.where(label == 3, 99, label)))
@@ -160,7 +163,7 @@ def test_bad_pairs_are_skipped_and_listed_with_the_reason(tmp_path, capsys):
 
     record = json.loads((tmp_path / "out" / PREPARATION_FILE).read_text())["splits"]["train"]
     reasons = {item["name"]: item["reason"] for item in record["skipped"]}
-    assert set(reasons) == {f"images/{number:05}.png" for number in range(2, 8)}
+    assert set(reasons) == {f"images/{number:05}.png" for number in (*range(2, 8), 10)}
     assert reasons["images/00002.png"] == "the image has 8x9 pixels, its label 6x8 (height x width)"
     assert reasons["images/00003.png"] == "label values [99] are not among the valid ids 0-34"
     assert "truncated" in reasons["images/00004.png"]
@@ -168,11 +171,12 @@ def test_bad_pairs_are_skipped_and_listed_with_the_reason(tmp_path, capsys):
     assert reasons["images/00006.png"] == "label: not an image file"
     assert reasons["images/00007.png"] == "image: not an image file"
     assert record["images_without_label"] == ["images/00008.png"]
-    assert (record["pairs"], record["rows"]) == (8, 2)
+    assert reasons["images/00010.png"].startswith("image: the image has mode F, floating-point values")
+    assert (record["pairs"], record["rows"]) == (9, 2)
     assert load_domain(tmp_path / "out").dataset["name"] == ["images/00001.png", "images/00009.png"]
 
     printed = capsys.readouterr().out
-    assert "2 of 8 pairs prepared" in printed and "6 bad pairs skipped" in printed
+    assert "2 of 9 pairs prepared" in printed and "7 bad pairs skipped" in printed
     assert "images/00003.png: label values [99]" in printed
     assert "1 images without a label left out" in printed and "24966 pairs were expected" in printed
     assert "unusual sizes" in printed
@@ -228,7 +232,7 @@ def test_workers_do_not_change_a_byte(tmp_path):
     assert load_domain(tmp_path / "parallel").dataset["name"] == [f"images/{n:05}.png" for n in (1, 2, 4, 5, 6, 7)]
 
 
-# stopped and started again
+# interrupted and continued
 
 KILLED = """
 import os, signal, sys
@@ -412,11 +416,21 @@ def test_another_map_or_domain_is_refused_in_the_same_folder(tmp_path, capsys):
     assert contents(tmp_path / "out") == before
 
 
-def test_a_folder_of_other_files_is_left_unchanged(tmp_path):
-    fake.write(tmp_path / "out/thesis.tex", b"precious")
-    with pytest.raises(ValueError, match="holds other files, such as thesis.tex"):
+@pytest.mark.parametrize("name", ["thesis.tex", "thesis.tmp", ".thesis.tmp"])
+def test_a_folder_of_other_files_is_left_unchanged(name, tmp_path):
+    fake.write(tmp_path / "out" / name, b"precious")
+    with pytest.raises(ValueError, match=f"holds other files, such as {name}"):
         run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
-    assert contents(tmp_path / "out") == {"thesis.tex": b"precious"}
+    assert contents(tmp_path / "out") == {name: b"precious"}
+
+
+def test_temporary_files_of_a_killed_run_are_deleted_and_those_of_others_kept(tmp_path):
+    run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
+    (tmp_path / "out/notes.tmp").write_bytes(b"precious")
+    (tmp_path / "out/train/.0123456789ab.tmp").write_bytes(b"half a shard")
+    (tmp_path / "out/train/.mfuser-ab_3defg.tmp").mkdir()
+    run("gta5", fake.gta5(tmp_path / "raw"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.tmp")] == ["notes.tmp"]
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
@@ -430,7 +444,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["gta5", "nowhere", "out"], "none of the known pairs of files"),
-        (["gta5", "raw", "out", "--mapillary-map", "A"], "--mapillary-map is for mapillary"),
+        (["gta5", "raw", "out", "--mapillary-map", "A"], "--mapillary-map applies to mapillary"),
         (["gta5", "raw", "out", "--split", "val"], "has no split 'validation'; it has train"),
         (["gta5", "raw", "out", "--id2label", "camvid"], "has its own class names"),
         (["gta5", "raw", "out", "--workers", "0"], "at least 1"),
@@ -503,6 +517,24 @@ def test_raw_ids_in_a_column_are_mapped_by_their_domain(tmp_path):
     assert dataset["name"] == ["00000000", "00000001", "00000002"]
     expected = DOMAINS["cityscapes"].label_map().lookup[fake.all_ids(range(34))]
     np.testing.assert_array_equal(np.array(dataset[2]["label"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("domain", "names", "message"),
+    [
+        ("camvid", {0: "road", 1: "sky"}, "0 is 'road', not 'sky'"),
+        ("cityscapes", DOMAINS["cityscapes"].id2label, "0 is 'road'; in the labelIds of Cityscapes, it is no class"),
+        ("cityscapes", dict(enumerate(name for _, name, _ in CITYSCAPES_LABELS[:34])), None),
+    ],
+)
+def test_class_names_beside_the_data_that_contradict_its_domain_are_refused(tmp_path, capsys, domain, names, message):
+    parquet(tmp_path / "raw/train.parquet", [0, 1])
+    (tmp_path / "raw/id2label.json").write_text(json.dumps(names))
+    code = main([domain, str(tmp_path / "raw"), str(tmp_path / "out"), *COLUMNS])
+    if message is None:
+        assert code == 0
+    else:
+        assert code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_an_interrupted_run_over_columns_continues(tmp_path, capsys):

@@ -23,7 +23,7 @@ from transformers import (
     SiglipModel,
 )
 
-from mfuser import MFuserForSemanticSegmentation
+from mfuser import MFuserForSemanticSegmentation, MFuserModel
 from mfuser.configuration_eva02_clip import Eva02ClipConfig
 from mfuser.modeling_eva02_clip import Eva02ClipModel
 
@@ -277,6 +277,12 @@ def test_names_that_need_more_tokens_say_how_many(pretrained):
     assert len(config.class_token_ids[0]) == 6 and config.text_config.max_position_embeddings == 11
 
 
+@pytest.mark.parametrize("names", [["road", "Road"], ["road", ""], "road", []])
+def test_class_names_that_repeat_or_are_empty_are_refused(names):
+    with pytest.raises(ValueError, match="it must be a list of different, non-empty names"):
+        MFuserModel.from_vfm_vlm_pretrained("vfm", "vlm", names)
+
+
 def test_encoders_of_different_depth_are_paired(pretrained):
     vfm, _ = pretrained("dinov2", num_hidden_layers=6)
     model = build(vfm, pretrained("clip")[0])
@@ -319,7 +325,7 @@ def test_saved_and_loaded_it_is_the_same_model(pretrained, tmp_path):
         torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits)
 
 
-# --- what can't work -----------------------------------------------------------------------------------------------
+# --- invalid combinations ------------------------------------------------------------------------------------------
 
 
 def test_other_encoders_are_refused(pretrained):

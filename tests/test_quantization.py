@@ -1,4 +1,4 @@
-"""Int8 quantisation: which layers it replaces, how far results move, and what it refuses."""
+"""Int8 quantisation: the layers that it replaces, the error of the results, and unsupported models."""
 
 import copy
 import importlib
@@ -143,7 +143,7 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_a_quantised_model_is_not_saved_as_a_whole_one(kind, tmp_path):
-    """Its weights have other dtypes, or are missing: loading would silently give another model."""
+    """The weights would have other dtypes or be missing, and loading would silently give another model."""
     model = quantize(tiny_model(), kind)
     with pytest.raises(RuntimeError, match=f"quantised to {kind} cannot be saved"):
         model.save_pretrained(tmp_path)

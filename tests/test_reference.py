@@ -1,4 +1,4 @@
-"""Equality with the reference implementation, tensor by tensor, the way a user's checkpoint goes."""
+"""Equality with the reference implementation, tensor by tensor, with weights converted like a user's checkpoint."""
 
 from pathlib import Path
 

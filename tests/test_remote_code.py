@@ -1,4 +1,4 @@
-"""A saved folder works where MFuser is not installed, from its own code, and gives the same scores to the bit."""
+"""A saved folder works with its own code where MFuser is not installed, and gives bit-identical scores."""
 
 import json
 import os

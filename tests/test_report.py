@@ -1,4 +1,4 @@
-"""A result becomes a page that needs nothing else and shows any name as it is; unequal protocols are not compared."""
+"""A report is self-contained and escapes all names; results of different protocols are not compared."""
 
 import copy
 import json
@@ -223,6 +223,7 @@ def test_different_protocols_are_refused_by_name_unless_forced(result, report, p
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_forced_comparison_says_so_in_both_pages(result, report):
     for domain in result["domains"].values():
         del domain["examples"]
@@ -258,7 +259,7 @@ def test_results_are_named_after_their_files(tmp_path):
         result_names([tmp_path / "a.json", tmp_path / "b/../a.json"])
 
 
-# files that are not what they should be
+# invalid files
 
 
 DAMAGED = {
@@ -320,6 +321,7 @@ def test_an_example_that_is_no_png_is_refused(result, report, tmp_path):
     assert code == 2 and "example.png is not a PNG image" in errors and not folder.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_is_reported_as_such(result, report):
     del result["domains"]["mine:dusk"]
     domain = result["domains"]["mine"]

@@ -4,12 +4,16 @@ import datasets
 import fake_downloads as fake
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from mfuser.data.augmentation import AUGMENTATION_STREAM, TrainingAugmentation, random_generator
 from mfuser.data.layouts import find_pairs
-from mfuser.data.loading import load_domain
+from mfuser.data.loading import load_domain, open_columns
 from mfuser.data.preparation import prepare
 from mfuser.data.rows import DatasetRows, DownloadRows
 from mfuser.data.tables import DOMAINS
+from mfuser.images_mfuser import rgb_image
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -69,6 +73,41 @@ def test_the_identity_of_a_row_changes_with_its_files(tmp_path):
     fake.write(tmp_path / "labels/00002.png", b"another")
     after = DownloadRows(pairs).identities
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_the_identity_of_a_row_changes_with_the_files_its_cells_refer_to(tmp_path):
+    paths, content = [], []
+    for name in "abc":
+        paths.append(str(fake.write(tmp_path / f"{name}.png", fake.encoded_label(fake.all_ids([0, 1])))))
+        content.append(fake.encoded_image())
+    datasets.Dataset.from_dict({"image": content, "label": paths}).to_parquet(tmp_path / "train.parquet")
+    dataset, _ = open_columns(tmp_path, None, "image", "label")
+    before = DatasetRows(dataset).identities
+    assert DatasetRows(dataset).identities == before
+    fake.write(tmp_path / "b.png", fake.encoded_label(fake.all_ids([0, 1, 2])))
+    after = DatasetRows(dataset).identities
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    (tmp_path / "c.png").unlink()
+    assert DatasetRows(dataset).identities[2] != after[2]
+
+
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
+    deep = np.linspace(0, 65535, 48, dtype=np.uint16).reshape(6, 8)
+    fake.gta5(tmp_path / "raw")
+    Image.fromarray(deep).save(tmp_path / "raw/images/00001.png")
+    pairs = find_pairs(DOMAINS["gta5"], tmp_path / "raw", "train").pairs
+    prepare("gta5", tmp_path / "raw", tmp_path / "prepared", splits=["train"])
+    dataset = load_domain(tmp_path / "prepared").dataset
+    images = [DownloadRows(pairs).read(0).image, DatasetRows(dataset).read(0).image, rgb_image(dataset[0]["image"])]
+    for image in images:
+        assert np.array_equal(np.asarray(image), np.repeat(np.round(deep[..., None] / 257), 3, axis=-1))
+    augmentation = TrainingAugmentation(crop_size=8, scale_range=(1, 1), max_class_ratio=1.0)
+    label = np.zeros((6, 8), np.uint8)
+    samples = [
+        augmentation(image, label, random_generator(0, 0, 0, AUGMENTATION_STREAM))["pixel_values"]
+        for image in (dataset[0]["image"], images[0])
+    ]
+    assert torch.equal(*samples)
 
 
 def test_an_image_and_a_label_of_different_sizes_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Folders of `mfuser train`: no run loses the results of another one, and none continues another one unnoticed."""
+"""Folders of `mfuser train`: no run overwrites the results of another one, or continues it with other settings."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def message_of(capsys) -> str:
     return line
 
 
-# --- the promise: settings, what is said, and that everything is kept ------------------------------------------------
+# --- guarantee: settings that are refused, the messages, and that everything is kept ---------------------------------
 
 REFUSED = {
     "a used folder": (
@@ -137,8 +137,25 @@ def test_a_model_without_checkpoints_is_not_overwritten_by_resuming(run, recipe,
         shutil.rmtree(checkpoint)
     before = files_in(run)
     assert train.main([str(recipe), "resume=true"]) == 2
-    assert "which holds a model but no checkpoint to resume from" in message_of(capsys)
+    assert "which holds README.md but no checkpoint to resume from" in message_of(capsys)
     assert files_in(run) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("resume", "which holds README.md but no checkpoint to resume from; give an empty folder"),
+        ("overwrite_output_dir", "whose README.md was not written by `mfuser train`; give another folder"),
+    ],
+)
+def test_files_of_something_else_are_neither_replaced_nor_deleted(setting, message, recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for name in ("README.md", "adapter.safetensors"):
+        (tmp_path / "run" / name).write_text("mine")
+    before = files_in(tmp_path / "run")
+    assert train.main([str(recipe), f"{setting}=true"]) == 2
+    assert message in message_of(capsys)
+    assert files_in(tmp_path / "run") == before
 
 
 def test_overwriting_deletes_the_earlier_run_and_keeps_other_files(finished, run, recipe):
@@ -177,7 +194,7 @@ def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(finished, run, 
 # --- a longer run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheduler", ["polynomial", "cosine"])
+@pytest.mark.parametrize("scheduler", ["polynomial", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_a_run_that_is_extended_has_the_learning_rates_of_its_new_length(recipe, tmp_path, scheduler):
     common = [str(recipe), f"lr_scheduler_type={scheduler}", "eval_strategy=no", "warmup_steps=1"]
     assert train.main([*common, "max_steps=3", "save_steps=3"]) == 0
@@ -228,8 +245,13 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_blocks_noth
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "mfuser_run.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["half", "text", "gone"])
+CASES = [(name, damage) for name in FILES for damage in ("half", "text", "gone")]
+FAST = [("optimizer.pt", "half"), ("trainer_state.json", "text"), ("mfuser_run.json", "gone")]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
+)
 def test_a_damaged_checkpoint_ends_with_one_line_that_names_it_and_is_kept(name, damage, run, recipe, capsys):
     shutil.rmtree(run / "checkpoint-2")
     file = run / "checkpoint-1" / name

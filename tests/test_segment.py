@@ -13,13 +13,13 @@ from transformers import SegformerConfig
 
 from mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
-from mfuser.scripts import cli, palettes, panel, segment, segment_arguments, segment_images
+from mfuser.scripts import cli, palettes, panel, segment, segment_arguments, segment_images, segmentation
 
 CLASS_NAMES = ["road", "sky", "unicorn"]
 
 
 class ThresholdModel:
-    """Replaces a model: the class is 0, 1 or 2 where the red channel is dark, medium or bright."""
+    """Replaces a model: it predicts class 0, 1 or 2 where the red channel is dark, medium or bright."""
 
     config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)), crop_size=1 << 20)
     config.crop_stride, config.windows_per_batch, config.confidence_calibration = 1 << 20, 1, None
@@ -268,6 +268,16 @@ def test_a_saved_model_gives_its_own_arg_max(saved_model, tmp_path):
     assert np.array_equal(written, arg_max(model, noise_image()))
 
 
+def test_labels_do_not_depend_on_the_confidence_with_a_processor_that_pads(saved_model):
+    model, _ = saved_model
+    image = noise_image().transpose(2, 0, 1)
+    height, width = image.shape[1:]
+    padding = MFuserImageProcessor(pad_size={"height": height + 20, "width": width + 40})
+    labels, _ = segmentation.segment_with_confidence(image, model, padding)
+    assert np.array_equal(labels, segmentation.segment(image, model, padding))
+    assert np.array_equal(labels, segmentation.segment(image, model, MFuserImageProcessor()))
+
+
 @torch.no_grad()
 def test_a_loaded_model_has_channels_last_and_the_same_scores(saved_model):
     model, folder = saved_model
@@ -334,7 +344,7 @@ def test_a_legend_has_room_for_every_class():
     assert (legend[:, -5:] == 255).all() and (legend[-5:] == 255).all()
 
 
-# Several images at once, and results that exist
+# Several images in parallel, and existing results
 
 
 def test_images_segmented_in_parallel_give_the_results_and_messages_of_sequential_ones(model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The selective scan: right on every path, small in memory, one node in a captured graph."""
+"""The selective scan: correct results in every implementation, bounded memory, one node in a captured graph."""
 
 import importlib.util
 import os
@@ -104,7 +104,7 @@ def path(request, monkeypatch):
         real = kernels._Launcher.launch
 
         def launch(self, kernel, chunks, *tensors, **options):
-            named = {*self.sizes, *options} - {"num_warps"}  # the interpreter does not mind names too many
+            named = {*self.sizes, *options} - {"num_warps"}  # the interpreter accepts superfluous names
             assert kernel.arg_names[: len(tensors)] == [name for name in kernel.arg_names if name not in named]
             real(self, kernel, chunks, *tensors, **options)
 
@@ -123,7 +123,7 @@ def load_copy(name, package):
     return module
 
 
-# ------------------------------------------------------------------------------------------------ right results
+# ------------------------------------------------------------------------------------------------ correct results
 @pytest.mark.parametrize(
     "shape",
     [(1, 3, 1, 1), (2, 18, 5, 11), (1, 2, 8, 8), (1, 4, 3, 14), (2, 70, 3, 75)],
@@ -231,7 +231,7 @@ def test_last_state_is_where_a_following_scan_would_begin(path):
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the Triton kernels")
 @pytest.mark.slow
 def test_triton_kernels_are_correct_in_the_interpreter():
-    """All tests above that take `path`, with the Triton kernels, in a process of their own."""
+    """All tests above that take `path`, with the Triton kernels, in a separate process."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -369,7 +369,7 @@ def test_copies_of_another_version_have_their_own_operator(tmp_path):
 
 
 def test_decays_near_one_stay_exact_over_many_tokens():
-    """A relative error of 1e-7 in each decay would be one of 1e-4 in a state that remembers a thousand tokens."""
+    """A relative error of 1e-7 per decay would accumulate to 1e-4 in a state that depends on a thousand tokens."""
     inputs = make_inputs(1, 3, 2, 1500, scale=1e-3)
     assert_equals_recurrence({**inputs, "u": inputs["u"].detach().abs().requires_grad_()}, tolerance=5e-6)
 
@@ -383,7 +383,7 @@ def test_not_a_number_is_passed_on(name, path):
 
 # ------------------------------------------------------------------------------------------------ mamba_ssm
 def test_mamba_ssm_gets_what_its_kernel_accepts(monkeypatch):
-    """Its kernel wants one dtype for u, delta, B, C and z, and float32 for A, D and delta_bias."""
+    """Its kernel requires one dtype for u, delta, B, C and z, and float32 for A, D and delta_bias."""
     received = {}
 
     def kernel(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):

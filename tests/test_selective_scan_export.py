@@ -1,4 +1,4 @@
-"""The exported selective scan: plain operators, right for any length, in other processes and in ONNX Runtime."""
+"""The exported selective scan: plain operators, correct for any length, in other processes and in ONNX Runtime."""
 
 import subprocess
 import sys
@@ -51,6 +51,7 @@ def test_exported_graph_can_be_trained():
         assert relative_error(grad, expected_grad) < 5e-6, name
 
 
+@pytest.mark.slow
 def test_exported_graph_is_loaded_where_the_code_is_not(captured, tmp_path):
     program, inputs = captured
     others = tuple(other_inputs(inputs, 3, 40, requires_grad=False).values())

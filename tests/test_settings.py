@@ -1,4 +1,4 @@
-"""Settings of `mfuser train`: every wrong one ends with one line that names it and what is accepted, exit code 2."""
+"""Settings of `mfuser train`: an invalid one ends with exit code 2 and one line that names it and what is accepted."""
 
 import string
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.trainer_utils import IntervalStrategy
 
-from mfuser.scripts import train
+from mfuser.scripts import train, train_arguments
 from mfuser.scripts.settings import BOOLEANS, parse_yaml, read_settings, typed
 from mfuser.scripts.train_arguments import parse_arguments
 
@@ -37,9 +37,14 @@ REFUSED = [
     ("model_config.freeze_encoders=1", "model_config.freeze_encoders is 1; it must be true or false"),
     ("model_config.vfm_config=dinov2", "model_config.vfm_config is 'dinov2'; it must be a dictionary of fields"),
     ("model_config.vfm_config.hidden_size=big", "model_config.vfm_config.hidden_size is 'big'; it must be an integer"),
+    (
+        "model_config.semantic_loss_ignore_index=0",
+        "model_config.semantic_loss_ignore_index is 0; it must be 255, the label of ignored pixels in the data",
+    ),
     ("augmentation.scale_range=2", "augmentation.scale_range is 2; it must be a list of 2 (each a number)"),
     ("augmentation.crop_size=a", "augmentation.crop_size is 'a'; it must be an integer"),
     ("monitor_data=data/acdc", "monitor_data is 'data/acdc'; it must be a dictionary (each value a string)"),
+    ("augmentation.image_std=[0,1,1]", "`image_std` is (0.0, 1.0, 1.0); it must be finite and positive"),
     # names
     ("learning_rat=1", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
     ("crop_size=256", "unknown setting 'crop_size'; did you mean 'model_config.crop_size'?"),
@@ -81,6 +86,19 @@ REFUSED = [
     ),
     ("label_smoothing_factor=0.1", "label_smoothing_factor is 0.1; it must be 0, since the mask loss does not"),
     ("optim_args=beta=1", "optim_args is 'beta=1', which has no effect with optim adamw_torch"),
+    # settings without an effect because of others
+    ("bf16_full_eval=true", "bf16_full_eval has no effect in mfuser train; use bf16"),
+    ("prediction_loss_only=true", "prediction_loss_only has no effect in mfuser train, whose evaluation keeps only"),
+    ("eval_accumulation_steps=2", "eval_accumulation_steps has no effect in mfuser train, whose evaluation keeps"),
+    ("per_device_eval_batch_size=4", "per_device_eval_batch_size has no effect: images are evaluated one by one"),
+    (
+        "lr_scheduler_type=cosine --min_learning_rate 1e-7",
+        "min_learning_rate has no effect: lr_scheduler_type is cosine, and only polynomial uses it",
+    ),
+    ("rare_class_sampling=no rare_class_min_pixels=9", "rare_class_min_pixels has no effect: rare_class_sampling is"),
+    ("rare_class_scope=joint", "rare_class_scope has no effect: it is for several train_data, of which there is one"),
+    ("mask_unlabelled_classes=no", "mask_unlabelled_classes has no effect: it is for several train_data, of which"),
+    ("monitor_images=9", "monitor_images has no effect: there is no monitor_data"),
     # ranges
     ("max_steps=0", "max_steps is 0; it must be at least 1, or -1 for num_train_epochs"),
     ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; it must be at least 1"),
@@ -149,6 +167,18 @@ def test_with_debug_the_traceback_is_shown_as_well(capsys):
     assert train.main(["max_steps=many", "--debug"]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" in shown and shown.endswith("mfuser train: max_steps is 'many'; it must be an integer\n")
+
+
+def test_a_setting_of_a_base_that_another_makes_ineffective_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("schedule_power: 0.9\nrare_class_temperature: 100\nmonitor_images: 5\n")
+    (tmp_path / "recipe.yaml").write_text("base: base.yaml\nlr_scheduler_type: cosine\n")
+    warnings = []
+    monkeypatch.setattr(train_arguments.logger, "warning", warnings.append)
+    parse_arguments([str(tmp_path / "recipe.yaml"), *VALID, "rare_class_sampling=no", "per_device_eval_batch_size=1"])
+    names = [warning.split()[0] for warning in warnings]
+    assert names == ["schedule_power", "rare_class_temperature", "monitor_images"]
+    parse_arguments([*VALID, "lr_scheduler_type=cosine", "rare_class_sampling=no"])  # defaults are no settings
+    assert len(warnings) == 3
 
 
 @pytest.mark.parametrize("written", ["no", "No", "off", "false", "False"])

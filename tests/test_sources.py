@@ -1,4 +1,4 @@
-"""Several sources: draws follow the weights, labels get the ids of all classes, unlabelled classes are not taught."""
+"""Several sources: draws follow the weights, labels get the ids of all classes, unlabelled classes have no loss."""
 
 import datasets
 import numpy as np
@@ -196,5 +196,9 @@ def test_errors_name_the_source(sources):
     other = TrainingSource("other", sources[0].dataset.remove_columns("label"), sources[0].id2label)
     with pytest.raises(ValueError, match="other has no column label; its columns are image"):
         MultiSourceDataset([sources[0], other], TrainingAugmentation())
+    with pytest.raises(ValueError, match="contains 'road' more than once"):
+        TrainingSource("twice", sources[0].dataset, {0: "road", 1: "road"})
+    with pytest.raises(ValueError, match="contains 'road' more than once"):
+        joint_classes([sources[0], TrainingSource("other case", sources[0].dataset, {0: "Road"})])
     with pytest.raises(ValueError, match="rare_class_scope is 'both'; it must be one of source, joint"):
         multi_source_sampler(sources, rare_class_scope="both")

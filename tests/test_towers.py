@@ -223,7 +223,7 @@ def test_the_vision_foundation_model_drops_nothing():
 
 
 def test_every_norm_has_the_published_epsilon():
-    """It is too small to change the outputs visibly."""
+    """Checked directly, since a wrong epsilon would hardly change the outputs."""
     model = tiny_model("dinov2+clip")
     encoders = {id(module) for tower in (model.mfuser.vfm, model.mfuser.vlm) for module in tower.modules()}
     norms = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)

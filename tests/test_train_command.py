@@ -17,7 +17,7 @@ from tiny_models import CLASSES, DINOV2, VISION, tiny_tokenizer
 from tiny_recipe import write_data, write_recipe
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, pipeline
 
-from mfuser import MFuserForSemanticSegmentation
+from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
 from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.loading import load_model, saved_encoders
 from mfuser.scripts import cli, train
@@ -242,7 +242,7 @@ def write_second_source(folder):
     return folder
 
 
-@pytest.mark.parametrize("scope", ["source", "joint"])
+@pytest.mark.parametrize("scope", ["source", pytest.param("joint", marks=pytest.mark.slow)])
 def test_a_run_on_two_sources_is_resumed_with_the_same_weights(recipe, data, tmp_path, steps, scope):
     second = write_second_source(tmp_path / "second")
     settings = [str(recipe), f"train_data=[{data}, {second}]", "train_weights=[1, 2]", f"rare_class_scope={scope}"]
@@ -277,12 +277,70 @@ def test_resuming_a_finished_run_changes_no_weight(finished, recipe, tmp_path, s
     assert_same_weights(weights_in(tmp_path / "run"), weights_in(finished))
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_ends_with_the_best_weights(
+    recipe, tmp_path, steps, monkeypatch
+):
+    def score(trainer, *unused, **more_unused):
+        return {"mean_iou": 1 / trainer.state.global_step}  # the first checkpoint is the best
+
+    monkeypatch.setattr(train.MFuserTrainer, "_score", score)
+    best = ["load_best_model_at_end=true", "eval_strategy=steps", "eval_steps=1", "metric_for_best_model=mean_iou"]
+    run = tmp_path / "run"
+    assert train.main([str(recipe), *best]) == 0
+    whole = weights_in(run)
+    for name in ("model.safetensors", "config.json", "README.md"):  # what is saved after the training
+        (run / name).unlink()
+    assert train.main([str(recipe), *best, "resume=true"]) == 0
+    assert steps == [0, 1]
+    assert_same_weights(weights_in(run), whole)
+    assert_same_weights(weights_in(run), weights_in(run / "checkpoint-1"))
+
+
 def test_a_trained_model_is_trained_further(finished, recipe, tmp_path):
     arguments = [f"model={finished}", "model_config={}", f"output_dir={tmp_path / 'further'}", "max_steps=1"]
     trainer = train.build_trainer(*parse_arguments([str(recipe), *arguments]))
     assert_same_weights(trainer.model.state_dict(), weights_in(finished))
     assert train.main([str(recipe), *arguments]) == 0
     assert (tmp_path / "further" / "model.safetensors").is_file()
+
+
+def test_a_model_that_ignores_another_label_than_the_data_is_refused_until_it_is_set(finished, recipe, tmp_path):
+    model = shutil.copytree(finished, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((model / "config.json").read_text()) | {"semantic_loss_ignore_index": 254}
+    (model / "config.json").write_text(json.dumps(config))
+    arguments = [str(recipe), f"model={model}", "model_config={}"]
+    with pytest.raises(ValueError, match="254; .* set model_config.semantic_loss_ignore_index=255"):
+        train.build_trainer(*parse_arguments(arguments))
+    trainer = train.build_trainer(*parse_arguments([*arguments, "model_config.semantic_loss_ignore_index=255"]))
+    assert trainer.model.config.semantic_loss_ignore_index == 255
+
+
+def test_training_normalises_as_the_image_processor_that_is_saved(finished, recipe, tmp_path):
+    def prepared(*settings):
+        trainer = train.build_trainer(*parse_arguments([str(recipe), *settings]))
+        augmentation, processor = trainer.train_dataset.augmentation, trainer.processing_class
+        assert processor is trainer.eval_dataset.image_processor
+        assert list(augmentation.image_mean) == list(processor.image_mean)
+        assert list(augmentation.image_std) == list(processor.image_std)
+        return processor
+
+    assert list(prepared().image_mean) == list(MFuserImageProcessor.image_mean)
+    given = prepared("augmentation.image_mean=[0,0.5,1]", "augmentation.image_std=[1,1,1]")
+    assert (list(given.image_mean), list(given.image_std)) == ([0, 0.5, 1], [1, 1, 1])
+    model = shutil.copytree(finished, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    size = {"height": 48, "width": 64}
+    MFuserImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=0.5, size=size).save_pretrained(model)
+    further = (f"model={model}", "model_config={}")
+    own = prepared(*further)
+    assert (own.image_mean, own.image_std) == ([0.1, 0.2, 0.3], [0.5] * 3)
+    assert own.do_resize and dict(own.size) == size
+    assert prepared(*further, "augmentation.image_mean=[0,0,0]").image_std == [0.5] * 3
+    assert dict(prepared(*further, "validation_size.shortest_edge=32").size) == {"shortest_edge": 32}
+    MFuserImageProcessor(do_rescale=False).save_pretrained(model)
+    with pytest.raises(ValueError, match="model has do_rescale False; it must be True, as in training"):
+        prepared(*further)
+    (model / "preprocessor_config.json").unlink()
+    assert list(prepared(*further).image_mean) == list(MFuserImageProcessor.image_mean)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 100.0])
@@ -339,10 +397,11 @@ def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(re
     assert (tmp_path / "b" / "encoders.json").read_text() == (run / "encoders.json").read_text()
 
 
-def test_data_with_other_classes_than_the_models_is_trained_on(finished, recipe, tmp_path):
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(dict(enumerate(["a", "b", "sky", "d"]))))
-    arguments = [str(recipe), f"model={finished}", "model_config={}", f"id2label={other}", "max_steps=1"]
+def test_data_with_other_classes_than_the_models_is_trained_on(finished, recipe, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "data")
+    (other / "id2label.json").write_text(json.dumps(dict(enumerate(["a", "b", "sky", "d"]))))
+    arguments = [str(recipe), f"model={finished}", "model_config={}", "max_steps=1"]
+    arguments += [f"train_data={other}", f"validation_data={other}"]
     assert train.main([*arguments, f"output_dir={tmp_path / 'other'}"]) == 0
     model, before = load_model(tmp_path / "other"), load_model(finished)
     assert list(model.config.id2label.values()) == ["a", "b", "sky", "d"]

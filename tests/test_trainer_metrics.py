@@ -1,4 +1,4 @@
-"""A plain Trainer scores as MFuserTrainer does and collects nothing of the size of the scores."""
+"""A plain Trainer computes the same metrics as MFuserTrainer and does not collect scores."""
 
 import re
 from pathlib import Path

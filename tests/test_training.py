@@ -184,7 +184,7 @@ def test_evaluation_equals_an_independent_mean_iou_and_keeps_no_logits(tmp_path)
 
 
 class ColourModel(nn.Module):
-    """Stands in for a model: the score of each class is a colour channel, or minus their sum."""
+    """Replaces a model: the score of each class is a colour channel, or minus their sum."""
 
     def __init__(self, config):
         super().__init__()
@@ -242,6 +242,7 @@ def killed_while_saving(folder, step):
     return process.exitcode
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_bit_identically_from_its_last_complete_checkpoint(tmp_path):
     whole = trainer_in(tmp_path / "whole")
     whole.train()

@@ -1,4 +1,4 @@
-"""Training is that of the reference implementation: trajectories, initial values, dropout."""
+"""Training equals the reference implementation: trajectories, initial values, dropout."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows that cannot be read: named, or skipped and counted; a monitored domain never ends the training."""
+"""Unreadable rows are named, or skipped and counted; those of a monitored domain never stop the training."""
 
 import io
 import json
@@ -17,6 +17,7 @@ from mfuser.data.augmentation import AugmentedDataset, Draw, TrainingAugmentatio
 from mfuser.data.rare_class_sampling import count_class_pixels
 from mfuser.data.unreadable import UnreadableRowError
 from mfuser.scripts import train
+from mfuser.training import trainer as trainer_module
 
 torch.set_num_threads(1)
 
@@ -27,8 +28,12 @@ def whole(tmp_path_factory):
 
 
 def png(pixels) -> bytes:
+    return encoded(pixels, "PNG")
+
+
+def encoded(pixels, form: str) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    Image.fromarray(pixels).save(stream, form)
     return stream.getvalue()
 
 
@@ -39,8 +44,13 @@ DAMAGES = {
     "a truncated image": ("image", IMAGE[:200], "image file is truncated"),
     "text instead of an image": ("image", b"not an image", "cannot identify image file"),
     "an empty image": ("image", b"", ""),
+    "an image of floating-point values": (
+        "image",
+        encoded(np.zeros((72, 96), dtype=np.float32), "TIFF"),
+        "the image has mode F, floating-point values of an unknown range; save it with 8 or 16 bits",
+    ),
     "a truncated label": ("label", png(LABEL)[:60], ""),
-    "a label that is no class": (
+    "a label that is not a class": (
         "label",
         png(LABEL + 7),
         "the label holds [7], which are neither classes (0..3) nor 255",
@@ -181,11 +191,26 @@ def test_an_unreadable_validation_image_is_named_or_left_out_and_counted(whole, 
     assert metrics["eval_unreadable"] == 1 and 0 <= metrics["eval_mean_iou"] <= 1
 
 
-def test_a_broken_monitored_image_is_reported_and_counted_and_training_continues(whole, tmp_path, caplog):
-    folder = damaged(whole, tmp_path / "data", {1: ("image", IMAGE[:200])}, split="validation")
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_broken_monitored_image_is_reported_and_counted_and_training_continues(row, whole, tmp_path, caplog):
+    folder = damaged(whole, tmp_path / "data", {row: ("image", IMAGE[:200])}, split="validation")
     recipe = write_recipe(tmp_path, whole)
     settings = [f"monitor_data.night={folder}:validation", "monitor_steps=1"]
     trainer = train.build_trainer(*train.parse_arguments([str(recipe), *COMMON, *settings]))
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "monitor_night_unreadable" in entry]
     assert log["monitor_night_unreadable"] == 1 and 0 <= log["monitor_night_mean_iou"] <= 1
+
+
+def test_images_that_are_too_small_are_named_and_never_end_monitoring(whole, tmp_path, monkeypatch):
+    small = [str(write_recipe(tmp_path, whole)), *COMMON, "validation_size={height: 8, width: 8}"]
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    monitoring = [*small, "validation_data=null", f"monitor_data.night={whole}:validation"]
+    trainer = train.build_trainer(*train.parse_arguments(monitoring))
+    assert trainer.monitor() == {"monitor_night_unreadable": 2}
+    assert [warning.startswith(f"{whole}, row ") for warning in warnings] == [True, True, False]
+    with pytest.raises(ValueError, match="^Row 0 of the evaluated images: pixel_values hold images of 8 x 8 pixels"):
+        train.build_trainer(*train.parse_arguments(small)).evaluate()
+    with pytest.raises(ValueError, match="none of the validation images can be read"):
+        train.build_trainer(*train.parse_arguments([*small, "skip_unreadable=yes"])).evaluate()

@@ -56,7 +56,7 @@ def record_in(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-# --- the promise: all frames, times and sound ------------------------------------------------------------------------
+# --- guarantee: all frames, timestamps and audio ---------------------------------------------------------------------
 
 
 def test_a_video_gives_its_overlay_with_the_same_times_and_audio(model, tmp_path, capsys):
@@ -361,7 +361,7 @@ def test_nonfinite_scores_keep_the_results_of_an_earlier_run(model, tmp_path, ca
 
 
 @pytest.mark.parametrize("address", ["rtsp://me:secret@127.0.0.1:1/live", "http://me:secret@127.0.0.1:1/a.m3u8"])
-def test_an_address_that_cannot_be_opened_is_named_without_its_password(model, tmp_path, capsys, address):
+def test_a_url_that_cannot_be_opened_is_named_without_its_password(model, tmp_path, capsys, address):
     assert run(address, "--output", tmp_path / "out") == 1
     printed = capsys.readouterr()
     assert re.search("skipped (rtsp|http)://127.0.0.1:1/.*: .+", printed.err)
@@ -382,6 +382,8 @@ def test_a_missing_package_is_named_with_its_extra(model, tmp_path, capsys, monk
         (["a.mp4", "--confidence"], "--confidence applies to images, but the inputs are videos"),
         (["a.mp4", "--panel"], "--panel applies to images, but the inputs are videos"),
         (["a.png", "--smoothing", "0.5"], "--smoothing applies to videos, but the inputs are images"),
+        (["a.mp4", "--frame-rate", "25"], "--frame-rate applies to numbered frames; give them as a pattern"),
+        (["a.png", "--frame-rate", "25"], "--frame-rate applies to numbered frames; give them as a pattern"),
     ],
 )
 def test_an_option_without_an_effect_is_refused(model, tmp_path, capsys, arguments, message):
@@ -465,7 +467,7 @@ def test_the_results_of_a_video_are_complete_whenever_a_run_ends(model, tmp_path
             assert not [name for name in files(output) if name.endswith(".tmp")]
 
 
-# --- results that exist ----------------------------------------------------------------------------------------------
+# --- existing results ------------------------------------------------------------------------------------------------
 
 
 def test_finished_videos_are_skipped_and_others_are_not(model, tmp_path, capsys, monkeypatch):
@@ -532,6 +534,7 @@ def test_results_depend_on_every_weight_and_not_on_where_or_by_which_version_the
     model, other = tiny_model(), tiny_model()
     other.load_state_dict(model.state_dict())
     other.config._name_or_path = "elsewhere"
+    other.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}  # as after `save_pretrained`
     processor = MFuserImageProcessor()
     with monkeypatch.context() as later:
         later.setattr("transformers.configuration_utils.__version__", "99.0")

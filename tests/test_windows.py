@@ -1,4 +1,4 @@
-"""Images larger than a crop: where the windows lie, how their scores and losses are averaged, and augmentation."""
+"""Images larger than a crop: positions of the windows, averaging of scores and losses, and augmentation."""
 
 from itertools import product
 
@@ -16,7 +16,7 @@ def window(top: int, left: int, height: int = 64, width: int = 64) -> tuple:
 
 
 class Crops:
-    """Records where in an image of coordinates each crop lies that the model computes."""
+    """Records the position of each crop that the model computes, read from an image of coordinates."""
 
     def __init__(self, model):
         self.places = []

@@ -1,4 +1,4 @@
-"""Every example of docs/works_with.md runs as it stands there."""
+"""Every example of docs/works_with.md runs unchanged."""
 
 import os
 import re
@@ -87,6 +87,7 @@ def test_accelerate(run):
     assert has_changed("runs/accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_torchao(run):
     names = run("torchao")
@@ -104,6 +105,7 @@ def test_bitsandbytes(run):
         assert share_of_equal_labels(run("bitsandbytes")) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_bitsandbytes_in_4_bits(run, tmp_path):
     wide = {"hidden_size": 128, "intermediate_size": 128, "projection_dim": 64}

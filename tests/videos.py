@@ -38,10 +38,14 @@ def write_video(
     Writes the RGB pictures `frames` to `path`.
 
     Args:
-        times (`list[int]`, *optional*): When each is shown, in units of `time_base`; by default evenly.
-        sound (`str`, *optional*): Codec of a tone that is added.
-        codec, pix_fmt (`str`): How pictures are encoded.
-        options (`str`): Of the container.
+        times (`list[int]`, *optional*):
+            When each is shown, in units of `time_base`; by default evenly.
+        sound (`str`, *optional*):
+            Codec of an audio track with a tone, which is added.
+        codec, pix_fmt (`str`):
+            How pictures are encoded.
+        options (`str`):
+            Of the container.
     """
     time_base = time_base or 1 / rate
     with av.open(str(path), "w", options=options) as container:
@@ -88,7 +92,7 @@ def read_video(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes
 
 
 def rotate_clockwise(path: Path) -> None:
-    """Marks an MP4 file as one that is turned by 90 degrees clockwise to be shown, as telephones do."""
+    """Marks an MP4 file as rotated by 90 degrees clockwise for display, as phones do."""
     content = bytearray(path.read_bytes())
     start = content.index(b"tkhd") + 44
     matrix = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)

@@ -1,4 +1,4 @@
-"""Redraws docs/figures/app.png: the page of `mfuser app` with the example image, as Chromium shows it."""
+"""Redraws docs/figures/app.png: a screenshot of `mfuser app` with the example image, in Chromium."""
 
 import base64
 import io

@@ -1,10 +1,10 @@
 """
-Compares ways to calibrate confidences, on the source alone, and prints the tables of docs/confidence.md.
+Compares methods to calibrate confidences, on the source alone, and prints the tables of docs/confidence.md.
 
     python tools/compare_calibrations.py --model MODEL --domain camvid:validation=DIR --measure camvid:dusk=DIR
 
-Each way is fitted to one half of the images and measured on the other half, distorted by kinds that it was not fitted
-to. The best of them is chosen by these columns. The domain of --measure is measured and never chosen by.
+Each method is fitted to one half of the images and measured on the other half, with kinds of distortion that it was
+not fitted to. The best method is chosen by these columns. The domain of --measure is not used for the choice.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def figures(method: Uncalibrated, samples: list[PixelSample]) -> dict[str, float
 
 
 def table_row(new_method, distorted: bool, source: list[PixelSample], other: list[PixelSample]) -> str:
-    """The cells of one way: source undistorted, distorted by other kinds, and the other domain."""
+    """The cells of one method: source undistorted, distorted by other kinds, and the other domain."""
     undistorted, held_out = [], []
     for fitted, measured in halves(source):
         for kind in DISTORTIONS:

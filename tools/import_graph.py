@@ -52,7 +52,7 @@ def read_imports(root: Path = ROOT) -> Graph:
             The package directory.
 
     Returns:
-        `dict[str, set[str]]`: For each module, such as `data.domains` or `modeling_mfuser`, the modules of the package
+        `dict[str, set[str]]`: For each module, such as `data.tables` or `modeling_mfuser`, the modules of the package
         that it imports.
     """
     folders = [root, *(path.parent for path in root.glob("*/__init__.py"))]
@@ -80,7 +80,7 @@ def imported_modules(module: str, path: Path, modules: Iterable[str]) -> set[str
         package, _, inside = name.partition(".")
         if package != PACKAGE:
             continue
-        # "data.domains.load" is a name in data.domains; "__version__" one in __init__
+        # "data.loading.load_domain" is a name in data.loading; "__version__" one in __init__
         candidates = [inside, inside.rpartition(".")[0], f"{inside.rpartition('.')[0]}.__init__".lstrip(".")]
         found.update([candidate for candidate in candidates if candidate in modules][:1])
     return found

@@ -168,7 +168,7 @@ def place_rows(rows: list[list[str]], neighbours: Mapping[str, list[str]], items
 
 
 def spread(row: list[str], wishes: list[float], items: dict[str, Item], gap: float) -> None:
-    """The places nearest to `wishes` in the least-squares sense at which no two items of the row overlap."""
+    """The positions nearest to `wishes` in the least-squares sense at which no two items of the row overlap."""
     offsets = [0.0]
     for left, right in pairwise(row):
         offsets.append(offsets[-1] + (items[left].width + items[right].width) / 2 + gap)

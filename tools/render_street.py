@@ -412,7 +412,7 @@ def render(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shadowed(points: np.ndarray, casters: list[Shape]) -> np.ndarray:
-    """Which points the sun does not reach."""
+    """Which points are in shadow."""
     dark = np.zeros(len(points), bool)
     for caster in casters:
         # Only points in the caster's shadow volume: their ray passes the bounds' heights within its sides.
@@ -431,7 +431,7 @@ def shadowed(points: np.ndarray, casters: list[Shape]) -> np.ndarray:
 
 
 def photograph(linear: np.ndarray) -> Image.Image:
-    """What a camera makes of linear RGB: gamma, vignette, slight blur, sensor noise."""
+    """Simulates a camera on linear RGB: gamma, vignette, slight blur, sensor noise."""
     height, width = linear.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     exposed = np.clip(linear * (1 - 0.10 * (x**2 + y**2))[..., None], 0, 1) ** (1 / 1.8)

@@ -4,9 +4,9 @@ Trains every variant of the ablation with every seed, evaluates it by day and at
     python tools/run_ablation.py --data data/camvid
     python tools/run_ablation.py --data data/camvid --seeds 0 --output runs/short -- max_steps=20 save_steps=10
 
-Runs follow one another. What is finished is not repeated, and an interrupted training continues from its last
-checkpoint, so that the same command can be given until it is done. Settings after `--` are passed on to `mfuser train`
-for all variants. docs/ablation.md describes the variants.
+Runs are executed sequentially. Finished runs are not repeated, and an interrupted run continues from its last
+checkpoint, so the same command can be repeated until all runs are finished. Settings after `--` are passed on to
+`mfuser train` for all variants. docs/ablation.md describes the variants.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     variants = read_variants()
     results: dict[str, dict[int, dict[str, Any]]] = {}
     parameters: dict[str, int] = {}
-    # Seed by seed, so that an interrupted ablation has the same seeds of all variants.
+    # Seed by seed, so that an interrupted ablation has the same seeds for all variants.
     for seed in parsed.seeds:
         for variant in parsed.variants:
             folder = parsed.output / f"{variant}-{seed}"

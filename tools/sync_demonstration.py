@@ -1,8 +1,8 @@
 """Copies the model code into the demonstration folder, so that it works with `trust_remote_code` in any checkout.
 
-The copies are the modules that the folder's `auto_map` entries name and whatever these import relatively. They are
-real files: where a system has no symbolic links, a checkout holds the path of a link's target in its place. Run this
-after a change to the model code; `--check` reports stale files and changes nothing.
+The copies are the modules that the folder's `auto_map` entries name and the modules that these import relatively. They
+are regular files, since a checkout on a system without symbolic links contains a text file in place of each link. Run
+this after a change to the model code; `--check` reports stale files and changes nothing.
 """
 
 import argparse

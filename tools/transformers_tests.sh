@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the folder of the tests of the installed version of Transformers, which its source distribution holds and its
-# wheel does not. They are downloaded once, into build/. Exit code 1 if they cannot be had.
+# Prints the folder of the tests of the installed version of Transformers, which are part of its source distribution
+# but not of its wheel. They are downloaded once, into build/. Exit code 1 if they cannot be downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,8 +1,8 @@
 """Runs mypy on the package.
 
-The repository root is the package `mfuser`, whatever the folder is called, so mypy cannot find it by name. This script
-links the root as `build/typecheck/mfuser`, where the settings in pyproject.toml look for it, and prints paths relative
-to the root. After the first run, `mypy` without arguments works as well.
+The repository root is the package `mfuser`, regardless of the folder's name, so mypy cannot find it by name. This
+script links the root as `build/typecheck/mfuser`, where the settings in pyproject.toml look for it, and prints paths
+relative to the root. After the first run, `mypy` without arguments works as well.
 """
 
 import os

@@ -43,7 +43,8 @@ class MFuserTrainingArguments(TrainingArguments):
         save_trainable_only (`bool`, *optional*, defaults to `False`):
             Whether checkpoints and the final model leave out frozen encoders.
         monitor_steps (`int`, *optional*, defaults to 500):
-            Number of steps between two scorings of the monitored domains, independent of `eval_steps`.
+            Number of steps between evaluations of the monitored domains, independent of `eval_steps`. They are also
+            evaluated after the last step.
         max_nonfinite_steps (`int`, *optional*, defaults to 10):
             Number of consecutive steps with a loss or gradients that are not finite after which training stops. Such
             steps change no weights.
@@ -79,7 +80,10 @@ class MFuserTrainingArguments(TrainingArguments):
     )
     monitor_steps: int = field(
         default=500,
-        metadata={"help": "Number of steps between two scorings of the monitored domains, independent of eval_steps."},
+        metadata={
+            "help": "Number of steps between evaluations of the monitored domains, independent of eval_steps. They "
+            "are also evaluated after the last step."
+        },
     )
 
     max_nonfinite_steps: int = field(

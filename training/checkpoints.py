@@ -1,4 +1,4 @@
-"""Weights and folders of checkpoints: what Transformers' Trainer loads from them and how they become visible."""
+"""Weights and folders of checkpoints: loading by Transformers' Trainer, and atomic saving."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ from mfuser.files import flush
 from mfuser.frozen_encoders_mfuser import ENCODERS_FILE
 from mfuser.loading import read_weights
 
-# Folders and files of a run beside its results. Uploads to the Hub leave out names that begin with an underscore.
+# Temporary folders next to the results of a run. Uploads to the Hub leave out names that begin with an underscore.
 UNFINISHED_FOLDER = "_unfinished"  # checkpoints and results while they are written
-REPLACED_FOLDER = "_replaced"  # checkpoints while others take their place
+REPLACED_FOLDER = "_replaced"  # checkpoints while others replace them
 DISCARDED_FOLDER = "_discarded"  # checkpoints while they are deleted
 LOCK_FILE = "_lock"
 CONFIG_FILE = "config.json"
-# Files that another way of saving the same model would leave behind.
+# Files that remain if the same model was saved in another way before.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", ENCODERS_FILE)
 
 
@@ -56,7 +56,7 @@ def _translate_names(model: PreTrainedModel, state_dict: dict, *unused) -> None:
 @contextmanager
 def unfinished(folder: Path) -> Iterator[None]:
     """
-    Removes a folder of unfinished files before the block, and after it, so that a full disk has space again.
+    Removes a folder of unfinished files before and after the block, so that they do not fill the disk.
 
     Raises:
         OSError: If PyTorch cannot write a file, for which it raises a `RuntimeError`.
@@ -74,15 +74,15 @@ def unfinished(folder: Path) -> Iterator[None]:
 
 def publish(unfinished: Path, final: Path) -> None:
     """
-    Gives a finished checkpoint its name, in place of one of the same name.
+    Renames a finished checkpoint to its final name, and replaces an earlier one of that name.
 
-    At every moment the earlier or the new checkpoint is whole: see [`restore_replaced`].
+    At any time, the earlier or the new checkpoint is complete: see [`restore_replaced`].
 
     Args:
         unfinished (`Path`):
             The finished folder, on the same file system.
         final (`Path`):
-            Its name.
+            Its final path.
     """
     flush(unfinished)
     replaced = final.parent / REPLACED_FOLDER
@@ -95,7 +95,7 @@ def publish(unfinished: Path, final: Path) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Gives back their names to checkpoints of a run that was killed while [`publish`] replaced them."""
+    """Restores the names of checkpoints of a run that was killed while [`publish`] replaced them."""
     for earlier in sorted((folder / REPLACED_FOLDER).glob("*")):
         if not (folder / earlier.name).exists():
             os.replace(earlier, folder / earlier.name)
@@ -136,7 +136,7 @@ def publish_files(unfinished: Path, folder: Path) -> None:
     """
     Moves the files of a finished model into a folder that may hold an earlier one.
 
-    Every file is replaced as a whole. `config.json`, without which the folder is no model, is the last.
+    Every file is replaced atomically. `config.json`, without which the folder is not a model, is the last.
 
     Args:
         unfinished (`Path`):

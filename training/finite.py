@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: skipped, counted, and an error if there are many in a row."""
+"""Steps with non-finite loss or gradients: skipped, counted, and an error if there are many in a row."""
 
 import torch
 from torch import nn
@@ -27,7 +27,8 @@ class SkipNonFiniteSteps(TrainerCallback):
             The trainer.
 
     Attributes:
-        total (`int`): Number of skipped steps.
+        total (`int`):
+            Number of skipped steps.
     """
 
     def __init__(self, trainer):
@@ -69,7 +70,7 @@ class SkipNonFiniteSteps(TrainerCallback):
             # The largest absolute value cannot overflow, as a Euclidean norm can.
             largest = get_total_norm(gradients, norm_type=float("inf"))
             finite = finite & torch.isfinite(largest.full_tensor() if isinstance(largest, DTensor) else largest)
-        if accelerator.num_processes > 1:  # all processes must decide alike
+        if accelerator.num_processes > 1:  # all processes must make the same decision
             finite = accelerator.reduce(finite.to(torch.float32), "sum") == accelerator.num_processes
         return bool(finite)
 

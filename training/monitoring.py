@@ -1,8 +1,8 @@
 """
-Target domains that are scored while a model is trained.
+Target domains that are scored during training.
 
-Their scores are logged and go nowhere else: they are not among the metrics by which [`Trainer`] selects the best
-checkpoint, and training is bit-equal with and without them.
+Their scores are only logged: they are not among the metrics by which [`Trainer`] selects the best checkpoint, and
+training is bit-identical with and without them.
 """
 
 import contextlib
@@ -69,7 +69,12 @@ class MonitoredDomain(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises errors of almost any type for damaged files
-            return {"error": f"{self.domain.source}, row {position} ({self.domain.rows.names[position]}): {error}"}
+            return {"error": f"{self.title(index)}: {error}"}
+
+    def title(self, index: int) -> str:
+        """What messages call a sample."""
+        position = self.positions[index]
+        return f"{self.domain.source}, row {position} ({self.domain.rows.names[position]})"
 
 
 def open_monitored_domains(
@@ -93,7 +98,7 @@ def open_monitored_domains(
         image_processor, images:
             As in [`MonitoredDomain`].
         image_column, label_column, id2label:
-            As in [`~mfuser.evaluation.domains.open_domain`]. `id2label` is used for names that are no known domain.
+            As in [`~mfuser.evaluation.domains.open_domain`]. `id2label` is used for names of unknown domains.
 
     Returns:
         `dict[str, MonitoredDomain]`: The domains by name.
@@ -181,7 +186,7 @@ def check_validation_source(
     """
     Checks that the validation data is not another split of a monitored domain.
 
-    Validation data of a training domain is accepted: its splits may be domains in themselves, as CamVid's dusk is.
+    Validation data of a training domain is accepted: its splits may be domains of their own, like CamVid's dusk.
 
     Raises:
         ValueError: If the folder or the prepared domain of `validation_data` is that of a monitored domain and not
@@ -215,13 +220,13 @@ def _domains_of(source: str) -> set[str]:
 
 
 class MonitorCallback(TrainerCallback):
-    """Scores the monitored domains every `monitor_steps` steps."""
+    """Scores the monitored domains every `monitor_steps` steps and after the last step."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.monitor_steps == 0:
+        if state.global_step % args.monitor_steps == 0 or state.global_step == state.max_steps:
             should_log = control.should_log  # logging resets it, and the loss of this step would not be logged
             self.trainer.monitor()
             control.should_log = should_log

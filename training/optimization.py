@@ -27,7 +27,7 @@ def parameter_groups(
             Whether weight decay acts on the decoder's level and query embeddings.
         decay_norms (`bool`, *optional*, defaults to `True`):
             Whether weight decay acts on BatchNorm, GroupNorm and four LayerNorms of the MTEnhancer, as in the
-            published code (by accident, it seems). `False` exempts every normalisation layer.
+            published code (probably by accident). `False` exempts every normalisation layer.
 
     Returns:
         `list[dict]`: Two dictionaries of `params` and `weight_decay`. Each trainable parameter is in exactly one.
@@ -108,7 +108,7 @@ def restart_schedule(scheduler: LRScheduler) -> None:
 
     Args:
         scheduler (`LRScheduler`):
-            A schedule whose state was loaded. Others than `LambdaLR` do not depend on the length and are left as is.
+            A schedule whose state was loaded. Others than `LambdaLR` do not depend on the length and are not changed.
     """
     if isinstance(scheduler, LambdaLR):
         scheduler.last_epoch -= 1

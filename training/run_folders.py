@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and none of its results is lost to another run."""
+"""The folder of a run: it is used by one run at a time, and no run overwrites the results of another."""
 
 import json
 from collections.abc import Iterator
@@ -22,13 +22,18 @@ PARTS = {
     "state of the random numbers": ("rng_state*.pth",),
     "state of the run": (TRAINER_STATE_NAME,),
 }
-# What a run writes in its folder beside checkpoints and weights.
+# Files that a run writes into its folder in addition to checkpoints and weights.
 RESULTS = (CONFIG_FILE, RECORD_FILE, TRAINER_STATE_NAME, "training_args.bin", "preprocessor_config.json", "README.md")
 
 
 def content(folder: Path) -> list[str]:
     """The names in a folder, without those that begin with a dot or an underscore."""
     return sorted(path.name for path in folder.iterdir() if path.name[0] not in "._") if folder.is_dir() else []
+
+
+def results(folder: Path) -> list[str]:
+    """The names of the files in a folder that a run replaces or deletes at its end."""
+    return sorted(path.name for pattern in (*RESULTS, *WEIGHTS) for path in folder.glob(pattern))
 
 
 @contextmanager
@@ -73,6 +78,8 @@ def check_output_dir(folder: Path, resume: str | bool, overwrite: bool) -> None:
         raise ValueError(
             f"resume is {resume} and overwrite_output_dir is true; a run continues an earlier one or replaces it"
         )
+    checkpoints = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *folder.glob(f"{REPLACED_FOLDER}/*")]
+    found = results(folder)
     if isinstance(resume, str):
         if not Path(resume, TRAINER_STATE_NAME).is_file():
             raise ValueError(
@@ -84,12 +91,17 @@ def check_output_dir(folder: Path, resume: str | bool, overwrite: bool) -> None:
                 "empty output_dir"
             )
     elif resume:
-        checkpoints = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *folder.glob(f"{REPLACED_FOLDER}/*")]
-        if not checkpoints and CONFIG_FILE in names:
+        if found and not checkpoints:
             raise ValueError(
-                f"output_dir is {folder}, which holds a model but no checkpoint to resume from; give an empty folder"
+                f"output_dir is {folder}, which holds {found[0]} but no checkpoint to resume from; give an empty "
+                "folder"
             )
-    elif names and not overwrite:
+    elif overwrite:
+        if found and not checkpoints and RECORD_FILE not in names:
+            raise ValueError(
+                f"output_dir is {folder}, whose {found[0]} was not written by `mfuser train`; give another folder"
+            )
+    elif names:
         raise ValueError(
             f"output_dir is {folder}, which is not empty: it holds {names[0]}; resume=true continues a run, "
             "overwrite_output_dir=true deletes its checkpoints and its model, and another output_dir keeps them"
@@ -105,7 +117,7 @@ def checkpoint_to_resume(folder: Path, resume: str | bool) -> str | None:
 
 def check_checkpoint(checkpoint: str | Path) -> None:
     """
-    Checks that a checkpoint is complete and that none of its files is cut off.
+    Checks that a checkpoint is complete and that none of its files is truncated.
 
     Trainer would continue without the state of the optimizer or of the random numbers if their files were missing.
 
@@ -136,9 +148,9 @@ def remove_earlier_run(folder: Path) -> None:
     """Deletes the checkpoints and the results of an earlier run. Other files are kept."""
     for checkpoint in sort_checkpoints(str(folder)):
         discard(Path(checkpoint))
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it, the rest is no model
-    for path in [each for pattern in (*RESULTS, *WEIGHTS) for each in folder.glob(pattern)]:
-        path.unlink()
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # first: without it, the rest is not a model
+    for name in results(folder):
+        (folder / name).unlink()
 
 
 __all__ = ["check_checkpoint", "check_output_dir", "checkpoint_to_resume", "locked", "remove_earlier_run"]

@@ -1,5 +1,5 @@
 """
-The record of a run: what determines its result. It is saved with every checkpoint and compared when a run is resumed.
+The record of a run: everything that determines its result. It is saved with every checkpoint and compared on resuming.
 
 It holds the settings that change the result, the configuration of the model, and fingerprints of the training data
 and of the frozen weights. Paths are not compared, so that data and encoders may be moved.
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from mfuser.data.validation import evenly_spaced
+from mfuser.loading import config_content
 
 try:
     import datasets
@@ -37,12 +38,10 @@ FREE_SETTINGS = (
     *("activation_checkpointing", "activation_checkpointing_", "gradient_checkpointing", "gradient_checkpointing_"),
     *("skip_memory_metrics", "enable_jit_checkpoint", "batch_eval_metrics", "prediction_loss_only", "label_names"),
     *("restore_callback_states_from_checkpoint", "max_nonfinite_steps", "skip_unreadable"),
-    # The stated exceptions: the schedule is computed for the new length.
+    # Exceptions, which change the result: the schedule is computed for the new length.
     *("max_steps", "num_train_epochs"),
 )
 COMPARED_AFTER_ALL = ("dataloader_drop_last",)  # decides which samples an epoch has
-# Fields of a configuration that name the software and the place of the model.
-CONFIG_NOTES = ("transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype")
 
 
 def is_free(name: str) -> bool:
@@ -60,7 +59,7 @@ def training_settings(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """A value after a round trip through JSON."""
     if isinstance(value, enum.Enum):
         value = value.value
     return json.loads(json.dumps(value, default=str))
@@ -131,17 +130,12 @@ def run_record(
         encoders (`dict`, *optional*):
             Where the pretrained encoders come from. They are recorded and not compared.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in CONFIG_NOTES}
-    for value in config.values():
-        if isinstance(value, dict):
-            for name in CONFIG_NOTES:
-                value.pop(name, None)
     length = {"max_steps": arguments.max_steps, "num_train_epochs": arguments.num_train_epochs}
     return {
         "format": FORMAT,
         "settings": training_settings(arguments) | as_json(dict(settings)),
         "data": as_json(dict(data)),
-        "model": as_json(config),
+        "model": as_json(config_content(model.config)),
         "frozen_weights": frozen_weights(model),
         "encoders": dict(encoders) if encoders else None,
         "lengths": [{"from_step": 0, **length}],
@@ -183,7 +177,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _compared(value: Any) -> Any:
-    """What is compared of a value: the content of data, wherever it is."""
+    """The part of a value that is compared: of data, the content but not the location."""
     return (value["rows"], value["content"]) if _is_data(value) else value
 
 

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from mfuser.data.validation import ValidationDataset
+from mfuser.errors import is_expected, is_out_of_memory, one_line
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.evaluation.trainer_metrics import named_scores, preprocess_logits_for_metrics
 from mfuser.files import write_text
@@ -39,7 +40,13 @@ from mfuser.training.checkpoints import (
     without_scalars,
 )
 from mfuser.training.finite import SkipNonFiniteSteps, check_finite
-from mfuser.training.monitoring import PREFIX, MonitorCallback, check_selection, training_state_preserved
+from mfuser.training.monitoring import (
+    PREFIX,
+    MonitorCallback,
+    MonitoredDomain,
+    check_selection,
+    training_state_preserved,
+)
 from mfuser.training.optimization import PolynomialSchedule, parameter_groups, restart_schedule
 from mfuser.training.run_record import RECORD_FILE
 
@@ -67,7 +74,7 @@ class MFuserTrainer(Trainer):
     - Evaluation accumulates a confusion matrix, image by image, and is exact over several processes:
       `eval_mean_iou`, `eval_overall_accuracy`, `eval_iou_<class>`. Logits are not collected. With several validation
       sets, their names follow "eval", as in [`Trainer`].
-    - Target domains can be monitored: every `monitor_steps` steps their mean IoU is logged as
+    - Target domains can be monitored: every `monitor_steps` steps and after the last one, their mean IoU is logged as
       `monitor_<name>_mean_iou`. It cannot select the best checkpoint, and training is bit-identical without it.
     - Checkpoints and the final model get their names when they are complete, and hold `run_record`. Resuming and
       loading the best model restore every tensor ([`~mfuser.training.checkpoints.accept_saved_names`]). A run that is
@@ -198,7 +205,7 @@ class MFuserTrainer(Trainer):
                 validation sets; by default the validation set.
 
         Raises:
-            ValueError: If there is no validation set, or none of this name.
+            ValueError: If there is no validation set, or none with this name.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -302,44 +309,71 @@ class MFuserTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Computes the mean IoU at the labels' size, with memory that does not grow with the number of images."""
-        scores = self._score(dataloader, report_progress=True)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         dataset: Any = dataloader.dataset
         images: Any = dataset.dataset if isinstance(dataset, Subset) else dataset  # those of all processes
+        skip = isinstance(images, MonitoredDomain) or getattr(images, "skip_unreadable", False)
+        scores = self._score(dataloader, skip, report_progress=True)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         if len(images) and scores.get("unreadable") == len(images):
             raise ValueError("none of the validation images can be read; see the warnings above")
+        if "mean_iou" not in scores:
+            raise ValueError("no labelled pixel was counted in the validation images; scores need at least one")
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(images))
 
-    def _score(self, dataloader: DataLoader, report_progress: bool = False) -> dict[str, float]:
-        """Mean IoU, overall accuracy and IoU per class over the images of all processes."""
+    def _score(self, dataloader: DataLoader, skip_unreadable: bool, report_progress: bool = False) -> dict[str, float]:
+        """
+        Mean IoU, overall accuracy and IoU per class over the images of all processes, unless no pixel is labelled.
+
+        With `skip_unreadable`, images without scores are left out and counted as `unreadable`, as are those that the
+        dataset could not read.
+        """
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         metric = MeanIoU(model.config.num_labels, model.config.semantic_loss_ignore_index, device=self.args.device)
         unreadable = 0
-        for batch in dataloader:
-            if "error" in batch:
+        for position, batch in enumerate(dataloader):
+            problem = batch["error"][0] if "error" in batch else None
+            if problem is None:
+                try:
+                    self._count(batch, model, metric)
+                except Exception as error:
+                    if not is_expected(error) or (is_out_of_memory(error) and not skip_unreadable):
+                        raise
+                    problem = f"{self._title(dataloader, position)}: {one_line(error)}"
+                    if not skip_unreadable:
+                        raise ValueError(problem) from error
+            if problem is not None:
                 unreadable += 1
-                logger.warning(f"{batch['error'][0]}; the image is left out of the score.")
-                continue
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad(), self.accelerator.autocast():
-                scores = model(pixel_values=batch["pixel_values"]).logits
-            metric.update(preprocess_logits_for_metrics(scores, batch["labels"]), batch["labels"])
-            if report_progress:
+                logger.warning(f"{problem}; the image is left out of the score.")
+            elif report_progress:
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        scores = named_scores(metric.reduce(self.accelerator).compute(), model.config.id2label)
+        counted = metric.reduce(self.accelerator)
+        scores = named_scores(counted.compute(), model.config.id2label) if counted.matrix.any() else {}
         count = self.accelerator.reduce(torch.tensor(unreadable, device=self.args.device), "sum").item()
         return scores | ({"unreadable": count} if count else {})
+
+    def _count(self, batch: dict[str, torch.Tensor], model: nn.Module, metric: MeanIoU) -> None:
+        batch = self._prepare_inputs(batch)
+        with torch.no_grad(), self.accelerator.autocast():
+            scores = model(pixel_values=batch["pixel_values"]).logits
+        metric.update(preprocess_logits_for_metrics(scores, batch["labels"]), batch["labels"])
+
+    def _title(self, dataloader: DataLoader, position: int) -> str:
+        """What messages call an image of this process's share."""
+        index = self.args.process_index + position * self.args.world_size
+        images = getattr(dataloader.dataset, "dataset", None)
+        return images.title(index) if isinstance(images, MonitoredDomain) else f"Row {index} of the evaluated images"
 
     def monitor(self) -> dict[str, float]:
         """Scores the monitored domains, logs and returns `monitor_<name>_mean_iou`, and leaves training unchanged."""
         logs = {}
         with training_state_preserved(self.model):
-            dataset: Any
             for name, dataset in self.monitored.items():
-                scores = self._score(self.get_eval_dataloader(dataset))
-                if scores.get("unreadable", 0) < len(dataset):
+                scores = self._score(self.get_eval_dataloader(dataset), skip_unreadable=True)
+                if "mean_iou" in scores:
                     logs[f"{PREFIX}_{name}_mean_iou"] = scores["mean_iou"]
+                else:
+                    logger.warning(f"The monitored domain {name!r} has no score: no labelled pixel was counted.")
                 if "unreadable" in scores:
                     logs[f"{PREFIX}_{name}_unreadable"] = scores["unreadable"]
         self.log(dict(logs))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .class_names_mfuser import CITYSCAPES_CLASSES, requested_classes
+from .class_names_mfuser import CITYSCAPES_CLASSES, checked_class_names, requested_classes
 from .configuration_mfuser import MFuserConfig
 from .frozen_encoders_mfuser import ModelWithFrozenEncoders
 from .pretrained_mfuser import check_finite, load_pretrained_encoders, load_towers
@@ -64,7 +64,7 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
         loaded = super().from_pretrained(path, *args, **kwargs)
         model, report = loaded if isinstance(loaded, tuple) else (loaded, None)
         check_finite(model.state_dict(), "the checkpoint" if path is None else str(path))
-        model.base_model.freeze_unused_parameters()
+        model.freeze_unused_parameters()
         if model.config.freeze_encoders:
             model.freeze_encoders()
         if requested is not None:
@@ -113,11 +113,13 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
                 Other fields of [`MFuserConfig`].
 
         Raises:
-            ValueError: If the encoders cannot be paired, weights are missing, or class names are too long.
+            ValueError: If the encoders cannot be paired, weights are missing, or class names repeat, are empty or are
+                too long.
         """
+        class_names = checked_class_names(class_names)
         revisions = {"vfm": vfm_revision, "vlm": vlm_revision}
         encoders = load_pretrained_encoders(vfm, vlm, revisions)
-        config = encoders.model_config(list(class_names), tokenizer, **kwargs)
+        config = encoders.model_config(class_names, tokenizer, **kwargs)
         model = cls(config)
         notes = load_towers(model.base_model, encoders)
         model.encoders = {
@@ -139,6 +141,49 @@ class MFuserPreTrainedModel(ModelWithFrozenEncoders):
             tower.requires_grad_(False).eval()
         if model.stored_class_embeddings is not None:
             model.stored_class_embeddings.requires_grad_(False)
+
+    def freeze_unused_parameters(self):
+        """
+        Disables the gradients of encoder parameters that no output depends on, since `DistributedDataParallel` waits
+        for every gradient: layers after the last MVFuser, mask tokens, with CLIP the last norm of the vision
+        foundation model and, with SigLIP and no MTEnhancer, the probe that pools an image.
+        """
+        model = self.base_model
+        last_vfm, last_vlm = model.config.layer_pairs[-1]
+        unused = [*model.vfm.layers[last_vfm:], *model.vlm.layers[last_vlm:]]
+        if not model.vlm.merges_normalised_vfm:
+            unused.append(model.vfm.final_norm)
+        for module in unused:
+            module.requires_grad_(False)
+        tokens = [getattr(model.vfm.vision.embeddings, "mask_token", None)] if model.config.use_vfm else []
+        if model.enhancer is None:
+            tokens.append(getattr(getattr(model.vlm.vision, "head", None), "probe", None))
+        for token in tokens:
+            if token is not None:
+                token.requires_grad_(False)
+
+    def check_pixels(self, pixel_values: torch.Tensor):
+        """Raises `ValueError` unless `pixel_values` is a floating-point batch of images of at least one patch."""
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace, and torch.onnx.export with dynamo=False, cannot capture this model; use "
+                "`mfuser export`, torch.export.export or torch.onnx.export with dynamo=True"
+            )
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            given = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise ValueError(
+                f"pixel_values are {given}; they must be a floating-point tensor of normalised images, as the image "
+                "processor returns"
+            )
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values must have shape (batch, 3, height, width), not {tuple(pixel_values.shape)}"
+            )
+        if min(pixel_values.shape[-2:]) < self.config.patch_size:
+            raise ValueError(
+                f"pixel_values hold images of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels; both sides "
+                f"must be at least one patch, {self.config.patch_size} pixels"
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.vlm.vision.embeddings.patch_embedding

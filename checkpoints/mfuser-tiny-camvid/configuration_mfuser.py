@@ -74,7 +74,7 @@ class MFuserConfig(PreTrainedConfig):
             layer. Defaults to 0.1 with CLIP, as in the paper, else to 0.
         vlm_drop_path_axis (`str`, *optional*, defaults to `"token"`):
             What stochastic depth drops: `"token"` for token positions, the same for the whole batch, as the published
-            code does (by accident, it seems), or `"sample"` for samples, as in the literature.
+            code does (probably by accident), or `"sample"` for samples, as in the literature.
         enhancer_hidden_size, enhancer_num_heads, enhancer_num_layers, enhancer_mlp_ratio (`int`, *optional*):
             The MTEnhancer: width, attention heads, layers, and width of its MLP relative to `enhancer_hidden_size`.
             Default to 256, 4, 1, 4.
@@ -111,7 +111,7 @@ class MFuserConfig(PreTrainedConfig):
         windows_per_batch (`int`, *optional*):
             Windows of an image that are computed together. By default as many as fit into memory.
         queries_vote_for_own_class (`bool`, *optional*, defaults to `False`):
-            Whether each query contributes to the score of its own class alone, see
+            Whether each query contributes only to the score of its own class, see
             [`MFuserForSemanticSegmentation.set_class_names`].
         confidence_calibration (`dict[str, float]`, *optional*):
             How class scores become confidences, see [`confidence_map`]; `mfuser calibrate` computes it.
@@ -139,6 +139,7 @@ class MFuserConfig(PreTrainedConfig):
         "vfm_hidden_states",
         *("attentions", "vfm_attentions"),
         "loss_components",
+        "confidence",
     ]
 
     vfm_config: SubConfig = None
@@ -222,7 +223,7 @@ class MFuserConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """See [`PreTrainedConfig.from_dict`]. `num_labels` beside `id2label` adds nothing and is checked only."""
+        """See [`PreTrainedConfig.from_dict`]. With `id2label`, `num_labels` is only checked for consistency."""
         id2label, num_labels = kwargs.get("id2label"), kwargs.get("num_labels")
         if id2label is not None and num_labels is not None:
             if len(id2label) != num_labels:
@@ -234,6 +235,11 @@ class MFuserConfig(PreTrainedConfig):
     def vfm_size(self) -> int:
         """Width of the tokens of the vision foundation model; 0 without one."""
         return self.vfm_config.hidden_size if self.use_vfm else 0
+
+    @property
+    def pyramid_channels(self) -> int:
+        """Channels of the feature pyramid: the tokens of both encoders, concatenated."""
+        return self.vfm_size + self.vlm_config.hidden_size
 
     @property
     def num_levels(self) -> int:

@@ -26,6 +26,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .class_names_mfuser import HUB_ARGUMENTS
 from .files import sha256, write_text
 from .pretrained_mfuser import PretrainedEncoders, load_pretrained_encoders, tower_weights
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
@@ -35,7 +36,6 @@ logger = logging.get_logger(__name__)
 # Saved next to weights without the frozen encoders: the location of each encoder, and the hashes of its weights.
 ENCODERS_FILE = "encoders.json"
 ENCODERS = {"vfm": "vision foundation model", "vlm": "vision-language model"}
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict] | None:
@@ -43,8 +43,10 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
     The encoders that a model was saved without.
 
     Args:
-        name_or_path (`str` or `Path`): Folder or Hub id of the model.
-        hub_kwargs: Arguments for the download, such as `revision`.
+        name_or_path (`str` or `Path`):
+            Folder or Hub id of the model.
+        hub_kwargs:
+            Arguments for the download, such as `revision`.
 
     Returns:
         `dict[str, dict]`, *optional*: For `vfm` and `vlm`, the `name_or_path`, the `revision` (of a Hub id) and the
@@ -60,7 +62,7 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
 
 
 def write_encoders_file(folder: str | Path, encoders: Mapping[str, Mapping]) -> None:
-    """Writes the encoders that [`checked_encoders`] returned beside the weights of a model."""
+    """Writes the encoders that [`checked_encoders`] returned next to the weights of a model."""
     write_text(Path(folder, ENCODERS_FILE), json.dumps(encoders, indent=2) + "\n")
 
 
@@ -69,8 +71,10 @@ def load_named_encoders(encoders: Mapping[str, Any], **hub_kwargs) -> tuple[Pret
     Loads both encoders, and compares their weights files with the hashes that are known.
 
     Args:
-        encoders (`dict`): For `vfm` and `vlm`, a folder or Hub id, or an entry of [`recorded_encoders`].
-        hub_kwargs: Arguments for the download, such as `cache_dir`.
+        encoders (`dict`):
+            For `vfm` and `vlm`, a folder or Hub id, or an entry of [`recorded_encoders`].
+        hub_kwargs:
+            Arguments for the download, such as `cache_dir`.
 
     Returns:
         `tuple`: The [`PretrainedEncoders`], and the entries for [`recorded_encoders`] that describe them.

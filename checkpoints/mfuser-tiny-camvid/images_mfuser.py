@@ -1,12 +1,17 @@
-"""Images and label maps as arrays: conversion of every accepted kind, checks of their values, and batches of them."""
+"""Images and label maps as arrays: conversion of all accepted kinds, checks of values, resizing, and batches."""
 
+import base64
+import binascii
+import os
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image
+from huggingface_hub.utils import get_session, hf_raise_for_status
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageInput, PILImageResampling
+from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
 from transformers.utils import logging
 
 from .class_names_mfuser import IGNORE_INDEX
@@ -19,6 +24,14 @@ AMBIGUOUS_RANGE = (0, 10)
 UNIT_RANGE_TOLERANCE = 0.5  # overshoot of bicubic resampling; normalised photographs exceed it
 NORMALISED_LIMIT = 10  # in standard deviations
 LARGEST_LABEL = np.iinfo(np.int32).max
+# The fields that `size` of an image processor may have.
+SUPPORTED_SIZES = (
+    {"shortest_edge", "longest_edge"},
+    {"shortest_edge"},
+    {"longest_edge"},
+    {"max_height", "max_width"},
+    {"height", "width"},
+)
 
 
 def to_numpy(image: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -65,13 +78,59 @@ def to_uint8_or_float32(image: np.ndarray) -> np.ndarray:
     raise ValueError(f"The image has dtype {image.dtype}; it must hold integers, booleans or floating-point values.")
 
 
+def rgb_image(image: Image.Image) -> Image.Image:
+    """
+    Converts an image to RGB. 16-bit values are scaled to 8 bits, which `Image.convert` would clip at 255.
+
+    Raises:
+        ValueError: If the range of its values is unknown (mode F), or if integers exceed 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("the image has mode F, floating-point values of an unknown range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
+            values = values.astype(np.uint16)  # older releases of Pillow open a 16-bit greyscale PNG in this mode
+        image = Image.fromarray(to_uint8_or_float32(values))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(source: str) -> Image.Image:
+    """
+    Opens an image, rotated as its EXIF tag says, in its own mode. Transformers' `load_image` clips 16-bit values.
+
+    Args:
+        source (`str`):
+            A path, a URL, or the content of a file in base64, also as a `data:` URL.
+
+    Raises:
+        OSError, ValueError: If there is no image.
+    """
+    file: str | BytesIO = source
+    try:
+        if source.startswith(("http://", "https://")):
+            response = get_session().get(source)
+            hf_raise_for_status(response)
+            file = BytesIO(response.content)
+        elif not os.path.isfile(source):
+            file = BytesIO(base64.decodebytes(source.rpartition(",")[2].encode()))
+        with Image.open(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+    except (binascii.Error, UnidentifiedImageError):
+        raise ValueError(f"{source[:200]} is neither an image file, nor the URL of one, nor one in base64") from None
+    return image
+
+
 def check_range(image: np.ndarray, do_rescale: bool | None, do_normalize: bool | None) -> None:
     """
     Checks that the values of an image are in the range that the processing assumes.
 
     Args:
-        image (`np.ndarray`): An image of uint8 or float32, before rescaling.
-        do_rescale, do_normalize (`bool`): The settings of the image processor.
+        image (`np.ndarray`):
+            An image of uint8 or float32, before rescaling.
+        do_rescale, do_normalize (`bool`):
+            The settings of the image processor.
 
     Raises:
         ValueError: If values are out of the range, or if their range is ambiguous.
@@ -101,10 +160,41 @@ def check_range(image: np.ndarray, do_rescale: bool | None, do_normalize: bool |
         )
 
 
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Returns (height, width) times `scale`, rounded half up as in mmcv's `imrescale`, and at least 1 pixel each."""
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resized_size(height: int, width: int, size: SizeDict | dict[str, int]) -> tuple[int, int]:
+    """
+    Returns the (height, width) in pixels to which an image is resized.
+
+    `{"height", "width"}` is exact. All other forms keep the aspect ratio and give the largest image within every limit
+    that they name, rounded half up as in mmcv's `imrescale`, which the published test protocols use.
+    """
+    size = size if isinstance(size, SizeDict) else SizeDict(**size)
+    if size.height is not None:
+        return size.height, size.width
+    limits = (
+        (size.shortest_edge, min(height, width)),
+        (size.longest_edge, max(height, width)),
+        (size.max_height, height),
+        (size.max_width, width),
+    )
+    scale = min(limit / length for limit, length in limits if limit is not None)
+    return scaled_size(height, width, scale)
+
+
 def resize(array: np.ndarray, size: tuple[int, int], resample: PILImageResampling | int) -> np.ndarray:
     """Resizes an array of shape (H, W) of uint8, int32 or float32 by PIL, which keeps these dtypes."""
     height, width = size
     return np.asarray(Image.fromarray(array).resize((width, height), resample))
+
+
+def check_is_lossless(label: Image.Image) -> None:
+    """Raises `ValueError` if a label map was read from a JPEG file."""
+    if label.format == "JPEG":
+        raise ValueError("the label is a JPEG; lossy compression changes ids, so labels must be PNG")
 
 
 def label_array(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> np.ndarray:
@@ -112,9 +202,10 @@ def label_array(segmentation_map: ImageInput, do_reduce_labels: bool | None) -> 
     Converts a label map to int32 of shape (H, W).
 
     Raises:
-        ValueError: If it has several channels, or values that are not class ids.
+        ValueError: If it has several channels or values that are not class ids, or is a JPEG.
     """
     if isinstance(segmentation_map, Image.Image):
+        check_is_lossless(segmentation_map)
         labels = np.asarray(segmentation_map)
     else:
         labels = to_numpy(segmentation_map)

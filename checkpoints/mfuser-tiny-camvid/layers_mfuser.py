@@ -41,10 +41,14 @@ def attend(
     Attention by the implementation that `module.config` names, see Transformers' attention interface.
 
     Args:
-        module (`nn.Module`): The attention layer, with attributes `config` and `is_causal`.
-        query (`torch.Tensor` of shape `(B, heads, Lq, C / heads)`): Queries.
-        key, value (`torch.Tensor` of shape `(B, heads, Lk, C / heads)`): Keys and values.
-        mask (`torch.Tensor` of shape `(B, 1, Lq, Lk)`, *optional*): `True` where a key takes part.
+        module (`nn.Module`):
+            The attention layer, with attributes `config` and `is_causal`.
+        query (`torch.Tensor` of shape `(B, heads, Lq, C / heads)`):
+            Queries.
+        key, value (`torch.Tensor` of shape `(B, heads, Lk, C / heads)`):
+            Keys and values.
+        mask (`torch.Tensor` of shape `(B, 1, Lq, Lk)`, *optional*):
+            `True` where a key takes part.
 
     Returns:
         `tuple`: Attended values `(B, Lq, C)`, and the attention weights or `None`.

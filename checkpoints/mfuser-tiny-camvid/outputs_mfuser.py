@@ -1,9 +1,12 @@
 """What the models return."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -123,8 +126,10 @@ def selected_states(states: tuple[torch.Tensor, ...] | None, selection: bool | i
     The hidden states that `output_hidden_states` selects by their indices, as in Transformers.
 
     Args:
-        states (`tuple` of `torch.Tensor`, *optional*): All hidden states.
-        selection (`bool`, `int` or `list[int]`): A flag, or the indices to keep; negative ones count from the end.
+        states (`tuple` of `torch.Tensor`, *optional*):
+            All hidden states.
+        selection (`bool`, `int` or `list[int]`):
+            A flag, or the indices to keep; negative ones count from the end.
 
     Returns:
         `tuple`: `states`, with `None` in the place of those that are not selected.
@@ -134,3 +139,33 @@ def selected_states(states: tuple[torch.Tensor, ...] | None, selection: bool | i
     indices = [selection] if isinstance(selection, int) else selection
     kept = {index % len(states) for index in indices if -len(states) <= index < len(states)}
     return tuple(state if index in kept else None for index, state in enumerate(states))
+
+
+def attentions_by_encoder(attentions: tuple[torch.Tensor, ...] | None, layer_pairs: list[tuple[int, int]]):
+    """
+    Splits the attention weights of both encoders, which are in the order in which their layers run.
+
+    Args:
+        attentions (`tuple` of `torch.Tensor`, *optional*):
+            The attention weights. Empty if the implementation of attention does not return them.
+        layer_pairs (`list[tuple[int, int]]`):
+            Number of layers of each encoder that have run before each MVFuser.
+
+    Returns:
+        `tuple`: Those of the vision foundation model and those of the vision-language model, or `None` twice.
+    """
+    if attentions is None:
+        return None, None
+    if not attentions:
+        logger.warning(
+            "output_attentions needs eager attention, since other implementations do not return their weights: "
+            'call model.set_attn_implementation("eager")'
+        )
+        return (), ()
+    remaining, previous = iter(attentions), (0, 0)
+    by_encoder: tuple[list, list] = ([], [])
+    for pair in layer_pairs:
+        for collected, start, end in zip(by_encoder, previous, pair, strict=True):
+            collected += islice(remaining, end - start)
+        previous = pair
+    return tuple(map(tuple, by_encoder))

@@ -24,7 +24,7 @@ from transformers import (
 from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids, pretrained_tokenizer
 from .configuration_mfuser import MFuserConfig, evenly_paired
 from .modeling_eva02_clip import Eva02ClipModel
-from .towers_mfuser import Resampled, resample_grid
+from .resampling_mfuser import Resampled, resample_grid
 
 VFM_CLASSES = {
     "dinov2": Dinov2Model,
@@ -47,10 +47,14 @@ def load_encoder(
     Loads a pretrained encoder in float32, as the class that its configuration names.
 
     Args:
-        name_or_path (`str`): Folder or Hub id.
-        classes (`dict[str, type[PreTrainedModel]]`): Accepted model types and their classes.
-        role (`str`): What the encoder is used for, for error messages.
-        hub_kwargs: Arguments for the download, such as `revision`.
+        name_or_path (`str`):
+            Folder or Hub id.
+        classes (`dict[str, type[PreTrainedModel]]`):
+            Accepted model types and their classes.
+        role (`str`):
+            What the encoder is used for, for error messages.
+        hub_kwargs:
+            Arguments for the download, such as `revision`.
 
     Raises:
         ValueError: If the encoder has another type, or weights are missing or not finite.
@@ -76,8 +80,10 @@ def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
     Checks that no weight is NaN or infinite.
 
     Args:
-        weights (`dict`): The state dict; tensors on the meta device and quantised ones are not checked.
-        source (`str`): What the weights were loaded from, for the error.
+        weights (`dict`):
+            The state dict; tensors on the meta device and quantised ones are not checked.
+        source (`str`):
+            What the weights were loaded from, for the error.
 
     Raises:
         ValueError: If a weight is not finite, with the names of the first ones.
@@ -111,9 +117,12 @@ class PretrainedEncoders:
     A pretrained vision foundation model and a pretrained vision-language model.
 
     Args:
-        vfm, vlm ([`PreTrainedModel`]): The models.
-        vlm_source (`str`): Folder or Hub id that `vlm` was loaded from.
-        vlm_revision (`str`, *optional*): Its revision on the Hub.
+        vfm, vlm ([`PreTrainedModel`]):
+            The models.
+        vlm_source (`str`):
+            Folder or Hub id that `vlm` was loaded from.
+        vlm_revision (`str`, *optional*):
+            Its revision on the Hub.
     """
 
     vfm: PreTrainedModel
@@ -187,9 +196,12 @@ def load_pretrained_encoders(
     Loads both encoders.
 
     Args:
-        vfm, vlm (`str`): Folders or Hub ids.
-        revisions (`dict[str, str]`, *optional*): The revisions of `vfm` and `vlm` on the Hub.
-        hub_kwargs: Further arguments for the download, such as `cache_dir`.
+        vfm, vlm (`str`):
+            Folders or Hub ids.
+        revisions (`dict[str, str]`, *optional*):
+            The revisions of `vfm` and `vlm` on the Hub.
+        hub_kwargs:
+            Further arguments for the download, such as `cache_dir`.
 
     Raises:
         ValueError: If an encoder has a type that cannot be used, weights are missing, or a folder has a revision.

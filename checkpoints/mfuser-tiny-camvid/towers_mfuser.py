@@ -8,7 +8,6 @@ The encoders are Transformers' own classes, not subclasses: `from_pretrained` co
 Only their embeddings are replaced, where the published code resamples positions differently.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,6 +45,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from .configuration_mfuser import MFuserConfig
 from .layers_mfuser import attend
 from .modeling_eva02_clip import Eva02ClipTextModel, Eva02ClipVisionModel
+from .resampling_mfuser import Resampled, resample_grid
 
 
 def renormalise(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
@@ -58,77 +58,14 @@ def renormalise(pixel_values: torch.Tensor, mean: list[float], std: list[float])
     return torch.stack(channels, dim=1)
 
 
-def resample_grid(positions: torch.Tensor, grid: tuple[int, int], mode: str, offset: float = 0.0) -> torch.Tensor:
-    """
-    Resamples the position embeddings of a square grid to another grid.
-
-    Args:
-        positions (`torch.Tensor` of shape `(g * g, C)`):
-            Position embeddings, row by row.
-        grid (`tuple[int, int]`):
-            Rows and columns of the new grid.
-        mode (`str`):
-            `"bicubic"` or `"bilinear"`, with `align_corners=False`.
-        offset (`float`, *optional*, defaults to 0.0):
-            Added to the new size when the scale factor is computed; DINOv2 uses 0.1 against rounding errors.
-
-    Returns:
-        `torch.Tensor` of shape `(grid[0] * grid[1], C)`: `positions` itself if the grid is the same.
-
-    Raises:
-        ValueError: If `positions` do not form a square grid.
-    """
-    side = round(positions.shape[0] ** 0.5)
-    if side * side != positions.shape[0]:
-        raise ValueError(f"there are {positions.shape[0]} position embeddings; they must form a square grid")
-    if torch.compiler.is_exporting():
-        if mode == "bicubic":
-            # As tensors, because an exported graph would be specialised to either case.
-            rows, columns = (torch.full((), length, device=positions.device) for length in grid)
-            added = torch.where((rows == side) & (columns == side), 0.0, offset)
-            rows, columns = (_bicubic_matrix(length, side, added) for length in grid)
-            maps = positions.float().view(side, side, -1)
-            return torch.einsum("hg,gkc,wk->hwc", rows, maps, columns).flatten(0, 1).to(positions.dtype)
-    elif tuple(grid) == (side, side):
-        return positions
-    maps = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, g, g)
-    if offset:
-        scale = tuple((length + offset) / side for length in grid)
-        maps = F.interpolate(maps, scale_factor=scale, mode=mode, align_corners=False)
-    else:
-        maps = F.interpolate(maps, size=tuple(grid), mode=mode, align_corners=False)
-    return maps.flatten(2)[0].T.to(positions.dtype)
-
-
-def _bicubic_matrix(length: int, side: int, offset: torch.Tensor) -> torch.Tensor:
-    """Bicubic resampling of one axis as a matrix (length, side), as an exported graph takes no scale factor."""
-    position = (torch.arange(length, device=offset.device) + 0.5) * (side / (length + offset)) - 0.5
-    cell = position.floor()
-    columns = torch.arange(side, device=offset.device)
-    matrix = position.new_zeros(())
-    for tap in range(-1, 3):
-        distance = (position - cell - tap).abs()
-        near = (1.25 * distance - 2.25) * distance**2 + 1
-        far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
-        weight = torch.where(distance <= 1, near, far)[:, None]
-        matrix = matrix + weight * ((cell + tap).clamp(0, side - 1)[:, None] == columns)
-    return matrix
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """
-    A weight of a pretrained encoder that is resampled to the grid or patch size of the model.
-
-    Args:
-        name (`str`): Its name in `vision`.
-        mode (`str`): `"bicubic"` or `"bilinear"`.
-        num_class_tokens (`int`, *optional*, defaults to 0): Leading rows that are not part of the grid.
-    """
-
-    name: str
-    mode: str
-    num_class_tokens: int = 0
+def new_vision(
+    config: PreTrainedConfig, vision_class: type[PreTrainedModel], embeddings_class: type[nn.Module] | None
+) -> Any:
+    """A vision encoder with initial values and, unless `embeddings_class` is `None`, with embeddings of that class."""
+    vision = vision_class._from_config(config)
+    if embeddings_class is not None:
+        vision.embeddings = embeddings_class(config)
+    return vision
 
 
 def drop_path(residual: torch.Tensor, rate: float, axis: str) -> torch.Tensor:
@@ -171,22 +108,20 @@ class Dinov2Tower(nn.Module):
     DINOv2 of any size: one class token, pixels normalised with ImageNet's mean and standard deviation.
 
     Attributes:
-        positions, kernel ([`Resampled`]): Position embeddings and patch kernel, and how they are resampled.
+        vision_class, embeddings_class (`type`):
+            See [`new_vision`].
+        positions, kernel ([`Resampled`]):
+            Position embeddings and patch kernel, and how they are resampled.
     """
 
-    vision: PreTrainedModel
+    vision_class: type[PreTrainedModel] = Dinov2Model
+    embeddings_class: type[nn.Module] | None = MFuserDinov2Embeddings
     positions: Resampled | None = Resampled("embeddings.position_embeddings", "bicubic", num_class_tokens=1)
     kernel = Resampled("embeddings.patch_embeddings.projection.weight", "bicubic")
 
     def __init__(self, config: MFuserConfig):
         super().__init__()
-        self.vision = self.new_vision(config.vfm_config)
-
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        vision = Dinov2Model._from_config(config)
-        vision.embeddings = MFuserDinov2Embeddings(config)
-        return vision
+        self.vision = new_vision(config.vfm_config, self.vision_class, self.embeddings_class)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -210,22 +145,16 @@ class Dinov2Tower(nn.Module):
 class Dinov2WithRegistersTower(Dinov2Tower):
     """DINOv2 with register tokens between class token and patches; the MVFusers process them like other tokens."""
 
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        vision = Dinov2WithRegistersModel._from_config(config)
-        vision.embeddings = MFuserDinov2WithRegistersEmbeddings(config)
-        return vision
+    vision_class = Dinov2WithRegistersModel
+    embeddings_class = MFuserDinov2WithRegistersEmbeddings
 
 
 class DINOv3ViTTower(Dinov2Tower):
     """DINOv3: register tokens, and rotary position embeddings instead of learned ones."""
 
+    vision_class, embeddings_class = DINOv3ViTModel, None
     positions = None
     kernel = Resampled("embeddings.patch_embeddings.weight", "bicubic")
-
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        return DINOv3ViTModel._from_config(config)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -239,9 +168,6 @@ class DINOv3ViTTower(Dinov2Tower):
     @property
     def final_norm(self) -> nn.Module:
         return self.vision.norm
-
-
-# --- vision-language models -----------------------------------------------------------------------------------------
 
 
 class NoTower(nn.Module):
@@ -263,18 +189,27 @@ class NoTower(nn.Module):
         return hidden_states
 
 
+# --- vision-language models -----------------------------------------------------------------------------------------
+
+
 class VisionLanguageTower(nn.Module):
     """
     What all vision-language models have in common. Subclasses implement `forward`, `merge` and `encode_text`.
 
     Attributes:
-        num_class_tokens (`int`): Tokens before the patches.
-        positions, kernel ([`Resampled`]): See [`Dinov2Tower`].
-        merges_normalised_vfm (`bool`): Whether `merge` takes the tokens of the vision foundation model after its last
-            norm.
+        num_class_tokens (`int`):
+            Tokens before the patches.
+        vision_class, embeddings_class, positions, kernel:
+            See [`Dinov2Tower`].
+        text_class (`type`):
+            Class of the text encoder.
+        merges_normalised_vfm (`bool`):
+            Whether `merge` takes the tokens of the vision foundation model after its last norm.
     """
 
-    vision: PreTrainedModel
+    vision_class: type[PreTrainedModel]
+    embeddings_class: type[nn.Module] | None
+    text_class: type[PreTrainedModel]
     text: PreTrainedModel
     num_class_tokens = 1
     merges_normalised_vfm = True
@@ -283,6 +218,7 @@ class VisionLanguageTower(nn.Module):
     def __init__(self, config: MFuserConfig):
         super().__init__()
         self.drop_path_axis = config.vlm_drop_path_axis
+        self.vision = new_vision(config.vlm_config, self.vision_class, self.embeddings_class)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -339,22 +275,17 @@ class ClipTower(VisionLanguageTower):
 
     merges_normalised_vfm = False
     positions = Resampled("embeddings.position_embedding.weight", "bilinear", num_class_tokens=1)
-    text_class, projection_bias = CLIPTextModel, False
+    vision_class, text_class = CLIPVisionModel, CLIPTextModel
+    embeddings_class: type[nn.Module] | None = MFuserCLIPVisionEmbeddings
+    projection_bias = False
 
     def __init__(self, config: MFuserConfig):
         super().__init__(config)
         vision, text = config.vlm_config, config.text_config
-        self.vision = self.new_vision(vision)
         self.visual_projection = nn.Linear(vision.hidden_size, vision.projection_dim, bias=self.projection_bias)
         if config.use_text_encoder:
             self.text = self.text_class._from_config(text)
             self.text_projection = nn.Linear(text.hidden_size, vision.projection_dim, bias=False)
-
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        vision = CLIPVisionModel._from_config(config)
-        vision.embeddings = MFuserCLIPVisionEmbeddings(config)
-        return vision
 
     @staticmethod
     def embedding_size(config: MFuserConfig) -> int:
@@ -391,11 +322,8 @@ class Eva02ClipTower(ClipTower):
     merges_normalised_vfm = True
     positions = Resampled("embeddings.position_embedding.weight", "bicubic", num_class_tokens=1)
     kernel = Resampled("embeddings.patch_embedding.weight", "bicubic")
-    text_class, projection_bias = Eva02ClipTextModel, True
-
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        return Eva02ClipVisionModel._from_config(config)
+    vision_class, embeddings_class, text_class = Eva02ClipVisionModel, None, Eva02ClipTextModel
+    projection_bias = True
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         grid = [side // self.vision.config.patch_size for side in pixel_values.shape[-2:]]
@@ -448,20 +376,13 @@ class SiglipTower(VisionLanguageTower):
 
     num_class_tokens = 0
     positions = Resampled("embeddings.position_embedding.weight", "bilinear")
-    text_class = SiglipTextModel
+    vision_class, embeddings_class, text_class = SiglipVisionModel, MFuserSiglipVisionEmbeddings, SiglipTextModel
 
     def __init__(self, config: MFuserConfig):
         super().__init__(config)
-        self.vision = self.new_vision(config.vlm_config)
+        self.vision.head.attention = MFuserPoolingAttention(config.vlm_config)
         if config.use_text_encoder:
             self.text = self.text_class._from_config(config.text_config)
-
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        vision = SiglipVisionModel._from_config(config)
-        vision.embeddings = MFuserSiglipVisionEmbeddings(config)
-        vision.head.attention = MFuserPoolingAttention(config)
-        return vision
 
     @staticmethod
     def embedding_size(config: MFuserConfig) -> int:
@@ -490,7 +411,7 @@ class SiglipTower(VisionLanguageTower):
 class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
     """SigLIP 2's embeddings, computed from images instead of lists of patches."""
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True) -> torch.Tensor:
         """Pixels (B, 3, H, W) -> tokens (B, h * w, D)."""
         patch = self.patch_size
         height, width = (side // patch for side in pixel_values.shape[-2:])
@@ -504,18 +425,7 @@ class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
 class Siglip2Tower(SiglipTower):
     """SigLIP 2 (NaFlex): SigLIP with a linear patch embedding. Fixed-size SigLIP 2 models have the type of SigLIP."""
 
-    text_class = Siglip2TextModel
-
-    @staticmethod
-    def new_vision(config: PreTrainedConfig) -> PreTrainedModel:
-        vision = Siglip2VisionModel._from_config(config)
-        vision.embeddings = MFuserSiglip2VisionEmbeddings(config)
-        vision.head.attention = MFuserPoolingAttention(config)
-        return vision
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        pixel_values = renormalise(pixel_values, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
-        return self.vision.embeddings(pixel_values), (None,)
+    vision_class, embeddings_class, text_class = Siglip2VisionModel, MFuserSiglip2VisionEmbeddings, Siglip2TextModel
 
 
 VFM_TOWERS = {

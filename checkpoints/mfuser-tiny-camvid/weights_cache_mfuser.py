@@ -35,9 +35,12 @@ class WeightsCache:
         The value of `compute()` for the current weights of `sources` and the current `settings`.
 
         Args:
-            sources (iterable of `nn.Module` and `torch.Tensor`): Every module and weight that `compute` depends on.
-            compute (`Callable`): Computes the value.
-            settings: What else `compute` depends on; compared by equality.
+            sources (iterable of `nn.Module` and `torch.Tensor`):
+                Every module and weight that `compute` depends on.
+            compute (`Callable`):
+                Computes the value.
+            settings:
+                What else `compute` depends on; compared by equality.
         """
         weights: list[torch.Tensor] = []
         for source in sources:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from .configuration_mfuser import MFuserConfig
+
 Window = tuple[slice, slice]
 
 # Enough tokens for matrix products to run at their full rate on a CPU.
@@ -31,25 +33,27 @@ def sliding_windows(height: int, width: int, crop: int, stride: int) -> list[Win
     ]
 
 
-def windows_per_batch(
-    pixel_values: torch.Tensor, crop: int, patch_size: int, channels: int, dtype: torch.dtype
-) -> int:
+def windows_per_batch(pixel_values: torch.Tensor, config: MFuserConfig, dtype: torch.dtype) -> int:
     """
-    Number of windows of every image to segment together: as many as fit into half of the free memory of a GPU, or as
-    keep a CPU busy.
+    Number of windows of every image to segment together: `config.windows_per_batch`, or as many as fit into half of
+    the free memory of a GPU, or as keep a CPU busy.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images.
-        crop (`int`): Side of a window, in pixels.
-        patch_size (`int`): Side of a patch, in pixels.
-        channels (`int`): Channels of the feature pyramid.
-        dtype (`torch.dtype`): Of the activations.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            The images.
+        config ([`MFuserConfig`]):
+            Configuration of the model.
+        dtype (`torch.dtype`):
+            Of the activations.
     """
+    if config.windows_per_batch:
+        return config.windows_per_batch
+    crop = config.crop_size
     batch, _, height, width = pixel_values.shape
-    patches = min(height, crop) * min(width, crop) // patch_size**2 * batch
+    patches = min(height, crop) * min(width, crop) // config.patch_size**2 * batch
     if pixel_values.device.type != "cuda" or torch.compiler.is_compiling():
         return max(1, CPU_TOKENS_PER_BATCH // patches)
-    needed = LARGEST_MAPS_ALIVE * LARGEST_MAP_POSITIONS_PER_PATCH * patches * channels * dtype.itemsize
+    needed = LARGEST_MAPS_ALIVE * LARGEST_MAP_POSITIONS_PER_PATCH * patches * config.pyramid_channels * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(pixel_values.device)
     reusable = torch.cuda.memory_reserved(pixel_values.device) - torch.cuda.memory_allocated(pixel_values.device)
     return max(1, (free + reusable) // 2 // needed)
@@ -67,12 +71,18 @@ def average_over_windows(
     Segments images window by window and averages the scores where windows overlap.
 
     Args:
-        segment (`Callable`): Maps crops and their labels (or `None`) to scores `(N, K, h, w)` and loss components.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images.
-        labels (`torch.Tensor` of shape `(B, H, W)`, *optional*): Their labels.
-        windows (`list`): Rows and columns of each window; all of one size.
-        num_labels (`int`): Number of classes K.
-        together (`int`): Windows of every image per call of `segment`; 1 where there are labels, as a loss is that of
+        segment (`Callable`):
+            Maps crops and their labels (or `None`) to scores `(N, K, h, w)` and loss components.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            The images.
+        labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+            Their labels.
+        windows (`list`):
+            Rows and columns of each window; all of one size.
+        num_labels (`int`):
+            Number of classes K.
+        together (`int`):
+            Windows of every image per call of `segment`; 1 where there are labels, as a loss is that of
             one crop of every image.
 
     Returns:
@@ -106,10 +116,14 @@ def average_over_augmentations(
     Test-time augmentation: the mean over scales and flips of the softmax over classes of the resized scores.
 
     Args:
-        segment (`Callable`): Maps images to scores `(B, K, h, w)`.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images.
-        scales (`tuple[float, ...]`): Factors on the size of the images.
-        flip (`bool`): Whether to add the horizontally flipped images.
+        segment (`Callable`):
+            Maps images to scores `(B, K, h, w)`.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            The images.
+        scales (`tuple[float, ...]`):
+            Factors on the size of the images.
+        flip (`bool`):
+            Whether to add the horizontally flipped images.
 
     Returns:
         `torch.Tensor` of shape `(B, K, H, W)`: Mean probabilities.
