@@ -278,6 +278,8 @@ def without_effect(data: DataArguments, training: TrainArguments) -> dict[str, s
     if schedule != SchedulerType.POLYNOMIAL:
         names = ("min_learning_rate", "schedule_power", "warmup_start")
         reasons |= dict.fromkeys(names, f"lr_scheduler_type is {schedule.value}, and only polynomial uses it")
+    if schedule == SchedulerType.CONSTANT:
+        reasons["warmup_steps"] = "lr_scheduler_type is constant; constant_with_warmup uses it"
     if training.per_device_eval_batch_size != 1:
         reasons["per_device_eval_batch_size"] = "images are evaluated one by one"
     if not data.rare_class_sampling:

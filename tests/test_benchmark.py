@@ -33,7 +33,7 @@ def test_candidates_run_in_turns_and_the_first_round_does_not_count():
     candidates = {name: partial(order.append, name) for name in "ab"}
     seconds = measuring.in_turns(candidates, rounds=3, device="cpu")
     assert order == ["a", "b"] * 4 and set(seconds) == {"a", "b"}
-    few, many = (measuring.in_turns({"sum": partial(sum, range(n))}, 3, "cpu")["sum"] for n in (10, 10**6))
+    few, many = (measuring.in_turns({"sum": partial(sum, range(n))}, 1, "cpu", False)["sum"] for n in (10, 10**6))
     assert 0 < few < many
 
 
@@ -112,6 +112,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
     assert 'needs the package evaluate: pip install "mfuser[train]"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_command_with_its_message(capsys, monkeypatch):
     failing = partial(measuring.in_own_process, scans.scan_peak_mebibytes, "no scan", False, "cpu")
     monkeypatch.setitem(benchmark.PARTS, "scan", lambda options: failing())

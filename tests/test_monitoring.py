@@ -247,6 +247,7 @@ def test_the_interval_is_at_least_one_step(tmp_path):
 # --- several validation sets -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_validation_sets_are_scored_by_name_and_one_selects(tmp_path):
     sets = {"day": Samples(), "rain": OtherSamples()}
     fields = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=2)

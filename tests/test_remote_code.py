@@ -69,37 +69,16 @@ def load(folder, output):
         "imported": [name for name in BLOCKED if name in sys.modules],
     }
 
-for folder in sys.argv[1:]:
-    output = f"{folder}.again"
-    found = load(folder, output)
-    torch.save(found, f"{output}/found.pt")
+folder = sys.argv[1]
+output = f"{folder}.again"
+found = load(folder, output)
+torch.save(found, f"{output}/found.pt")
 """
-PAIRS = ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip", "dinov3+siglip2"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Saves a model of each pair, and loads and saves it again in a fresh offline interpreter with empty caches."""
-    workspace = tmp_path_factory.mktemp("fresh_process")
-    pixels = np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8)
-    for index, pair in enumerate(PAIRS):
-        folder = workspace / f"my.model-{index}"
-        model = tiny_model(pair)
-        model.save_pretrained(folder)
-        MFuserImageProcessor().save_pretrained(folder)
-        Image.fromarray(pixels).save(folder / "image.png")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
-    environment |= {"HF_HOME": str(workspace / "hub"), "HF_HUB_OFFLINE": "1"}
-    (workspace / "elsewhere").mkdir()
-    result = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, *(str(workspace / f"my.model-{index}") for index in range(len(PAIRS)))],
-        cwd=workspace / "elsewhere",
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return workspace
+PAIRS = [
+    "dinov2+clip",
+    "dinov3+siglip2",
+    *(pytest.param(pair, marks=pytest.mark.slow) for pair in ("dinov2+eva02_clip", "dinov2+siglip")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +90,25 @@ def as_many_threads_as_in_the_fresh_process():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=PAIRS)
-def fresh_process(request, folders):
-    """(model, folder it was saved to, folder the fresh process saved it to, what the fresh process found)"""
-    folder, output = (folders / f"my.model-{PAIRS.index(request.param)}{again}" for again in ("", ".again"))
+@pytest.fixture(scope="module", params=PAIRS)
+def fresh_process(request, tmp_path_factory):
+    """
+    A saved model that a fresh offline interpreter with empty caches loads and saves again.
+
+    (model, folder it was saved to, folder the fresh process saved it to, what the fresh process found)
+    """
+    workspace = tmp_path_factory.mktemp("fresh_process")
+    folder, output, elsewhere = (workspace / name for name in ("my.model-0", "my.model-0.again", "elsewhere"))
+    tiny_model(request.param).save_pretrained(folder)
+    MFuserImageProcessor().save_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "image.png")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
+    environment |= {"HF_HOME": str(workspace / "hub"), "HF_HUB_OFFLINE": "1"}
+    elsewhere.mkdir()
+    command = [sys.executable, "-c", FRESH_PROCESS, str(folder)]
+    result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     # loaded from the file as well, because rounding depends on the memory alignment of the weights
     model = MFuserForSemanticSegmentation.from_pretrained(folder)
     return model, folder, output, torch.load(output / "found.pt")

@@ -116,6 +116,7 @@ def test_the_page_shows_every_score_and_refers_to_nothing_else(evaluated, result
     assert len(dark) == 5 and {each["media"] for each in dark} == {"(prefers-color-scheme: dark)"}
 
 
+@pytest.mark.slow
 def test_markdown_shows_the_same_tables_and_pictures(evaluated, report):
     _, folder, _ = report(evaluated / "result.json")
     text = (folder / "report.md").read_text()
@@ -234,6 +235,7 @@ def test_a_forced_comparison_says_so_in_both_pages(result, report):
         assert "These results have different protocols, so their scores cannot be compared: flip is False" in text
 
 
+@pytest.mark.slow
 def test_results_of_one_protocol_are_compared_side_by_side(result, report):
     for domain in result["domains"].values():
         del domain["examples"]

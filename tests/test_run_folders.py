@@ -194,7 +194,8 @@ def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(finished, run, 
 # --- a longer run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheduler", ["polynomial", pytest.param("cosine", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["polynomial", "cosine"])
 def test_a_run_that_is_extended_has_the_learning_rates_of_its_new_length(recipe, tmp_path, scheduler):
     common = [str(recipe), f"lr_scheduler_type={scheduler}", "eval_strategy=no", "warmup_steps=1"]
     assert train.main([*common, "max_steps=3", "save_steps=3"]) == 0

@@ -42,6 +42,7 @@ def test_exported_graph_is_plain_operators_for_any_batch_and_length(captured):
         assert relative_error(y, recurrence(**others, delta_softplus=True)[0]) < 2e-6, length
 
 
+@pytest.mark.slow
 def test_exported_graph_can_be_trained():
     program, inputs = export_scan(requires_grad=True)
     others = other_inputs(inputs, 2, 25)

@@ -95,6 +95,10 @@ REFUSED = [
         "lr_scheduler_type=cosine --min_learning_rate 1e-7",
         "min_learning_rate has no effect: lr_scheduler_type is cosine, and only polynomial uses it",
     ),
+    (
+        "lr_scheduler_type=constant warmup_steps=9",
+        "warmup_steps has no effect: lr_scheduler_type is constant; constant_with_warmup uses it",
+    ),
     ("rare_class_sampling=no rare_class_min_pixels=9", "rare_class_min_pixels has no effect: rare_class_sampling is"),
     ("rare_class_scope=joint", "rare_class_scope has no effect: it is for several train_data, of which there is one"),
     ("mask_unlabelled_classes=no", "mask_unlabelled_classes has no effect: it is for several train_data, of which"),

@@ -362,6 +362,7 @@ def test_without_rare_class_sampling_every_row_is_drawn_once_per_epoch(recipe):
     assert sorted(draw.row for draw in trainer.train_sampler) == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(recipe, tmp_path, encoders, data):
     settings = yaml.safe_load(recipe.read_text()) | {"model_config": small_parts(recipe), "save_steps": 2}
     settings |= {"vfm": str(encoders / "vfm"), "vlm": str(encoders / "vlm")}
@@ -418,6 +419,7 @@ def steps_of(document: Path) -> dict[str, str]:
     return dict(re.findall(r"<!-- step: (\w+) -->\n```\w+\n(.*?)```", document.read_text(), flags=re.DOTALL))
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_fine_tuning_guide_work(recipe, encoders, tmp_path, monkeypatch):
     steps = steps_of(Path(__file__).parents[1] / "docs" / "fine_tuning.md")
     assert list(steps) == ["pack", "recipe", "train", "evaluate", "segment"]

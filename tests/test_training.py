@@ -284,6 +284,7 @@ def test_a_checkpoint_loads_by_itself_and_holds_its_image_processor(tmp_path):
     assert (checkpoint / "modeling_mfuser.py").is_file()
 
 
+@pytest.mark.slow
 def test_checkpoints_without_frozen_weights_are_restored_on_top_of_the_encoders(tmp_path):
     encoders = save_tiny_encoders(tmp_path)
 

@@ -42,6 +42,7 @@ def test_a_wrong_initial_distribution_is_rejected(golden, monkeypatch):
     assert any("pixel_decoder.input_convs.0.conv.weight" in name for name in rejected)
 
 
+@pytest.mark.slow
 def test_dropout_and_stochastic_depth_have_the_statistics_of_the_reference(golden):
     assert not beyond(check_training.dropout_errors(golden, draws=200))
 

@@ -181,6 +181,7 @@ def test_training_skips_unreadable_rows_on_request_and_the_card_counts_them(work
     assert "2 images could not be read and were skipped." in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_unreadable_validation_image_is_named_or_left_out_and_counted(whole, tmp_path, capsys):
     folder = damaged(whole, tmp_path / "data", {1: ("image", IMAGE[:200])}, split="validation")
     recipe = write_recipe(tmp_path, folder)

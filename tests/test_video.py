@@ -440,7 +440,9 @@ def test_a_signal_finishes_the_files_of_a_video(model, tmp_path, capsys, monkeyp
     assert not [name for name in files(tmp_path / "out") if name.startswith("later") or name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
+@pytest.mark.parametrize(
+    "fault", [fault_injection.kill, pytest.param(fault_injection.fill_disk, marks=pytest.mark.slow)]
+)
 def test_the_results_of_a_video_are_complete_whenever_a_run_ends(model, tmp_path, fault):
     path, output = tmp_path / "a.mp4", tmp_path / "out"
 

@@ -175,6 +175,7 @@ def test_hub(run, monkeypatch):
     ].keys()
 
 
+@pytest.mark.slow
 def test_hub_without_encoders(run, tmp_path):
     encoders = save_tiny_encoders(tmp_path)
     names = run("trainable_only", **encoders)
