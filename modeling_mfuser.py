@@ -2,8 +2,9 @@
 MFuser: two frozen encoders fused by Mamba, and a mask decoder whose queries are class names.
 
 In the order of the paper: MVFuser, fusion layer, MTEnhancer, both encoders in lock-step, the segmentation model. The
-encoders are in towers_mfuser.py, the scan in selective_scan.py, the decoder in decoder_mfuser.py, the losses in
-loss_mfuser.py, sliding windows in windows_mfuser.py. This file contains all contributions of the paper.
+encoders are in towers_mfuser.py, the scan in selective_scan.py, the feature pyramid in pyramid_mfuser.py, the decoder
+in decoder_mfuser.py, the losses in loss_mfuser.py, sliding windows in windows_mfuser.py. This file contains all
+contributions of the paper.
 
 Paper: Zhang and Tan, "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models for
 Domain-Generalized Semantic Segmentation", CVPR 2025, arXiv 2504.03193.
@@ -26,7 +27,7 @@ from .base_mfuser import MFuserPreTrainedModel
 from .class_names_mfuser import give_classes
 from .confidence_mfuser import confidence_map
 from .configuration_mfuser import MFuserConfig
-from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder, MFuserPyramid
+from .decoder_mfuser import MFuserDecoder, MFuserPixelDecoder
 from .initialization_mfuser import fill_with_decays, fill_with_time_steps, initialised
 from .layers_mfuser import MFuserAttention, MFuserDepthwiseConv, MFuserMLP
 from .loss_mfuser import MFuserLoss
@@ -37,6 +38,7 @@ from .outputs_mfuser import (
     attentions_by_encoder,
     selected_states,
 )
+from .pyramid_mfuser import MFuserPyramid
 from .selective_scan import selective_scan
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS, NoTower
 from .weights_cache_mfuser import WeightsCache

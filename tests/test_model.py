@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import find_labels
 
 from mfuser import MFuserForSemanticSegmentation, MFuserModel
-from mfuser.decoder_mfuser import MFuserUpsampling, PyramidLevel
+from mfuser.pyramid_mfuser import MFuserUpsampling, PyramidLevel
 
 PAIR = pytest.mark.parametrize("pair", PAIRS)
 

@@ -415,8 +415,9 @@ class MFuserSiglip2VisionEmbeddings(Siglip2VisionEmbeddings):
         """Pixels (B, 3, H, W) -> tokens (B, h * w, D)."""
         patch = self.patch_size
         height, width = (side // patch for side in pixel_values.shape[-2:])
-        patches = pixel_values[..., : height * patch, : width * patch].unfold(2, patch, patch).unfold(3, patch, patch)
-        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, h * w, patch * patch * 3)
+        patches = pixel_values.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, patch, patch)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).clone(memory_format=torch.contiguous_format)
+        patches = patches.view(-1, height * width, 3 * patch**2)
         tokens = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
         positions = self.position_embedding(torch.arange(self.num_patches, device=tokens.device))
         return tokens + resample_grid(positions, (height, width), "bilinear")
