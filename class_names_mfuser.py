@@ -46,6 +46,11 @@ CLASS_TABLES = (
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that select a file on the Hub."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
 def clip_token_row(name_tokens: tuple[int, ...] | list[int], length: int = CLASS_TOKEN_LENGTH) -> list[int]:
     """Start token, `name_tokens`, end token and zero padding up to `length`, as CLIP and EVA02-CLIP take a name."""
     row = [CLIP_START_TOKEN, *name_tokens, CLIP_END_TOKEN]
@@ -402,7 +407,7 @@ def requested_classes(
         return None
     if config is None and class_names is None and not any(name in kwargs for name in label_fields):
         return None
-    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    hub_kwargs = hub_arguments(kwargs)
     saved_fields = config_class.get_config_dict(folder, **hub_kwargs)[0]
     if not saved_fields:
         return None  # Transformers raises an error

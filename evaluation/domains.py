@@ -110,11 +110,6 @@ class EvaluationDomain:
         official = self.domain.conditions if self.domain else ()
         return [name for name in official if name in present] + sorted(present - set(official), key=str)
 
-    @property
-    def labelled(self) -> bool:
-        """See [`Rows.labelled`]."""
-        return self.rows.labelled
-
     def read(self, index: int) -> LabelledImage:
         """
         The image of one row and its train ids.

@@ -87,7 +87,7 @@ class DomainMetric:
         pooled = self._new_metric()
         for metric in self.by_condition.values():
             pooled.merge(metric)
-        if self.domain.labelled and not pooled.matrix.any():
+        if self.domain.rows.labelled and not pooled.matrix.any():
             skipped = self.skipped
             first = f"; the first of {len(skipped)} skipped: {_reason(skipped[0])}" if skipped else ""
             images = sum(self.labelled.values())

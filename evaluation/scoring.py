@@ -117,7 +117,7 @@ def evaluate_domain(
     if confidence:
         check_scores_are_those_of_the_model(options)
     check_classes(model.config.id2label, domain)
-    if not domain.labelled and save_predictions is None:
+    if not domain.rows.labelled and save_predictions is None:
         raise ValueError(
             f"{domain.name}, split {domain.split}, has no labels: its predictions can be saved, not scored"
         )

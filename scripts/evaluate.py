@@ -267,10 +267,10 @@ def open_domains(parsed: argparse.Namespace, model, options: EvaluationOptions) 
         options.evaluation_size(domain)  # raises ValueError if the options do not fit the split
         if parsed.save_predictions is not None:
             prediction_files(domain, parsed.save_predictions)
-        elif not domain.labelled:
+        elif not domain.rows.labelled:
             raise ValueError(f"{domain.name}: its split {domain.split} has no labels; give --save-predictions DIR")
         for option in ("corruptions", "examples"):
-            if getattr(parsed, option) not in (None, 0) and not domain.labelled:
+            if getattr(parsed, option) not in (None, 0) and not domain.rows.labelled:
                 raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which --{option} needs")
     return domains
 

@@ -10,9 +10,11 @@ from mfuser.files import make_folder, write_text
 
 
 def check_writable(folder: Path) -> None:
-    """Creates a folder unless it exists. Raises `ValueError` or `OSError` if no file can be written into it."""
-    make_folder(folder)
-    with tempfile.TemporaryFile(dir=folder):
+    """Raises `ValueError` or `OSError` if a folder cannot be created, or written into. Creates nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be created: {existing} is a file; choose another folder")
+    with tempfile.TemporaryFile(dir=existing):
         pass
 
 
@@ -20,6 +22,7 @@ def check_result_file(file: Path) -> None:
     """Creates the folder of a file. Raises `ValueError` or `OSError` if the file cannot be written."""
     if file.is_dir():
         raise ValueError(f"{file} is a folder; choose a file")
+    make_folder(file.parent)
     check_writable(file.parent)
 
 

@@ -154,6 +154,13 @@ def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+def test_checking_the_places_creates_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--examples", 1, "--reliability-diagrams", "diagrams", "--save-predictions", "predictions")
+    assert run("--model", "no/model", "--domains", "mine=data", *options) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_scores_are_written_before_diagrams_and_examples_are_drawn(tmp_path, saved_model, monkeypatch):
     source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))
     monkeypatch.setattr(command, "write_examples", lambda *_: (_ for _ in ()).throw(OSError("disk full")))

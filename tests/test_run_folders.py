@@ -15,7 +15,7 @@ from tiny_recipe import write_data, write_recipe
 
 from mfuser.scripts import train
 from mfuser.training.optimization import PolynomialSchedule
-from mfuser.training.run_folders import locked
+from mfuser.training.run_folders import check_output_dir, locked
 
 torch.set_num_threads(1)
 
@@ -156,6 +156,12 @@ def test_files_of_something_else_are_neither_replaced_nor_deleted(setting, messa
     assert train.main([str(recipe), f"{setting}=true"]) == 2
     assert message in message_of(capsys)
     assert files_in(tmp_path / "run") == before
+
+
+def test_a_finished_run_without_checkpoints_can_be_overwritten(run):
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    check_output_dir(run, resume=False, overwrite=True)
 
 
 def test_overwriting_deletes_the_earlier_run_and_keeps_other_files(finished, run, recipe):

@@ -232,3 +232,12 @@ def test_every_norm_has_the_published_epsilon():
     assert {module.eps for module in added} == {1e-5}
     for tower, eps in ((model.mfuser.vfm, 1e-6), (model.mfuser.vlm, 1e-5)):
         assert {module.eps for module in tower.modules() if isinstance(module, nn.LayerNorm)} == {eps}
+
+
+def test_siglip2s_embeddings_are_exported_for_any_height_and_width():
+    embeddings = tiny_model("dinov2+siglip2").mfuser.vlm.vision.embeddings
+    sides = {2: torch.export.Dim("height", min=32), 3: torch.export.Dim("width", min=32)}
+    program = torch.export.export(embeddings, (torch.randn(1, 3, 72, 104),), dynamic_shapes=(sides,)).module()
+    for size in ((64, 64), (65, 90), (128, 48)):
+        pixels = torch.randn(1, 3, *size)
+        torch.testing.assert_close(program(pixels), embeddings(pixels), rtol=1e-4, atol=1e-5)

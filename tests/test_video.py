@@ -537,6 +537,7 @@ def test_results_depend_on_every_weight_and_not_on_where_or_by_which_version_the
     other.load_state_dict(model.state_dict())
     other.config._name_or_path = "elsewhere"
     other.config.auto_map = {"AutoModel": "modeling_mfuser.MFuserModel"}  # as after `save_pretrained`
+    other.config.architectures = ["MFuserForSemanticSegmentation"]
     processor = MFuserImageProcessor()
     with monkeypatch.context() as later:
         later.setattr("transformers.configuration_utils.__version__", "99.0")

@@ -26,7 +26,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .class_names_mfuser import HUB_ARGUMENTS
+from .class_names_mfuser import hub_arguments
 from .files import sha256, write_text
 from .pretrained_mfuser import PretrainedEncoders, load_pretrained_encoders, tower_weights
 from .towers_mfuser import VFM_TOWERS, VLM_TOWERS
@@ -252,7 +252,7 @@ class ModelWithFrozenEncoders(PreTrainedModel):
             ValueError: If an encoder has other weights than those that the model was trained with.
         """
         path, wants_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub_kwargs = hub_arguments(kwargs)
         known = None
         if path is not None and kwargs.get("state_dict") is None:
             known = recorded_encoders(path, **hub_kwargs)
