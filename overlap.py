@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 # The operations of a model with fewer parameters are too short for several cores; such a model runs in several
 # threads, each on its own cores.
 SMALL_MODEL = 50_000_000
+SMALL_MODEL_TOKENS_PER_BATCH = 2304  # windows of a small model, in tokens, that keep one core busy in a forward pass
 MAX_MODEL_THREADS = 8
 
 
@@ -78,17 +79,23 @@ def is_small(model: Any) -> bool:
 @contextmanager
 def model_threads(model: Any) -> Iterator[int]:
     """
-    The number of threads that should run a model, 1 unless it [`is_small`]. Within the block, PyTorch's threads are
-    divided among them.
+    The number of threads that should run a model, each with one image: 1 unless it [`is_small`]. Within the block,
+    PyTorch's threads are divided among them.
+
+    On a CPU, the operations of a small model are too small to be spread over several cores. One core per image keeps
+    all of them busy. A large model, or one on a GPU, segments one image after the other.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
-            The model.
+            The model. Within the block, its `config.windows_per_batch` suits one core, unless it is set.
     """
-    cores = torch.get_num_threads()
+    config, windows, cores = model.config, model.config.windows_per_batch, torch.get_num_threads()
     threads = min(cores, MAX_MODEL_THREADS) if is_small(model) else 1
+    if windows is None and is_small(model):
+        config.windows_per_batch = max(1, SMALL_MODEL_TOKENS_PER_BATCH * config.patch_size**2 // config.crop_size**2)
     torch.set_num_threads(cores // threads)
     try:
         yield threads
     finally:
         torch.set_num_threads(cores)
+        config.windows_per_batch = windows

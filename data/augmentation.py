@@ -8,57 +8,22 @@ All random numbers of a sample come from a generator seeded by (seed, epoch, pos
 therefore the same in every worker, and after the training is resumed.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
+from mfuser.data.draws import AUGMENTATION_STREAM, Draw, random_generator
 from mfuser.data.label_maps import check_sizes, label_ids
 from mfuser.data.unreadable import SkippedRows, check_label, read_row
 from mfuser.images_mfuser import rgb_image, scaled_size
 
 # A rejected crop is redrawn at most this number of times; the last one is kept unchecked, as in the reference.
 REDRAWS = 10
-
-
-class Draw(NamedTuple):
-    """
-    One training sample: the index type of [`AugmentedDataset`], yielded by its samplers.
-
-    A draw contains its epoch, since neither persistent workers nor data loaders prepared by Accelerate for several
-    processes report a new epoch to the dataset.
-
-    Attributes:
-        row (`int`):
-            Index of the row in the dataset.
-        epoch (`int`):
-            Epoch, which seeds the sample's random numbers together with `position` and the dataset's seed.
-        position (`int`):
-            Position of the sample in the epoch.
-        class_id (`int`, *optional*):
-            Class of which the crop should hold more than `min_class_pixels` pixels.
-        min_class_pixels (`float`, *optional*, defaults to 0):
-            See `class_id`.
-    """
-
-    row: int
-    epoch: int
-    position: int
-    class_id: int | None = None
-    min_class_pixels: float = 0
-
-
-def random_generator(seed: int, epoch: int, position: int, stream: int) -> np.random.Generator:
-    """A generator that depends only on its arguments; different streams are independent."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream, epoch, position))))
-
-
-AUGMENTATION_STREAM, SHUFFLE_STREAM, RARE_CLASS_STREAM = range(3)
 
 
 class TrainingAugmentation:
@@ -442,31 +407,3 @@ class AugmentedDataset(Dataset):
         sample = self.augmentation(item["image"], item["label"], rng, draw.class_id, draw.min_class_pixels)
         check_label(sample["labels"].numpy(), self.num_labels)
         return sample
-
-
-class ShuffledSampler(Sampler[Draw]):
-    """
-    Draws every row once per epoch, in a random order that depends only on the seed and the epoch.
-
-    Args:
-        num_rows (`int`):
-            Number of rows of the dataset.
-        seed (`int`, *optional*, defaults to 0):
-            Non-negative seed of the order.
-    """
-
-    def __init__(self, num_rows: int, seed: int = 0):
-        self.num_rows = num_rows
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __iter__(self) -> Iterator[Draw]:
-        order = random_generator(self.seed, self.epoch, 0, SHUFFLE_STREAM).permutation(self.num_rows)
-        for position, index in enumerate(order.tolist()):
-            yield Draw(index, self.epoch, position)

@@ -11,16 +11,15 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.compute
-from torch.utils.data import Sampler
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.data.augmentation import RARE_CLASS_STREAM, Draw, label_array, random_generator
+from mfuser.data.augmentation import label_array
+from mfuser.data.draws import RARE_CLASS_STREAM, Draw, DrawSampler, random_generator
 from mfuser.files import atomic_writer
 
 logger = logging.getLogger(__name__)
@@ -204,12 +203,9 @@ def class_probabilities(pixels_per_class: np.ndarray, temperature: float = 100.0
     return weights / weights.sum()
 
 
-class RareClassSampler(Sampler[Draw]):
+class RareClassSampler(DrawSampler):
     """
     Yields the draws of an [`AugmentedDataset`], with a preference for rare classes.
-
-    The draw at position k depends only on (seed, epoch, k). A resumed run therefore continues with the same draws, and
-    the processes of a distributed run receive disjoint parts of one sequence.
 
     Args:
         pixel_counts (`np.ndarray` of shape `(rows, num_classes)`):
@@ -247,6 +243,9 @@ class RareClassSampler(Sampler[Draw]):
         min_pixels: int = 3000,
         min_crop_ratio: float = 0.5,
     ):
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+        super().__init__(num_samples or len(pixel_counts), seed)
         probabilities = class_probabilities(pixel_counts.sum(axis=0), temperature)
         enough = pixel_counts > min_pixels
         self.classes = np.flatnonzero(enough.any(axis=0))
@@ -269,21 +268,6 @@ class RareClassSampler(Sampler[Draw]):
         self._cumulative = self.probabilities.cumsum()[:-1]
         self.rows = [np.flatnonzero(enough[:, class_id]) for class_id in self.classes]
         self.min_class_pixels = min_crop_ratio * min_pixels
-        self.num_samples = len(pixel_counts) if num_samples is None else num_samples
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[Draw]:
-        epoch = self.epoch
-        return (self.draw(epoch, position) for position in range(self.num_samples))
 
     def draw(self, epoch: int, position: int) -> Draw:
         rng = random_generator(self.seed, epoch, position, RARE_CLASS_STREAM)

@@ -7,23 +7,24 @@ that does not label all of them has a `class_mask`, which excludes the others fr
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names
-from mfuser.data.augmentation import (
+from mfuser.data.augmentation import TrainingAugmentation, label_array
+from mfuser.data.draws import (
     AUGMENTATION_STREAM,
     RARE_CLASS_STREAM,
+    SOURCE_STREAM,
     Draw,
+    DrawSampler,
     ShuffledSampler,
-    TrainingAugmentation,
-    label_array,
     random_generator,
 )
 from mfuser.data.label_maps import LabelMap
@@ -31,7 +32,6 @@ from mfuser.data.loading import LoadedDomain
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.unreadable import SkippedRows, read_row
 
-SOURCE_STREAM = RARE_CLASS_STREAM + 1
 RARE_CLASS_SCOPES = ("source", "joint")
 
 
@@ -196,11 +196,9 @@ def _label_map(source: TrainingSource, id2label: dict[int, str]) -> LabelMap:
     return LabelMap(_joint_ids(source, id2label), [*source.id2label, IGNORE_INDEX])
 
 
-class MultiSourceSampler(Sampler[Draw]):
+class MultiSourceSampler(DrawSampler):
     """
     Yields the draws of a [`MultiSourceDataset`]: first a source by its probability, then a row of it.
-
-    The draw at position k depends only on (seed, epoch, k), as in [`RareClassSampler`].
 
     Args:
         num_rows (`Sequence[int]`):
@@ -220,24 +218,13 @@ class MultiSourceSampler(Sampler[Draw]):
         seed: int = 0,
         samplers: Sequence[RareClassSampler] | None = None,
     ):
+        super().__init__(sum(num_rows), seed)
         self.num_rows = list(num_rows)
         self.probabilities = probabilities
         self.samplers = samplers
-        self.seed = seed
-        self.epoch = 0
         # The last boundary is omitted, since rounding can leave it below 1.
         self._cumulative = probabilities.cumsum()[:-1]
         self._starts = [0, *accumulate(self.num_rows)]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __iter__(self) -> Iterator[Draw]:
-        epoch = self.epoch
-        return (self.draw(epoch, position) for position in range(len(self)))
 
     def draw(self, epoch: int, position: int) -> Draw:
         rng = random_generator(self.seed, epoch, position, SOURCE_STREAM)
@@ -303,7 +290,7 @@ def multi_source_sampler(
     rare_class_scope: str | None = "source",
     skip_unreadable: bool = False,
     **rare_class_arguments,
-) -> Sampler[Draw]:
+) -> DrawSampler:
     """
     The sampler of a [`MultiSourceDataset`]. An epoch has as many draws as the sources have rows.
 

@@ -80,13 +80,6 @@ class SegmentedImage:
         return np.bincount(self.labels_above(threshold).ravel(), minlength=256) / self.labels.size
 
 
-def colour_table(class_names: Sequence[str]) -> np.ndarray:
-    """RGB colours of all 256 label values, of shape (256, 3): those of the classes, then that of unknown pixels."""
-    table = np.full((256, 3), UNKNOWN_COLOUR, dtype=np.uint8)
-    table[: len(class_names)] = palettes.class_colours(class_names)
-    return table
-
-
 def draw(result: SegmentedImage, view: View) -> Image.Image:
     """Draws the image, overlaid with the colours of the classes that are shown, or of their confidence."""
     labels = result.labels_above(view.threshold)
@@ -95,7 +88,7 @@ def draw(result: SegmentedImage, view: View) -> Image.Image:
         indices[labels == UNKNOWN] = 0
         table = confidence_table()
     else:
-        indices, table = labels, colour_table(result.class_names)
+        indices, table = labels, palettes.label_colours(result.class_names)
     overlay = palettes.overlay(Image.fromarray(result.pixels), indices, table, view.opacity)
     hidden = np.zeros(256, dtype=bool)
     if view.shown is not None:
@@ -112,7 +105,7 @@ def draw_preview(result: SegmentedImage, view: View) -> Image.Image:
 
 def legend_html(result: SegmentedImage, view: View) -> str:
     """The legend as an HTML table: colour, name and share of each class, the largest share first."""
-    shares, table = result.shares(view.threshold), colour_table(result.class_names)
+    shares, table = result.shares(view.threshold), palettes.label_colours(result.class_names)
     rows = []
     for index in np.argsort(-shares[: len(result.class_names)], kind="stable").tolist():
         name = result.class_names[index]
@@ -146,7 +139,7 @@ def legend_entries(result: SegmentedImage, threshold: float) -> dict[str, dict]:
     names = dict(enumerate(result.class_names))
     if threshold > 0:
         names[UNKNOWN] = "unknown"
-    shares, table = result.shares(threshold), colour_table(result.class_names)
+    shares, table = result.shares(threshold), palettes.label_colours(result.class_names)
     return {
         str(index): {"name": name, "colour": table[index].tolist(), "share": round(float(shares[index]), 6)}
         for index, name in names.items()
@@ -170,7 +163,7 @@ def write_results(result: SegmentedImage, view: View) -> list[str]:
     overlay, labels = folder / f"{result.name}_overlay.jpg", folder / f"{result.name}_labels.png"
     legend = folder / f"{result.name}_legend.json"
     draw(result, view).save(overlay, quality=95)
-    palettes.label_image(result.labels_above(view.threshold), colour_table(result.class_names)).save(labels)
+    palettes.label_image(result.labels_above(view.threshold), palettes.label_colours(result.class_names)).save(labels)
     entries = json.dumps(legend_entries(result, view.threshold), indent=2, ensure_ascii=False)
     legend.write_text(f"{entries}\n", encoding="utf-8")
     return [str(overlay), str(labels), str(legend)]

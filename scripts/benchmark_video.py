@@ -20,8 +20,8 @@ from mfuser.scripts.benchmark_measuring import in_turns
 from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_images import read_image, segment_images
 from mfuser.scripts.segment_inputs import Kind, Source
-from mfuser.scripts.segment_results import Drawing, Segmented, write_image_results
-from mfuser.scripts.segment_video import VideoOptions, segment_video
+from mfuser.scripts.segment_results import Drawing, Job, Segmented, write_image_results
+from mfuser.scripts.segment_video import segment_video
 from mfuser.scripts.segmentation import segment
 from mfuser.scripts.video import NumberedFrames, VideoWriter
 
@@ -56,9 +56,10 @@ def segment_candidates(device: str, size: tuple[int, int]) -> Iterator[dict[str,
     """
     model, processor = load_for_inference(DEFAULT_MODEL, torch.device(device))
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    drawing = Drawing(dict(enumerate(names)), palettes.class_colours(names), alpha=0.5)
     with tempfile.TemporaryDirectory(prefix="mfuser-benchmark-") as temporary:
         folder = Path(temporary)
+        drawing = Drawing(dict(enumerate(names)), palettes.class_colours(names), alpha=0.5)
+        job = Job(model, processor, folder / "out", drawing)
         images = tuple(folder / f"{index:03}.jpg" for index in range(NUM_FRAMES))
         for index, path in enumerate(images):
             Image.fromarray(frame(index, *size)).save(path, quality=92)
@@ -73,15 +74,14 @@ def segment_candidates(device: str, size: tuple[int, int]) -> Iterator[dict[str,
 
         def one_by_one() -> None:
             for source in sources:
-                write_image_results(segmented(source, model, processor), folder / "out", drawing, {})
+                write_image_results(segmented(source, model, processor), job)
 
         def overlapped() -> None:
-            for result in segment_images(sources, folder / "out", model, processor, drawing, {}):
+            for result in segment_images(sources, job):
                 assert result.error is None, result.error
 
         def as_video() -> None:
-            options = VideoOptions(0.0, DEFAULT_RATE, None)
-            segment_video(video, folder / "out", model, processor, drawing, {}, options, threading.Event())
+            segment_video(video, job, threading.Event())
 
         yield {"one by one": one_by_one, "images": overlapped, "video": as_video}
 

@@ -54,8 +54,7 @@ def write_examples(
     samples = ProtocolSamples(domain, processor, options.evaluation_size(domain))
     folder = Path(examples_folder(output).name, title.replace(":", "-"))
     (output.parent / folder).mkdir(parents=True, exist_ok=True)
-    colours = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)  # black where a label is ignored
-    colours[: len(domain.id2label)] = palettes.class_colours(list(domain.id2label.values()))
+    colours = palettes.label_colours(list(domain.id2label.values()))  # also of ignored labels
     written, numbers = [], dict.fromkeys((each["kind"] for each in examples), 0)
     for example in examples:
         numbers[example["kind"]] += 1

@@ -75,6 +75,13 @@ def class_colours(class_names: Sequence[str]) -> np.ndarray:
     return np.array(colours, dtype=np.uint8)
 
 
+def label_colours(class_names: Sequence[str]) -> np.ndarray:
+    """RGB colours of all 256 label values, of shape (256, 3): those of the classes, then that of unknown pixels."""
+    table = np.full((MAX_CLASSES, 3), UNKNOWN_COLOUR, dtype=np.uint8)
+    table[: len(class_names)] = class_colours(class_names)
+    return table
+
+
 def _distance(colours: np.ndarray, colour: Sequence[float]) -> np.ndarray:
     return ((colours - np.asarray(colour)) ** 2 * CHANNEL_WEIGHTS).sum(axis=-1)
 

@@ -3,8 +3,8 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,9 +18,9 @@ from mfuser.scripts import cli, palettes
 from mfuser.scripts.segment_arguments import DEFAULT_RATE, parse_arguments
 from mfuser.scripts.segment_images import segment_images
 from mfuser.scripts.segment_inputs import Kind, Source, find_sources
-from mfuser.scripts.segment_results import Drawing, image_files, is_done, is_free, settings_of, write_legend
+from mfuser.scripts.segment_results import Drawing, Job, image_files, is_done, is_free, settings_of, write_legend
 from mfuser.scripts.segment_score import read_labels, score
-from mfuser.scripts.segment_video import VideoOptions, segment_video, stopping_on_signals
+from mfuser.scripts.segment_video import segment_video, stopping_on_signals
 from mfuser.scripts.video import import_av
 
 
@@ -108,19 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     if threshold is not None:
         check_threshold(threshold, len(class_names))
         classes[UNKNOWN] = "unknown"
-        colours = np.concatenate([colours, np.zeros((UNKNOWN + 1 - len(colours), 3), dtype=np.uint8)])
+        colours = palettes.label_colours(class_names)
     drawing = Drawing(
         classes, colours, parsed.alpha, parsed.confidence, parsed.panel, is_calibrated=settings["is_calibrated"]
     )
     truth = None if parsed.labels is None else read_labels(parsed.labels, sources[0].path, len(class_names))
+    job = Job(model, processor, parsed.output, drawing, settings, threshold)
     make_folder(parsed.output)
     write_legend(parsed.output, drawing)
 
     summary = Summary(max(classes) + 1, len(problems))
     images = [source for source in sources if source.kind is Kind.IMAGE]
-    segmented = segment_images(
-        images, parsed.output, model, processor, drawing, settings, threshold, parsed.skip_existing
-    )
+    segmented = segment_images(images, job, parsed.skip_existing)
     for image in tqdm(segmented, desc="segmenting", unit="image", total=len(images), disable=not images):
         if image.error is not None:
             summary.skip(image.source, image.error)
@@ -128,15 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
             summary.done += 1
         else:
             summary.add(image.source, image.counts)
-    was_stopped = run_videos(
-        [source for source in sources if source.kind is not Kind.IMAGE],
-        parsed,
-        summary,
-        model=model,
-        processor=processor,
-        drawing=drawing,
-        settings=settings,
-    )
+    videos = [source for source in sources if source.kind is not Kind.IMAGE]
+    was_stopped = run_videos(videos, job, parsed, summary)
     summary.print(classes, parsed.output)
     if truth is not None and not summary.skipped:
         print(score(image_files(parsed.output / sources[0].place)["labels"], truth, len(class_names)))
@@ -146,22 +138,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if summary.skipped or summary.incomplete else 0
 
 
-def run_videos(sources: Iterable[Source], parsed: argparse.Namespace, summary: Summary, **common: Any) -> bool:
+def run_videos(sources: Iterable[Source], job: Job, parsed: argparse.Namespace, summary: Summary) -> bool:
     """Segments videos. Returns whether a signal ended one before its end."""
     rate = parsed.frame_rate or DEFAULT_RATE
-    options = VideoOptions(parsed.smoothing, rate, parsed.unknown_threshold)
     for source in sources:
-        made_with = {**common["settings"], "smoothing": parsed.smoothing}
+        settings = {**job.settings, "smoothing": parsed.smoothing}
         if source.kind is Kind.FRAMES:
-            made_with["frame_rate"] = str(rate)
-        if parsed.skip_existing and is_done(source, parsed.output, common["drawing"], made_with):
+            settings["frame_rate"] = str(rate)
+        video_job = replace(job, settings=settings)
+        if parsed.skip_existing and is_done(source, video_job):
             summary.done += 1
             continue
         try:
             with stopping_on_signals() as stop:
-                result = segment_video(
-                    source, parsed.output, **{**common, "settings": made_with}, options=options, stop=stop
-                )
+                result = segment_video(source, video_job, stop, parsed.smoothing, rate)
         except Exception as error:
             if not is_expected(error):
                 raise

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from mfuser.errors import is_expected, one_line
 from mfuser.image_processing_mfuser import MFuserImageProcessor
-from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.overlap import in_order
+from mfuser.overlap import in_order, model_threads
 from mfuser.scripts.segment_inputs import Source
-from mfuser.scripts.segment_results import Drawing, Segmented, is_done, write_image_results
-from mfuser.scripts.segmentation import count_pixels, images_at_once, segment, segment_with_confidence
+from mfuser.scripts.segment_results import Job, Segmented, is_done, write_image_results
+from mfuser.scripts.segmentation import count_pixels, segment, segment_with_confidence
 
 READ_AHEAD = WRITE_BEHIND = 2  # images that wait for the model, and for the disk
 
@@ -41,37 +39,18 @@ def read_image(path: Path, processor: MFuserImageProcessor) -> np.ndarray:
     return pixels
 
 
-def segment_images(
-    sources: Iterable[Source],
-    output: Path,
-    model: MFuserForSemanticSegmentation,
-    processor: MFuserImageProcessor,
-    drawing: Drawing,
-    settings: dict[str, Any],
-    unknown_threshold: float | None = None,
-    skip_existing: bool = False,
-) -> Iterator[Segmented]:
+def segment_images(sources: Iterable[Source], job: Job, skip_existing: bool = False) -> Iterator[Segmented]:
     """
     Segments images and writes their results.
 
     Reading, the model and writing run concurrently, in threads; a small model segments several images in parallel, see
-    [`images_at_once`]. The number of images in memory is bounded.
+    [`~mfuser.overlap.model_threads`]. The number of images in memory is bounded.
 
     Args:
         sources (`Iterable[Source]`):
             The images.
-        output (`Path`):
-            Folder of the results.
-        model ([`MFuserForSemanticSegmentation`]):
-            The model, in eval mode.
-        processor ([`MFuserImageProcessor`]):
-            Resizes and normalises the images.
-        drawing (`Drawing`):
-            How results are drawn.
-        settings (`dict`):
-            What results depend on, see [`settings_of`].
-        unknown_threshold (`float`, *optional*):
-            Pixels of lower confidence than this get the label 255.
+        job (`Job`):
+            The model, and how and where results are written.
         skip_existing (`bool`, *optional*, defaults to `False`):
             Whether to leave out images whose results exist.
 
@@ -79,29 +58,30 @@ def segment_images(
         `Iterator[Segmented]`: Each image, in the order of `sources`, with the counts of its classes, with the reason
         why it was skipped, or with `is_done`.
     """
-    needs_confidence = drawing.confidence or drawing.panel or unknown_threshold is not None
+    drawing = job.drawing
+    needs_confidence = drawing.confidence or drawing.panel or job.unknown_threshold is not None
 
     def read(segmented: Segmented) -> None:
-        if skip_existing and is_done(segmented.source, output, drawing, settings):
+        if skip_existing and is_done(segmented.source, job):
             segmented.is_done = True
         else:
-            segmented.pixels = read_image(segmented.source.path, processor)
+            segmented.pixels = read_image(segmented.source.path, job.processor)
 
     def run_model(segmented: Segmented) -> None:
         if needs_confidence:
             segmented.labels, segmented.confidence = segment_with_confidence(
-                segmented.pixels, model, processor, unknown_threshold
+                segmented.pixels, job.model, job.processor, job.unknown_threshold
             )
         else:
-            segmented.labels = segment(segmented.pixels, model, processor)
+            segmented.labels = segment(segmented.pixels, job.model, job.processor)
 
     def write(segmented: Segmented) -> None:
-        write_image_results(segmented, output, drawing, settings)
+        write_image_results(segmented, job)
         segmented.counts = count_pixels(segmented.labels, max(drawing.classes) + 1)
         segmented.pixels = segmented.labels = np.empty(0)
         segmented.confidence = None
 
-    with images_at_once(model) as together:
+    with model_threads(job.model) as together:
         images: Iterable[Segmented] = in_order(_step(read), map(Segmented, sources), threads=1, ahead=READ_AHEAD)
         if together == 1:
             images = map(_step(run_model), images)

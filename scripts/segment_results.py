@@ -51,6 +51,34 @@ class Drawing:
     is_calibrated: bool = False
 
 
+@dataclass(frozen=True)
+class Job:
+    """
+    What inputs are segmented with, and where their results go.
+
+    Args:
+        model ([`MFuserForSemanticSegmentation`]):
+            The model, in eval mode.
+        processor ([`MFuserImageProcessor`]):
+            Resizes and normalises images and frames.
+        output (`Path`):
+            Folder of the results.
+        drawing (`Drawing`):
+            How results are drawn.
+        settings (`dict`, *optional*):
+            What results depend on, see [`settings_of`].
+        unknown_threshold (`float`, *optional*):
+            Pixels of lower confidence than this get the label 255.
+    """
+
+    model: MFuserForSemanticSegmentation
+    processor: MFuserImageProcessor
+    output: Path
+    drawing: Drawing
+    settings: dict[str, Any] = field(default_factory=dict)
+    unknown_threshold: float | None = None
+
+
 @dataclass
 class Segmented:
     """
@@ -149,19 +177,19 @@ def is_free(source: Source, output: Path) -> bool:
         return False
 
 
-def is_done(source: Source, output: Path, drawing: Drawing, settings: dict[str, Any]) -> bool:
+def is_done(source: Source, job: Job) -> bool:
     """Whether an earlier run with the same model and settings has written all results of a source."""
-    results = output / source.place
+    results = job.output / source.place
     if source.kind.is_live:
         return False
     try:
-        record = record_of(source, settings)
+        record = record_of(source, job.settings)
         if source.kind is not Kind.IMAGE:
             files = video_files(results)
             written = read_json(files["record"])
             exist = files["labels"].is_file() and results.with_name(written["overlay"]).is_file()
             return exist and written["record"] == json.loads(record) and written["complete"] is True
-        for kind, file in _wanted(results, drawing).items():
+        for kind, file in _wanted(results, job.drawing).items():
             with Image.open(file) as image:
                 name = "comment" if kind in ("overlay", "panel") else RECORD
                 found = image.info.get(name, "")
@@ -197,7 +225,7 @@ def write_legend(output: Path, drawing: Drawing) -> None:
     write_image(picture, palettes.legend(classes, colours))
 
 
-def write_image_results(segmented: Segmented, output: Path, drawing: Drawing, settings: dict[str, Any]) -> None:
+def write_image_results(segmented: Segmented, job: Job) -> None:
     """
     Writes the results of an image.
 
@@ -207,26 +235,23 @@ def write_image_results(segmented: Segmented, output: Path, drawing: Drawing, se
     Args:
         segmented (`Segmented`):
             The image, with its labels and, if needed, its confidence.
-        output (`Path`):
-            Folder of the results.
-        drawing (`Drawing`):
-            How they are drawn.
-        settings (`dict`):
-            What they depend on, see [`settings_of`].
+        job (`Job`):
+            How and where they are written.
 
     Raises:
         ValueError: If the image is too large for a JPEG.
         OSError: If a file cannot be written.
     """
     source, labels, confidence = segmented.source, segmented.labels, segmented.confidence
+    drawing, results = job.drawing, job.output / segmented.source.place
     height, width = labels.shape
     if max(height, width) > JPEG_LIMIT:
         raise ValueError(
             f"it has {width} x {height} pixels; the overlay, a JPEG, can have at most {JPEG_LIMIT} on a side"
         )
-    make_folder((output / source.place).parent)
-    files = _wanted(output / source.place, drawing)
-    record = record_of(source, settings)
+    make_folder(results.parent)
+    files = _wanted(results, drawing)
+    record = record_of(source, job.settings)
     made, label_text = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
     for text in (made, label_text):
         text.add_text(RECORD, record)

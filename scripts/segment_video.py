@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,44 +17,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from mfuser.files import atomic_writer, make_folder, write_text
-from mfuser.image_processing_mfuser import MFuserImageProcessor
-from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.overlap import in_order, read_ahead
+from mfuser.overlap import in_order, model_threads, read_ahead
 from mfuser.scripts import palettes
 from mfuser.scripts.label_archive import LabelArchive
+from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_images import read_image
 from mfuser.scripts.segment_inputs import Source
-from mfuser.scripts.segment_results import Drawing, record_of, source_hash, video_files
+from mfuser.scripts.segment_results import Job, record_of, source_hash, video_files
 from mfuser.scripts.segmentation import (
     class_scores,
     count_pixels,
     frames_at_once,
-    images_at_once,
     labels_of_scores,
     segment,
 )
 from mfuser.scripts.video import Frame, Video, VideoWriter, container_format, open_video
 
 FRAMES_AHEAD = 4  # that are decoded before the model needs them
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """
-    How videos are segmented.
-
-    Args:
-        smoothing (`float`):
-            Weight of earlier frames in the scores, from 0 to less than 1.
-        rate (`Fraction`):
-            Frames per second of numbered frames.
-        unknown_threshold (`float`, *optional*):
-            Pixels of lower confidence than this get the label 255.
-    """
-
-    smoothing: float
-    rate: Fraction
-    unknown_threshold: float | None
 
 
 @dataclass
@@ -120,14 +98,7 @@ def stopping_on_signals() -> Iterator[threading.Event]:
 
 
 def segment_video(
-    source: Source,
-    output: Path,
-    model: MFuserForSemanticSegmentation,
-    processor: MFuserImageProcessor,
-    drawing: Drawing,
-    settings: dict[str, Any],
-    options: VideoOptions,
-    stop: threading.Event,
+    source: Source, job: Job, stop: threading.Event, smoothing: float = 0.0, rate: Fraction = DEFAULT_RATE
 ) -> VideoResult:
     """
     Segments a video and writes its overlay, its label maps and its record.
@@ -137,20 +108,14 @@ def segment_video(
     Args:
         source (`Source`):
             The video.
-        output (`Path`):
-            Folder of the results.
-        model ([`MFuserForSemanticSegmentation`]):
-            The model, in eval mode.
-        processor ([`MFuserImageProcessor`]):
-            Resizes and normalises the frames.
-        drawing (`Drawing`):
-            How the overlay is drawn.
-        settings (`dict`):
-            What results depend on, see [`settings_of`].
-        options (`VideoOptions`):
-            Smoothing, and the rate of numbered frames.
+        job (`Job`):
+            The model, and how and where results are written.
         stop (`threading.Event`):
             Ends the video at the next frame.
+        smoothing (`float`, *optional*, defaults to 0.0):
+            Weight of earlier frames in the scores, from 0 to less than 1.
+        rate (`Fraction`, *optional*, defaults to 25):
+            Frames per second of numbered frames.
 
     Returns:
         `VideoResult`: What was segmented.
@@ -160,19 +125,19 @@ def segment_video(
             The results of an earlier run are kept.
     """
     with (
-        closing(open_video(source, options.rate, partial(read_image, processor=processor))) as video,
+        closing(open_video(source, rate, partial(read_image, processor=job.processor))) as video,
         ExitStack() as files,
     ):
-        results = VideoResults(source, output, video, drawing, settings, files)
-        finish = _Finisher(model, drawing, options, results)
-        run_model = partial(_run_model, model=model, processor=processor, options=options)
+        results = VideoResults(source, video, job, files)
+        finish = _Finisher(job, smoothing, results)
+        run_model = partial(_run_model, job=job, keeps_scores=smoothing > 0)
         with ExitStack() as threads:  # they end before the files are closed
-            together = threads.enter_context(images_at_once(model))
+            together = threads.enter_context(model_threads(job.model))
             progress = threads.enter_context(
                 tqdm(total=video.num_frames, desc=source.place.name, unit="frame", dynamic_ncols=True)
             )
             items = threads.enter_context(closing(read_ahead(_until(stop, video), FRAMES_AHEAD)))
-            batches: Iterable[Batch] = _batches(items, model, processor, source.kind.is_live)
+            batches: Iterable[Batch] = _batches(items, job, source.kind.is_live)
             if together == 1:
                 batches = map(run_model, batches)
             else:
@@ -192,9 +157,7 @@ def _until(stop: threading.Event, video: Video) -> Iterator[Any]:
             return
 
 
-def _batches(
-    items: Iterable[Any], model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, is_live: bool
-) -> Iterator[Batch]:
+def _batches(items: Iterable[Any], job: Job, is_live: bool) -> Iterator[Batch]:
     """Groups frames of one size that are segmented in one forward pass, with the audio packets in between."""
     batch, number = Batch(), 1
     for item in items:
@@ -207,7 +170,7 @@ def _batches(
         batch.frames.append(item)
         if len(batch.frames) == 1:
             # Waiting for more frames of a live stream would delay it.
-            number = 1 if is_live else frames_at_once(item.pixels.shape[1:], model, processor)
+            number = 1 if is_live else frames_at_once(item.pixels.shape[1:], job.model, job.processor)
         if len(batch.frames) == number:
             yield batch
             batch = Batch()
@@ -215,40 +178,31 @@ def _batches(
         yield batch
 
 
-def _run_model(
-    batch: Batch, model: MFuserForSemanticSegmentation, processor: MFuserImageProcessor, options: VideoOptions
-) -> Batch:
+def _run_model(batch: Batch, job: Job, keeps_scores: bool) -> Batch:
     pixels = [frame.pixels for frame in batch.frames]
     if not pixels:
         return batch
-    if options.smoothing:
-        batch.scores = class_scores(pixels, model, processor)
-    elif len(pixels) == 1 and options.unknown_threshold is None:
-        batch.labels = [segment(pixels[0], model, processor)]
+    if keeps_scores:
+        batch.scores = class_scores(pixels, job.model, job.processor)
+    elif len(pixels) == 1 and job.unknown_threshold is None:
+        batch.labels = [segment(pixels[0], job.model, job.processor)]
     else:
-        batch.labels = [
-            labels_of_scores(
-                scores, pixels[0].shape[1:], model.config.confidence_calibration, options.unknown_threshold
-            )
-            for scores in class_scores(pixels, model, processor)
-        ]
+        scores = class_scores(pixels, job.model, job.processor)
+        batch.labels = [_labels(of_frame, pixels[0].shape[1:], job) for of_frame in scores]
     return batch
+
+
+def _labels(scores: torch.Tensor, size: tuple[int, int], job: Job) -> np.ndarray:
+    return labels_of_scores(scores, size, job.model.config.confidence_calibration, job.unknown_threshold)
 
 
 class _Finisher:
     """Smooths scores, draws overlays and writes both files, frame by frame."""
 
-    def __init__(
-        self,
-        model: MFuserForSemanticSegmentation,
-        drawing: Drawing,
-        options: VideoOptions,
-        results: "VideoResults",
-    ):
-        self.calibration = getattr(model.config, "confidence_calibration", None)
-        self.drawing, self.options, self.results = drawing, options, results
+    def __init__(self, job: Job, smoothing: float, results: "VideoResults"):
+        self.job, self.smoothing, self.results = job, smoothing, results
         self.smoothed: torch.Tensor | None = None
-        self.frames, self.counts = 0, np.zeros(max(drawing.classes) + 1, dtype=np.int64)
+        self.frames, self.counts = 0, np.zeros(max(job.drawing.classes) + 1, dtype=np.int64)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> int:
@@ -259,8 +213,7 @@ class _Finisher:
             if batch.scores is None:
                 labels = batch.labels[index]
             else:
-                scores = self._smooth(batch.scores[index])
-                labels = labels_of_scores(scores, size, self.calibration, self.options.unknown_threshold)
+                labels = _labels(self._smooth(batch.scores[index]), size, self.job)
             self.counts += count_pixels(labels, len(self.counts))
             self.results.write(frame, labels)
             self.frames += 1
@@ -271,7 +224,7 @@ class _Finisher:
         if self.smoothed is None or self.smoothed.shape != scores.shape:
             self.smoothed = scores.float().clone()
         else:
-            self.smoothed.lerp_(scores.float(), 1 - self.options.smoothing)
+            self.smoothed.lerp_(scores.float(), 1 - self.smoothing)
         return self.smoothed
 
 
@@ -282,30 +235,18 @@ class VideoResults:
     Args:
         source (`Source`):
             The video.
-        output (`Path`):
-            Folder of the results.
         video (`Video`):
             The open video.
-        drawing (`Drawing`):
-            How the overlay is drawn.
-        settings (`dict`):
-            What the results depend on.
+        job (`Job`):
+            How and where results are written.
         stack (`ExitStack`):
             Closes the files; if an exception is raised in its block, it deletes them.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        output: Path,
-        video: Video,
-        drawing: Drawing,
-        settings: dict[str, Any],
-        stack: ExitStack,
-    ):
-        self.source, self.video, self.drawing, self.stack = source, video, drawing, stack
-        self.output, self.files = output, video_files(output / source.place)
-        self.record = record_of(source, settings)
+    def __init__(self, source: Source, video: Video, job: Job, stack: ExitStack):
+        self.source, self.video, self.drawing, self.stack = source, video, job.drawing, stack
+        self.files = video_files(job.output / source.place)
+        self.record = record_of(source, job.settings)
         self.waiting: list[Any] = []  # audio packets before the first frame
         self.writer: VideoWriter | None = None
 
@@ -368,4 +309,4 @@ class VideoResults:
         )
 
 
-__all__ = ["VideoOptions", "VideoResult", "segment_video", "stopping_on_signals"]
+__all__ = ["VideoResult", "segment_video", "stopping_on_signals"]

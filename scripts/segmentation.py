@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,9 @@ from mfuser.evaluation.large_images import label_map_by_bands, windows_at_once
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.images_mfuser import resized_size
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
-from mfuser.overlap import is_small, model_threads
 from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.windows_mfuser import sliding_windows
 
-# Windows of a small model, in tokens, that keep one core busy in a forward pass.
-SMALL_MODEL_TOKENS_PER_BATCH = 2048
 # Frames in one forward pass: at most this many, and at most this many bytes of pixels and of scores.
 MAX_FRAMES_AT_ONCE, MAX_PIXEL_BYTES, MAX_SCORE_BYTES = 8, 2**23, 2**26
 
@@ -172,28 +168,6 @@ def count_pixels(labels: np.ndarray, number: int) -> np.ndarray:
     for row in labels:  # by rows, because `bincount` copies to int64
         counts += np.bincount(row, minlength=number)
     return counts
-
-
-@contextmanager
-def images_at_once(model: MFuserForSemanticSegmentation) -> Iterator[int]:
-    """
-    Number of images to segment in parallel, in threads. Within the block, PyTorch's threads are divided among them.
-
-    On a CPU, the operations of a small model are too small to be spread over several cores. One core per image keeps
-    all of them busy. A large model, or one on a GPU, segments one image after the other.
-
-    Args:
-        model ([`MFuserForSemanticSegmentation`]):
-            The model. Within the block, its `config.windows_per_batch` suits one core, unless it is set.
-    """
-    config, windows = model.config, model.config.windows_per_batch
-    if windows is None and is_small(model):
-        config.windows_per_batch = max(1, SMALL_MODEL_TOKENS_PER_BATCH * config.patch_size**2 // config.crop_size**2)
-    try:
-        with model_threads(model) as threads:
-            yield threads
-    finally:
-        config.windows_per_batch = windows
 
 
 def weights_hash(model: MFuserForSemanticSegmentation) -> str:

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
-from torch.utils.data import Dataset, Sampler
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from mfuser.class_names_mfuser import IGNORE_INDEX, give_classes, label_names, pretrained_tokenizer
 from mfuser.configuration_mfuser import MFuserConfig
-from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
-from mfuser.data.loading import load_domain, parse_id2label
+from mfuser.data.augmentation import AugmentedDataset, TrainingAugmentation
+from mfuser.data.draws import DrawSampler, ShuffledSampler
+from mfuser.data.loading import LoadedDomain, load_domain, parse_id2label
 from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.sources import MultiSourceDataset, TrainingSource, joint_classes, multi_source_sampler
 from mfuser.data.validation import ValidationDataset
@@ -221,7 +221,7 @@ def build_processor(model: str | None, data: DataArguments) -> MFuserImageProces
     return processor
 
 
-def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> Sampler[Draw]:
+def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int) -> DrawSampler:
     """The sampler of the sources. Counts the pixels of each class first if rare classes are drawn more often."""
     rare_classes: dict[str, Any] = {
         "temperature": data.rare_class_temperature,
@@ -234,6 +234,31 @@ def build_sampler(sources: list[TrainingSource], data: DataArguments, seed: int)
         return ShuffledSampler(len(sources[0].dataset), seed=seed)
     counts = count_class_pixels(sources[0].dataset, len(sources[0].id2label), skip_unreadable=data.skip_unreadable)
     return RareClassSampler(counts, seed=seed, **rare_classes)
+
+
+def build_dataset(
+    sources: list[TrainingSource], augmentation: TrainingAugmentation, data: DataArguments, seed: int
+) -> AugmentedDataset | MultiSourceDataset:
+    """The dataset of the sources, whose samples are augmented."""
+    if len(sources) > 1:
+        return MultiSourceDataset(sources, augmentation, seed, data.mask_unlabelled_classes, data.skip_unreadable)
+    num_labels = len(sources[0].id2label)
+    return AugmentedDataset(sources[0].dataset, augmentation, seed, num_labels, data.skip_unreadable)
+
+
+def described_data(
+    data: DataArguments, sources: list[TrainingSource], validation: LoadedDomain | None
+) -> dict[str, Any]:
+    """Place, split and content of each dataset, for the record of the run."""
+    opened = enumerate(zip(data.train_data or (), data.train_split or (), sources, strict=True))
+    described = {
+        "train_data" if len(sources) == 1 else f"train_data[{index}]": describe_data(place, split, source.dataset)
+        for index, (place, split, source) in opened
+    }
+    if validation:
+        place = str(data.validation_data)
+        described["validation_data"] = describe_data(place, data.validation_split, validation.dataset)
+    return described
 
 
 def build_trainer(model_options: ModelArguments, data: DataArguments, training: TrainArguments) -> MFuserTrainer:
@@ -281,32 +306,18 @@ def build_trainer(model_options: ModelArguments, data: DataArguments, training: 
     model = build_model(model_options, id2label)
     normalization = {"image_mean": tuple(processor.image_mean), "image_std": tuple(processor.image_std)}
     augmentation = TrainingAugmentation(**{"crop_size": model.config.crop_size, **data.augmentation, **normalization})
-    train_dataset: Dataset
-    skip = data.skip_unreadable
-    if len(sources) == 1:
-        train_dataset = AugmentedDataset(sources[0].dataset, augmentation, training.seed, len(id2label), skip)
-    else:
-        train_dataset = MultiSourceDataset(sources, augmentation, training.seed, data.mask_unlabelled_classes, skip)
-    eval_dataset = ValidationDataset(validation.dataset, processor, len(id2label), skip) if validation else None
-    encoders = encoders_of(model_options)
-    described = {
-        "train_data" if len(sources) == 1 else f"train_data[{index}]": describe_data(source, split, opened.dataset)
-        for index, (source, split, opened) in enumerate(
-            zip(data.train_data, data.train_split or (), sources, strict=True)
-        )
-    }
+    eval_dataset = None
     if validation:
-        described["validation_data"] = describe_data(
-            str(data.validation_data), data.validation_split, validation.dataset
-        )
+        eval_dataset = ValidationDataset(validation.dataset, processor, len(id2label), data.skip_unreadable)
+    described = described_data(data, sources, validation)
     settings = {name: getattr(data, name) for name in RECORDED_DATA_SETTINGS} | {"augmentation": vars(augmentation)}
     return MFuserTrainer(
         model,
         training,
-        train_dataset=train_dataset,
+        train_dataset=build_dataset(sources, augmentation, data, training.seed),
         train_sampler=sampler,
         eval_dataset=eval_dataset,
-        encoders=encoders,
+        encoders=encoders_of(model_options),
         run_record=run_record(model, training, settings, described, sources_of(model_options)),
         tokenizer=tokenizer_of(model, model_options),
         monitored=monitored,

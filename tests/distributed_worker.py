@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from mfuser.data.augmentation import ShuffledSampler
+from mfuser.data.draws import ShuffledSampler
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.training.checkpoints import without_scalars
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments

@@ -158,7 +158,7 @@ def test_the_ablation_runs_from_data_to_table_and_repeats_nothing(tmp_path, data
         write_dataset(data / f"{split}.parquet", pixels_and_labels(4, classes=11, sizes=((64, 80),)))
     (data / "id2label.json").write_text(json.dumps(CAMVID.id2label))
     arguments = ["--data", str(data), "--output", str(tmp_path / "runs"), "--seeds", "0"]
-    arguments += ["--variants", "mvfuser", "one_encoder"]
+    arguments += ["--variants", "mvfuser", "one_encoder", "--jobs", "2"]
     short = ["--", "max_steps=2", "save_steps=1", "warmup_steps=0", "per_device_train_batch_size=1"]
     short += ["augmentation.crop_size=64", "rare_class_min_pixels=1", "dataloader_num_workers=0", "use_cpu=true"]
     run_ablation.main([*arguments, *short])

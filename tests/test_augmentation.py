@@ -13,14 +13,13 @@ from torch.utils.data import DataLoader
 from mfuser.data import augmentation as module
 from mfuser.data.augmentation import (
     AugmentedDataset,
-    Draw,
     ResizedWindow,
-    ShuffledSampler,
     TrainingAugmentation,
     hsv_to_rgb,
     resized_shape,
     rgb_to_hsv,
 )
+from mfuser.data.draws import Draw, ShuffledSampler
 
 # Computed with OpenCV 4.12: cv2.resize with INTER_LINEAR and INTER_NEAREST, cv2.cvtColor in both directions.
 OPENCV = np.load(Path(__file__).parent / "fixtures" / "opencv_4_12.npz")

@@ -13,7 +13,7 @@ from tiny_models import CLASSES, tiny_batch, tiny_model
 from torch.utils.data import Dataset
 
 from mfuser import MFuserImageProcessor
-from mfuser.data.augmentation import ShuffledSampler
+from mfuser.data.draws import ShuffledSampler
 from mfuser.data.validation import ValidationDataset, evenly_spaced
 from mfuser.scripts import train
 from mfuser.training import trainer as trainer_module

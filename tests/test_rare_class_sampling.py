@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mfuser.data import rare_class_sampling
-from mfuser.data.augmentation import AugmentedDataset, Draw, TrainingAugmentation
+from mfuser.data.augmentation import AugmentedDataset, TrainingAugmentation
+from mfuser.data.draws import Draw
 from mfuser.data.rare_class_sampling import RareClassSampler, class_probabilities, count_class_pixels
 
 # Five images of 10,000 pixels; class 3 never occurs, class 4 nowhere often enough.

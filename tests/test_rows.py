@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mfuser.data.augmentation import AUGMENTATION_STREAM, TrainingAugmentation, random_generator
+from mfuser.data.augmentation import TrainingAugmentation
+from mfuser.data.draws import AUGMENTATION_STREAM, random_generator
 from mfuser.data.layouts import find_pairs
 from mfuser.data.loading import load_domain, open_columns
 from mfuser.data.preparation import prepare

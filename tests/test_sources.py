@@ -10,7 +10,8 @@ from tiny_models import CLASSES, tiny_model
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from mfuser.data.augmentation import AugmentedDataset, Draw, ShuffledSampler, TrainingAugmentation
+from mfuser.data.augmentation import AugmentedDataset, TrainingAugmentation
+from mfuser.data.draws import Draw, ShuffledSampler
 from mfuser.data.loading import LoadedDomain
 from mfuser.data.rare_class_sampling import RareClassSampler
 from mfuser.data.sources import (

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation, MFuserImageProcessor
-from mfuser.data.augmentation import ShuffledSampler
+from mfuser.data.draws import ShuffledSampler
 from mfuser.evaluation.metrics import MeanIoU
 from mfuser.loading import restore_weights
 from mfuser.scripts.checkpoint_names import convert_state_dict, convert_tensor, dropped_reason

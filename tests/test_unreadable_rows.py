@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_models import CLASSES
 from tiny_recipe import write_data, write_recipe
 
-from mfuser.data.augmentation import AugmentedDataset, Draw, TrainingAugmentation
+from mfuser.data.augmentation import AugmentedDataset, TrainingAugmentation
+from mfuser.data.draws import Draw
 from mfuser.data.rare_class_sampling import count_class_pixels
 from mfuser.data.unreadable import UnreadableRowError
 from mfuser.scripts import train

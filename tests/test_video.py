@@ -20,9 +20,10 @@ from test_segment import ThresholdModel, files, run, write_image
 from tiny_models import tiny_model
 
 from mfuser import MFuserImageProcessor
+from mfuser.overlap import model_threads
 from mfuser.scripts import segment, segment_video, video
 from mfuser.scripts.segment_results import settings_of
-from mfuser.scripts.segmentation import class_scores, frames_at_once, images_at_once, labels_of_scores, weights_hash
+from mfuser.scripts.segmentation import class_scores, frames_at_once, labels_of_scores, weights_hash
 
 pytest.importorskip("av")
 from videos import moving_bar, picture, read_video, rotate_clockwise, write_video
@@ -221,15 +222,15 @@ def test_a_small_model_segments_images_in_parallel_and_a_large_one_does_not(monk
     threads, model = torch.get_num_threads(), tiny_model()
     torch.set_num_threads(3)
     try:
-        with images_at_once(model) as number:
+        with model_threads(model) as number:
             assert number == 3 and torch.get_num_threads() == 1
-            assert model.config.windows_per_batch == 128  # of 16 tokens
+            assert model.config.windows_per_batch == 144  # of 16 tokens
         assert torch.get_num_threads() == 3 and model.config.windows_per_batch is None
         chosen = tiny_model(windows_per_batch=2)
-        with images_at_once(chosen):
+        with model_threads(chosen):
             assert chosen.config.windows_per_batch == 2
         monkeypatch.setattr("mfuser.overlap.SMALL_MODEL", 1000)
-        with images_at_once(model) as number:
+        with model_threads(model) as number:
             assert number == 1 and torch.get_num_threads() == 3 and model.config.windows_per_batch is None
     finally:
         torch.set_num_threads(threads)

@@ -4,16 +4,20 @@ Trains every variant of the ablation with every seed, evaluates it by day and at
     python tools/run_ablation.py --data data/camvid
     python tools/run_ablation.py --data data/camvid --seeds 0 --output runs/short -- max_steps=20 save_steps=10
 
-Runs are executed sequentially. Finished runs are not repeated, and an interrupted run continues from its last
-checkpoint, so the same command can be repeated until all runs are finished. Settings after `--` are passed on to
-`mfuser train` for all variants. docs/ablation.md describes the variants.
+`--jobs` runs are executed at a time, with an equal share of the CPU cores each; one run per core is fastest. Finished
+runs are not repeated, and an interrupted run continues from its last checkpoint, so the same command can be repeated
+until all runs are finished. Settings after `--` are passed on to `mfuser train` for all variants. docs/ablation.md
+describes the variants.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants, help="default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that are executed at a time (default: 1)")
     parsed = parser.parse_args(own)
+    if parsed.jobs < 1:
+        parser.error(f"--jobs is {parsed.jobs}; it must be at least 1")
     parsed.settings = passed
     return parsed
 
@@ -49,15 +56,15 @@ def read_variants() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((RECIPES / "variants.yaml").read_text(encoding="utf-8"))
 
 
-def run(module: str, *arguments: object) -> None:
+def run(module: str, *arguments: object, threads: int) -> None:
     """Runs a command of the package. An error of it ends this script."""
     command = [sys.executable, "-m", f"mfuser.scripts.{module}", *map(str, arguments)]
     print("$", " ".join(command[3:]), flush=True)
-    if subprocess.run(command, check=False).returncode:
+    if subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode:
         sys.exit(f"run_ablation: {module} failed; the same command continues from here")
 
 
-def train(folder: Path, data: Path, settings: list[str]) -> None:
+def train(folder: Path, data: Path, settings: list[str], threads: int) -> None:
     """Trains a run, or continues it, unless it is finished."""
     stamp = folder / SETTINGS
     if stamp.exists() and read_json(stamp)["settings"] != settings:
@@ -70,10 +77,11 @@ def train(folder: Path, data: Path, settings: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(stamp, json.dumps({"settings": settings}))
     data_settings = ("--train_data", data, "--validation_data", data)
-    run("train", RECIPES / "tiny.yaml", *data_settings, "--output_dir", folder, "--resume", "true", *settings)
+    own = ("--output_dir", folder, "--resume", "true", *settings)
+    run("train", RECIPES / "tiny.yaml", *data_settings, *own, threads=threads)
 
 
-def evaluate(folder: Path, data: Path) -> dict[str, Any]:
+def evaluate(folder: Path, data: Path, threads: int) -> dict[str, Any]:
     """The result of a run by day and at dusk, which is measured unless that is done."""
     output = folder.with_name(f"{folder.name}.json")
     weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
@@ -81,7 +89,8 @@ def evaluate(folder: Path, data: Path) -> dict[str, Any]:
         result = read_result(output)
         if result["complete"] and result["model"]["sha256"] == weights:
             return result
-    run("evaluate", "--model", folder, "--domains", *(f"{name}={data}" for name in DOMAINS), "--output", output)
+    domains = (f"{name}={data}" for name in DOMAINS)
+    run("evaluate", "--model", folder, "--domains", *domains, "--output", output, threads=threads)
     return read_result(output)
 
 
@@ -137,17 +146,28 @@ def _percent(figures: dict[str, Any], sign: str = "") -> str:
 def main(arguments: list[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     variants = read_variants()
-    results: dict[str, dict[int, dict[str, Any]]] = {}
-    parameters: dict[str, int] = {}
+    threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
+
+    def result_of(run: tuple[int, str]) -> dict[str, Any]:
+        seed, variant = run
+        folder = parsed.output / f"{variant}-{seed}"
+        changes = [f"{name}={json.dumps(value)}" for name, value in variants[variant].items()]
+        train(folder, parsed.data, [f"seed={seed}", *changes, *parsed.settings], threads)
+        return evaluate(folder, parsed.data, threads)
+
     # Seed by seed, so that an interrupted ablation has the same seeds for all variants.
-    for seed in parsed.seeds:
-        for variant in parsed.variants:
-            folder = parsed.output / f"{variant}-{seed}"
-            changes = [f"{name}={json.dumps(value)}" for name, value in variants[variant].items()]
-            train(folder, parsed.data, [f"seed={seed}", *changes, *parsed.settings])
-            results.setdefault(variant, {})[seed] = evaluate(folder, parsed.data)
-            if variant not in parameters:
-                parameters[variant] = MFuserForSemanticSegmentation.from_pretrained(folder).num_parameters()
+    runs = list(product(parsed.seeds, parsed.variants))
+    results: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in parsed.variants}
+    with ThreadPoolExecutor(parsed.jobs) as executor:
+        # If a run fails, map's iterator cancels those that have not started.
+        for (seed, variant), result in zip(runs, executor.map(result_of, runs), strict=True):
+            results[variant][seed] = result
+    parameters = {
+        variant: MFuserForSemanticSegmentation.from_pretrained(
+            parsed.output / f"{variant}-{parsed.seeds[0]}"
+        ).num_parameters()
+        for variant in parsed.variants
+    }
     flat = {f"{variant}-{seed}": each for variant, by_seed in results.items() for seed, each in by_seed.items()}
     differences = protocol_differences(flat)
     if differences:

@@ -93,7 +93,7 @@ class MFuserTrainer(Trainer):
         train_dataset ([`~mfuser.data.augmentation.AugmentedDataset`], *optional*):
             The training samples.
         train_sampler (*optional*):
-            The [`~mfuser.data.augmentation.ShuffledSampler`] or
+            The [`~mfuser.data.draws.ShuffledSampler`] or
             [`~mfuser.data.rare_class_sampling.RareClassSampler`] that yields the draws.
         eval_dataset ([`~mfuser.data.validation.ValidationDataset`] or a `dict` of them by name, *optional*):
             Validation images of the source domain, by which the best checkpoint is selected.
