@@ -11,15 +11,12 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "fine_tune.ipynb"
 
 
-def executed(folder: Path, **replaced: str):
-    """The notebook after its execution in a copy of its folder, with some of its text replaced."""
+def executed(folder: Path):
+    """The notebook after its execution in a copy of its folder."""
     (folder / "examples").mkdir()
     (folder / "examples" / "street.jpg").symlink_to(ROOT / "examples" / "street.jpg")
     (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:
-        for old, new in replaced.items():
-            cell.source = re.sub(rf"\b{old}=\d+", f"{old}={new}", cell.source)
     place = {"metadata": {"path": str(folder / "examples")}}
     return nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=place).execute()
 
@@ -30,16 +27,14 @@ def printed(notebook) -> str:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_with_few_steps(tmp_path):
-    notebook = executed(tmp_path, max_steps=1)
-    assert re.search(r"road +\d+\.\d%", printed(notebook)) and re.search(r"mean_iou +\d+\.\d%", printed(notebook))
-    assert (tmp_path / "examples" / "runs" / "scenes" / "modeling_mfuser.py").is_file()
-
-
-@pytest.mark.slow
-def test_the_notebook_fine_tunes_a_good_model(tmp_path):
-    (score,) = re.findall(r"mean_iou +(\d+\.\d)%", printed(executed(tmp_path)))
+def test_the_notebook_runs_and_fine_tunes_a_good_model(tmp_path, monkeypatch):
+    # For the kernel: the threads of one process wait for each other, which takes minutes beside other tests.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = printed(executed(tmp_path))
+    assert re.search(r"road +\d+\.\d%", text)
+    (score,) = re.findall(r"mean_iou +(\d+\.\d)%", text)
     assert float(score) > 80
+    assert (tmp_path / "examples" / "runs" / "scenes" / "modeling_mfuser.py").is_file()
 
 
 def test_the_notebook_is_stored_without_outputs():
