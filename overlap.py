@@ -90,8 +90,9 @@ def model_threads(model: Any) -> Iterator[int]:
             The model. Within the block, its `config.windows_per_batch` suits one core, unless it is set.
     """
     config, windows, cores = model.config, model.config.windows_per_batch, torch.get_num_threads()
-    threads = min(cores, MAX_MODEL_THREADS) if is_small(model) else 1
-    if windows is None and is_small(model):
+    small = is_small(model)
+    threads = min(cores, MAX_MODEL_THREADS) if small else 1
+    if small and windows is None:
         config.windows_per_batch = max(1, SMALL_MODEL_TOKENS_PER_BATCH * config.patch_size**2 // config.crop_size**2)
     torch.set_num_threads(cores // threads)
     try:

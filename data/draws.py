@@ -72,6 +72,7 @@ class DrawSampler(Sampler[Draw]):
         return (self.draw(epoch, position) for position in range(self.num_samples))
 
     def draw(self, epoch: int, position: int) -> Draw:
+        """The draw at a position. A sampler whose draws depend on each other defines `__iter__` instead."""
         raise NotImplementedError
 
 

@@ -1,6 +1,8 @@
 """Parts that an ablation removes have no parameters and no effect; the published model is unchanged."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +150,54 @@ def test_the_table_holds_mean_and_deviation_over_seeds_and_differences_of_equal_
         "| mvfuser | 1.90 M | 55.0 ± 7.1 | 35.0 ± 7.1 | +0.0 ± 0.0 | +0.0 ± 0.0 |",
         "| no_fusion | 1.50 M | 46.0 ± 8.5 | 35.0 ± 7.1 | -9.0 ± 1.4 | +0.0 ± 0.0 |",
     ]
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 4), (2, 2), (8, 1)])
+def test_runs_share_the_cores_and_each_has_its_seed_and_settings(jobs, threads, tmp_path, monkeypatch):
+    """Commands that are not executed: a result holds the seed of its run."""
+    seen = []
+
+    def execute(command, env, **_):
+        seen.append((command, env["OMP_NUM_THREADS"]))
+        folder = command[command.index("--output_dir") + 1] if "--output_dir" in command else None
+        if folder is not None:
+            tiny_model().save_pretrained(folder)
+        return subprocess.CompletedProcess(command, 0)
+
+    def read(output):
+        variant, seed = output.stem.split("-")
+        score = int(seed) / 10 + (variant == "no_fusion") / 100
+        return result(score, score / 2)
+
+    monkeypatch.setattr(run_ablation.subprocess, "run", execute)
+    monkeypatch.setattr(run_ablation, "read_result", read)
+    monkeypatch.setattr(run_ablation, "protocol_differences", lambda _: [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    arguments = ["--data", "data", "--output", str(tmp_path), "--seeds", "3", "1", "--jobs", str(jobs)]
+    run_ablation.main([*arguments, "--variants", "mvfuser", "no_fusion", "--", "max_steps=5"])
+    assert {number for _, number in seen} == {str(threads)} and len(seen) == 8
+    trained = {command[command.index("--output_dir") + 1]: command for command, _ in seen if "--output_dir" in command}
+    assert len(trained) == 4
+    for folder, command in trained.items():
+        variant, seed = Path(folder).name.split("-")
+        assert f"seed={seed}" in command and "max_steps=5" in command
+        assert ("model_config.use_fusion=false" in command) is (variant == "no_fusion")
+    rows = json.loads((tmp_path / "ablation.json").read_text())
+    assert rows["mvfuser"]["day"]["mean_iou"] == pytest.approx([0.3, 0.1])
+    assert rows["no_fusion"]["dusk"]["difference"]["mean"] == pytest.approx(0.005)
+
+
+def test_a_failed_run_ends_the_ablation_with_how_to_continue(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_ablation.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(SystemExit, match="train failed; the same command continues from here"):
+        run_ablation.main(["--data", "data", "--output", str(tmp_path), "--jobs", "2"])
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_a_number_of_jobs_that_runs_nothing_is_refused(jobs, capsys):
+    with pytest.raises(SystemExit):
+        run_ablation.parse_arguments(["--data", "data", "--jobs", jobs])
+    assert "--jobs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

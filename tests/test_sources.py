@@ -16,6 +16,7 @@ from mfuser.data.loading import LoadedDomain
 from mfuser.data.rare_class_sampling import RareClassSampler
 from mfuser.data.sources import (
     MultiSourceDataset,
+    MultiSourceSampler,
     TrainingSource,
     joint_classes,
     joint_pixel_counts,
@@ -203,3 +204,20 @@ def test_errors_name_the_source(sources):
         joint_classes([sources[0], TrainingSource("other case", sources[0].dataset, {0: "Road"})])
     with pytest.raises(ValueError, match="rare_class_scope is 'both'; it must be one of source, joint"):
         multi_source_sampler(sources, rare_class_scope="both")
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ShuffledSampler(20, seed=3),
+        RareClassSampler(np.full((20, 2), 5000), seed=3),
+        MultiSourceSampler([12, 8], np.array([0.5, 0.5]), seed=3),
+    ],
+    ids=["shuffled", "rare classes", "several sources"],
+)
+def test_an_epoch_that_was_started_keeps_its_draws_when_the_next_is_set(sampler):
+    """Data loaders draw ahead: the epoch changes while draws of the one before are still taken."""
+    first, started = list(sampler), iter(sampler)
+    sampler.set_epoch(1)
+    assert list(started) == first != list(sampler)
+    sampler.set_epoch(0)

@@ -357,6 +357,16 @@ def test_the_recipes_sampling_settings_reach_the_sampler(recipe, data, temperatu
     assert sampler.seed == 7
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_seed_of_a_recipe_is_that_of_the_draws_and_of_the_augmentation(recipe, data, several, tmp_path):
+    settings = [str(recipe), "seed=7"]
+    if several:
+        settings += [f"train_data=[{data}, {write_second_source(tmp_path / 'second')}]", "eval_strategy=no"]
+    trainer = train.build_trainer(*parse_arguments(settings))
+    samplers = getattr(trainer.train_sampler, "samplers", None) or []
+    assert {each.seed for each in (trainer.train_dataset, trainer.train_sampler, *samplers)} == {7}
+
+
 def test_without_rare_class_sampling_every_row_is_drawn_once_per_epoch(recipe):
     trainer = train.build_trainer(*parse_arguments([str(recipe), "rare_class_sampling=false"]))
     assert sorted(draw.row for draw in trainer.train_sampler) == list(range(6))

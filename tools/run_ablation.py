@@ -16,16 +16,17 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from mfuser import MFuserForSemanticSegmentation
 from mfuser.evaluation.comparison import protocol_differences, read_result
 from mfuser.files import read_json, sha256, write_text
+from mfuser.overlap import in_order
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "ablation"
 DOMAINS = {"camvid:validation": "day", "camvid:dusk": "dusk"}
@@ -146,10 +147,10 @@ def _percent(figures: dict[str, Any], sign: str = "") -> str:
 def main(arguments: list[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     variants = read_variants()
-    threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
+    threads = max(1, torch.get_num_threads() // parsed.jobs)
 
-    def result_of(run: tuple[int, str]) -> dict[str, Any]:
-        seed, variant = run
+    def result_of(seed_and_variant: tuple[int, str]) -> dict[str, Any]:
+        seed, variant = seed_and_variant
         folder = parsed.output / f"{variant}-{seed}"
         changes = [f"{name}={json.dumps(value)}" for name, value in variants[variant].items()]
         train(folder, parsed.data, [f"seed={seed}", *changes, *parsed.settings], threads)
@@ -158,10 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Seed by seed, so that an interrupted ablation has the same seeds for all variants.
     runs = list(product(parsed.seeds, parsed.variants))
     results: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in parsed.variants}
-    with ThreadPoolExecutor(parsed.jobs) as executor:
-        # If a run fails, map's iterator cancels those that have not started.
-        for (seed, variant), result in zip(runs, executor.map(result_of, runs), strict=True):
-            results[variant][seed] = result
+    ordered = in_order(result_of, runs, threads=parsed.jobs, ahead=len(runs))
+    for (seed, variant), result in zip(runs, ordered, strict=True):
+        results[variant][seed] = result
     parameters = {
         variant: MFuserForSemanticSegmentation.from_pretrained(
             parsed.output / f"{variant}-{parsed.seeds[0]}"
