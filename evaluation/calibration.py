@@ -3,7 +3,7 @@ Calibration of confidences on the validation split of the source.
 
 A model that is calibrated on undistorted images of its source alone is too confident elsewhere. Its confidences are
 therefore fitted to images of the source as they are and to distorted copies: darker, with less contrast, with haze,
-noise, blur or another colour of the light. No other domain is used.
+noise, blur or another colour of the light, or several of these. No other domain is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +17,11 @@ from tqdm import tqdm
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.confidence_mfuser import FEATURES, class_entropy, pixel_features
 from mfuser.evaluation.domains import EvaluationDomain
-from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, sample_loader
+from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, Sample, sample_loader
 from mfuser.evaluation.scoring import segment_batch
+from mfuser.overlap import in_order, model_threads
 
-UNDISTORTED = "none"
+MAX_KINDS = 3  # of distortion in one copy; docs/confidence.md compares one to three
 
 
 def _darker(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -70,8 +71,8 @@ class PixelSample(NamedTuple):
     Args:
         row (`int`):
             The position of the image.
-        distortion (`str`):
-            A key of `DISTORTIONS`, or `UNDISTORTED`.
+        distortions (`tuple[str, ...]`):
+            The keys of `DISTORTIONS` by which the view is distorted, in their order; empty for the image as it is.
         scores (`torch.Tensor` of shape `(pixels, num_labels)`):
             Scores of the model.
         labels (`torch.Tensor` of shape `(pixels,)`):
@@ -81,7 +82,7 @@ class PixelSample(NamedTuple):
     """
 
     row: int
-    distortion: str
+    distortions: tuple[str, ...]
     scores: torch.Tensor
     labels: torch.Tensor
     entropy: float
@@ -98,17 +99,38 @@ class PixelSample(NamedTuple):
         return torch.stack([log_score, log_margin, torch.full_like(log_score, self.entropy)], dim=1)
 
 
-@torch.inference_mode()
+def distort(pixels: np.ndarray, max_kinds: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
+    """
+    Distorts an image by one or several kinds of distortion, in random order and each with a random strength.
+
+    Args:
+        pixels (`np.ndarray` of shape `(3, height, width)`):
+            RGB in [0, 1].
+        max_kinds (`int`):
+            The number of kinds is drawn uniformly from 1 to this.
+        rng (`np.random.Generator`):
+            The generator of all draws.
+
+    Returns:
+        `tuple[np.ndarray, tuple[str, ...]]`: The distorted image, in [0, 1], and the kinds.
+    """
+    kinds = tuple(map(str, rng.choice(list(DISTORTIONS), rng.integers(1, max_kinds + 1), replace=False)))
+    for kind in kinds:
+        pixels = DISTORTIONS[kind](pixels, rng.uniform(), rng).clip(0, 1)
+    return pixels, kinds
+
+
 def sample_pixels(
     model,
     processor,
     domain: EvaluationDomain,
     options: EvaluationOptions,
     pixels: int = 1000,
-    distortions: int = 2,
+    copies: int = 2,
+    max_kinds: int = MAX_KINDS,
     progress: bool = True,
     skipped: list[dict[str, str]] | None = None,
-) -> Iterator[PixelSample]:
+) -> list[PixelSample]:
     """
     Segments each labelled image of a domain as it is and distorted, and draws pixels of each view.
 
@@ -125,8 +147,10 @@ def sample_pixels(
             The protocol, by which images are resized.
         pixels (`int`, *optional*, defaults to 1000):
             Pixels that are drawn from each view, with replacement.
-        distortions (`int`, *optional*, defaults to 2):
-            Distorted views of each image, each with a random kind and strength.
+        copies (`int`, *optional*, defaults to 2):
+            Distorted copies of each image, see [`distort`].
+        max_kinds (`int`, *optional*, defaults to `MAX_KINDS`):
+            The largest number of kinds of distortion in one copy.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
         skipped (`list[dict]`, *optional*):
@@ -134,7 +158,7 @@ def sample_pixels(
             then skipped. By default, they are errors.
 
     Returns:
-        `Iterator[PixelSample]`: The samples of one view after the other.
+        `list[PixelSample]`: The samples of one view after the other, in the order of the images.
 
     Raises:
         ValueError: If an image cannot be read or segmented, and `skipped` is `None`.
@@ -145,44 +169,57 @@ def sample_pixels(
         np.resize(np.array(values, dtype=np.float64), (3, 1, 1)) / (255 * processor.rescale_factor)
         for values in ((processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1))
     )
-    for (sample,) in tqdm(loader, desc=domain.name, unit="image", disable=not progress):
-        known = torch.empty(0) if sample.label is None else (sample.label != IGNORE_INDEX).nonzero()
-        if sample.problem is None and not len(known):
-            continue
+
+    def views(sample: Sample, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
+        yield sample.pixel_values, ()
+        image = (sample.pixel_values.numpy() * std + mean).clip(0, 1)  # rounding could make a black pixel negative
+        for _ in range(copies):
+            distorted, kinds = distort(image, max_kinds, rng)
+            yield torch.from_numpy((distorted - mean) / std).float(), kinds
+
+    def samples_of_image(batch: list[Sample]) -> tuple[int, list[PixelSample], str | None]:
+        (sample,) = batch
+        if sample.problem is not None:
+            return sample.row, [], sample.problem
+        if sample.label is None or not len(known := (sample.label != IGNORE_INDEX).nonzero()):
+            return sample.row, [], None
         rng = np.random.default_rng(sample.row)
-        samples_of_image = []
-        for name in [UNDISTORTED, *rng.choice(list(DISTORTIONS), distortions)]:
-            view = sample.pixel_values
-            if name != UNDISTORTED:
-                image = (view.numpy() * std + mean).clip(0, 1)  # rounding could make a black pixel negative
-                image = DISTORTIONS[name](image, rng.uniform(), rng).clip(0, 1)
-                view = torch.from_numpy((image - mean) / std).float()
+        samples = []
+        for view, kinds in views(sample, rng):
             (prediction,) = segment_batch(model, options, [sample._replace(pixel_values=view)], keep_scores=True)
-            scores = prediction.scores
-            if scores is None:
-                problem = {"name": domain.rows.names[sample.row], "reason": str(prediction.problem)}
-                if skipped is None:
-                    raise ValueError("{name}: {reason}".format(**problem))
-                skipped.append(problem)
-                break
-            drawn = known[torch.from_numpy(rng.integers(len(known), size=pixels))]
-            # The position in the scores of the centre of each pixel of the label.
-            sizes = zip(scores.shape[-2:], sample.size, strict=True)
-            rows, columns = (
-                ((place + 0.5) * (full / size)).long().clamp(max=full - 1)
-                for place, (full, size) in zip(drawn.unbind(dim=1), sizes, strict=True)
-            )
-            samples_of_image.append(
-                PixelSample(
-                    sample.row,
-                    str(name),
-                    scores[:, rows, columns].T.cpu(),
-                    sample.label[tuple(drawn.unbind(dim=1))].long(),
-                    class_entropy(scores[None]).item(),
-                )
-            )
-        else:
-            yield from samples_of_image
+            if prediction.scores is None:
+                return sample.row, [], str(prediction.problem)
+            places = known[torch.from_numpy(rng.integers(len(known), size=pixels))]
+            labels = sample.label[tuple(places.unbind(dim=1))].long()
+            scores = _scores_at(places, sample.size, prediction.scores)
+            entropy = class_entropy(prediction.scores[None]).item()
+            samples.append(PixelSample(sample.row, kinds, scores, labels, entropy))
+        return sample.row, samples, None
+
+    samples: list[PixelSample] = []
+    with (
+        tqdm(total=len(dataset), desc=domain.name, unit="image", disable=not progress) as bar,
+        model_threads(model) as threads,
+    ):
+        for row, of_image, problem in in_order(samples_of_image, loader, threads, ahead=threads):
+            samples += of_image
+            bar.update()
+            if problem is None:
+                continue
+            name = domain.rows.names[row]
+            if skipped is None:
+                raise ValueError(f"{name}: {problem}")
+            skipped.append({"name": name, "reason": problem})
+    return samples
+
+
+def _scores_at(places: torch.Tensor, size: tuple[int, int], scores: torch.Tensor) -> torch.Tensor:
+    """The scores (pixels, num_labels) at the centres of pixels (pixels, 2) of a label of `size`."""
+    rows, columns = (
+        ((place + 0.5) * (full / label_side)).long().clamp(max=full - 1)
+        for place, full, label_side in zip(places.unbind(dim=1), scores.shape[-2:], size, strict=True)
+    )
+    return scores[:, rows, columns].T.cpu()
 
 
 def fit_logistic(features: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

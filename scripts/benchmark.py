@@ -32,7 +32,8 @@ DESCRIPTION = """Measures the variants that it compares in turns, in one run, on
   postprocessing scores of 1024 x 2048 to labels
   start          `mfuser segment` of one image, from a fresh process
   video          `mfuser segment` of images one by one, overlapped, and as a video
-  evaluation     `mfuser evaluate` with the demonstration model: images per second, and the time of each step"""
+  evaluation     `mfuser evaluate` with the demonstration model: images per second, and the time of each step
+  evaluation-full   the same with the full-size model"""
 
 
 def run_part(module: str, function: str, options) -> list[dict]:
@@ -63,6 +64,7 @@ PARTS: dict[str, Callable[[Any], list[dict]]] = {
     "start": partial(run_part, "commands", "benchmark_start"),
     "video": partial(run_part, "video", "benchmark_video"),
     "evaluation": partial(run_part, "commands", "benchmark_evaluation"),
+    "evaluation-full": partial(run_part, "commands", "benchmark_evaluation_full"),
 }
 
 

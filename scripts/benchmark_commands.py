@@ -20,10 +20,12 @@ from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
 from mfuser.evaluation.results import DomainMetric
 from mfuser.evaluation.scoring import evaluate_domain
 from mfuser.files import write_text
+from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_for_inference
 from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.scripts.arguments import DEFAULT_MODEL
 from mfuser.scripts.benchmark_measuring import in_turns, synchronise
+from mfuser.scripts.benchmark_model import inference_model
 
 IMAGE = Path(__file__).resolve().parent.parent / "examples" / "street.jpg"
 COMMAND = "import sys; from mfuser.scripts.cli import main; sys.exit(main())"
@@ -55,12 +57,23 @@ def benchmark_start(options) -> list[dict]:
     return [{"process": name, "s": value} for name, value in seconds.items()]
 
 
-@torch.inference_mode()
 def benchmark_evaluation(options) -> list[dict]:
-    """`mfuser evaluate` of the demonstration model on 24 images of 480 x 360, compared with sequential steps."""
+    """`mfuser evaluate` of the demonstration model on 24 images of 480 x 360."""
     model, processor = load_for_inference(DEFAULT_MODEL, torch.device(options.device))
+    return evaluation_rows(model, processor, images=24, size=(480, 360), options=options)
+
+
+def benchmark_evaluation_full(options) -> list[dict]:
+    """`mfuser evaluate` of a random full-size model on 2 images of 1024 x 512, of three windows each."""
+    model = inference_model(options.device, options.dtype)
+    return evaluation_rows(model, MFuserImageProcessor(), images=2, size=(1024, 512), options=options)
+
+
+@torch.inference_mode()
+def evaluation_rows(model, processor, images: int, size: tuple[int, int], options) -> list[dict]:
+    """`mfuser evaluate` on `images` images of `size` (width, height), compared with sequential steps."""
     with tempfile.TemporaryDirectory() as folder:
-        file = write_domain(Path(folder), model.config.id2label)
+        file = write_domain(Path(folder), model.config.id2label, images, size)
         domain, evaluation = open_domain("street", file), EvaluationOptions()
         samples = ProtocolSamples(domain, processor, evaluation.evaluation_size(domain))
         seconds: defaultdict[str, float] = defaultdict(float)
@@ -72,7 +85,8 @@ def benchmark_evaluation(options) -> list[dict]:
                 start = time.perf_counter()
                 sample = samples[row]
                 read = time.perf_counter()
-                scores = model(pixel_values=sample.pixel_values[None].to(model.device)).logits[0]
+                pixel_values = sample.pixel_values[None].to(model.device, model.dtype)
+                scores = model(pixel_values=pixel_values).logits[0]
                 synchronise(options.device)
                 segmented = time.perf_counter()
                 metric.update(sample, label_map_of_scores(scores, sample.size))
@@ -94,13 +108,13 @@ def benchmark_evaluation(options) -> list[dict]:
     ]
 
 
-def write_domain(folder: Path, names: dict[int, str]) -> Path:
-    """A parquet file of 24 images of a street with random labels, and the class names next to it."""
-    image = Image.open(IMAGE).convert("RGB").resize((480, 360))
+def write_domain(folder: Path, names: dict[int, str], images: int, size: tuple[int, int]) -> Path:
+    """A parquet file of images of a street with random labels, and the class names next to it."""
+    image = Image.open(IMAGE).convert("RGB").resize(size)
     generator = np.random.default_rng(0)
-    labels = [Image.fromarray(generator.integers(0, len(names), (360, 480), dtype=np.uint8)) for _ in range(24)]
+    labels = [Image.fromarray(generator.integers(0, len(names), size[::-1], dtype=np.uint8)) for _ in range(images)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"image": [image] * len(labels), "label": labels}, features=features)
+    rows = datasets.Dataset.from_dict({"image": [image] * images, "label": labels}, features=features)
     rows.to_parquet(folder / "validation.parquet")
     write_text(folder / "id2label.json", json.dumps(names))
     return folder / "validation.parquet"

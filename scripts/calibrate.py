@@ -17,7 +17,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfuser.confidence_mfuser import confidence_map
-from mfuser.evaluation.calibration import UNDISTORTED, PixelSample, calibrated, fit_calibration, halves, sample_pixels
+from mfuser.evaluation.calibration import PixelSample, calibrated, fit_calibration, halves, sample_pixels
 from mfuser.evaluation.confidence import ConfidenceHistogram
 from mfuser.evaluation.domains import check_classes, open_domain
 from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pixels", type=int, default=1000, help="pixels that are drawn from each view of an image (default: 1000)"
     )
-    parser.add_argument("--distortions", type=int, default=2, help="distorted views of each image (default: 2)")
+    parser.add_argument("--distortions", type=int, default=2, help="distorted copies of each image (default: 2)")
     add_device_argument(parser)
     parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: 2)")
     parsed = parser.parse_args(arguments)
@@ -88,7 +88,7 @@ def before_and_after(samples: list[PixelSample]) -> str:
     lines = [f"{'':<25} ECE %  AUROC   AUPR  accuracy %"]
     held_out = [(measured, calibrated(measured, fit_calibration(fitted))) for fitted, measured in halves(samples)]
     for kind, distorted in (("undistorted", False), ("distorted", True)):
-        before = [sample for sample in samples if (sample.distortion != UNDISTORTED) is distorted]
+        before = [sample for sample in samples if bool(sample.distortions) is distorted]
         if not before:
             continue
         uncalibrated = torch.cat([confidence_map(sample.scores[..., None, None]).flatten() for sample in before])
@@ -97,7 +97,7 @@ def before_and_after(samples: list[PixelSample]) -> str:
         for measured, confidence in held_out:
             parts = confidence.split([len(sample.labels) for sample in measured])
             for sample, part in zip(measured, parts, strict=True):
-                if (sample.distortion != UNDISTORTED) is distorted:
+                if bool(sample.distortions) is distorted:
                     chosen.append(sample)
                     after.append(part)
         lines.append(f"{kind}, calibrated".ljust(24) + figures(chosen, torch.cat(after)))
@@ -136,9 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")
     options = EvaluationOptions(protocol=parsed.protocol, workers=parsed.workers)
     skipped = list(domain.skipped)
-    samples = list(
-        sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions, skipped=skipped)
-    )
+    samples = sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions, skipped=skipped)
     for each in skipped:
         print(f"{domain.name}: skipped {each['name']}: {each['reason']}", file=sys.stderr)
     images = len({sample.row for sample in samples})

@@ -14,7 +14,9 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
+from mfuser import MFuserImageProcessor
 from mfuser.scripts import benchmark, benchmark_data, cli
+from mfuser.scripts import benchmark_commands as commands
 from mfuser.scripts import benchmark_measuring as measuring
 from mfuser.scripts import benchmark_model as models
 from mfuser.scripts import benchmark_quantization as quantization
@@ -173,3 +175,13 @@ def test_quantised_models_are_compared_with_float32(monkeypatch):
     errors = [row["error of the scores, %"] for row in rows]
     assert errors[0] == 0 and all(0 < error < 5 for error in errors[1:])
     assert rows[0]["time / time of float32"] == 1 and rows[0]["same labels, %"] == 100
+
+
+def test_evaluation_is_measured_step_by_step_and_overlapped():
+    options = benchmark.parse_arguments(["evaluation", "--rounds", "1"])
+    model = tiny_model()
+    rows = commands.evaluation_rows(model, MFuserImageProcessor(), images=2, size=(64, 48), options=options)
+    sequential, overlapped = rows
+    shares = [value for name, value in sequential.items() if name.endswith("%")]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100)
+    assert overlapped["speedup"] == pytest.approx(overlapped["images/s"] / sequential["images/s"])

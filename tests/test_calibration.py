@@ -15,6 +15,7 @@ from mfuser.evaluation.calibration import (
     DISTORTIONS,
     PixelSample,
     calibrated,
+    distort,
     fit_calibration,
     fit_logistic,
     halves,
@@ -34,11 +35,11 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
-def pixel_sample(row, distortion="none", pixels=400, weights=(0.8, 0.4), entropy_weight=1.5, bias=-0.5, seed=None):
+def pixel_sample(row, pixels=400, weights=(0.8, 0.4), entropy_weight=1.5, bias=-0.5, seed=None):
     """Pixels that are right with the probability of a known calibration."""
     generator = torch.Generator().manual_seed(row if seed is None else seed)
     scores = torch.rand(pixels, 4, generator=generator, dtype=torch.float64) ** 3
-    sample = PixelSample(row, distortion, scores, torch.zeros(pixels), 0.2 + 0.1 * (row % 10))
+    sample = PixelSample(row, (), scores, torch.zeros(pixels), 0.2 + 0.1 * (row % 10))
     logit = sample.features @ torch.tensor([*weights, entropy_weight], dtype=torch.float64) + bias
     right = torch.rand(pixels, generator=generator, dtype=torch.float64) < logit.sigmoid()
     labels = torch.where(right, scores.argmax(1), (scores.argmax(1) + 1) % 4)
@@ -85,6 +86,24 @@ def test_distortions_grow_with_their_strength(name):
     assert strong.shape == pixels.shape and abs(strong - pixels).mean() > 0.05
 
 
+@pytest.mark.parametrize("max_kinds", [1, 3])
+def test_copies_are_distorted_by_one_to_max_kinds_different_kinds(max_kinds):
+    pixels = np.random.default_rng(0).random((3, 24, 32))
+    seen = []
+    for seed in range(60):
+        distorted, kinds = distort(pixels, max_kinds, np.random.default_rng(seed))
+        assert len(set(kinds)) == len(kinds) and distorted.min() >= 0 and distorted.max() <= 1
+        rng = np.random.default_rng(seed)
+        rng.choice(list(DISTORTIONS), rng.integers(1, max_kinds + 1), replace=False)
+        expected = pixels
+        for kind in kinds:  # each changes the result of the one before
+            expected = DISTORTIONS[kind](expected, rng.uniform(), rng).clip(0, 1)
+        np.testing.assert_array_equal(distorted, expected)
+        seen.append(kinds)
+    assert {len(kinds) for kinds in seen} == set(range(1, max_kinds + 1))
+    assert {kind for kinds in seen for kind in kinds} == set(DISTORTIONS)
+
+
 def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     rows = list(pixels_and_labels(5, sizes=((40, 56),)))
     rows[1] = (rows[1][0], rows[1][1][:-1])  # a bad pair is skipped
@@ -92,17 +111,17 @@ def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     model, processor = tiny_model(), MFuserImageProcessor()
     skipped = []
     runs = [
-        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=500, progress=False, skipped=skipped))
+        sample_pixels(model, processor, domain, EvaluationOptions(), pixels=500, progress=False, skipped=skipped)
         for _ in range(2)
     ]
     reason = "the image has 40x56 pixels, its label 39x56 (height x width)"
     assert skipped == 2 * [{"name": "00000001", "reason": reason}]
     with pytest.raises(ValueError, match="^00000001: the image has 40x56 pixels"):
-        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=1, progress=False))
+        sample_pixels(model, processor, domain, EvaluationOptions(), pixels=1, progress=False)
     for first, second in zip(*runs, strict=True):
-        assert first.distortion == second.distortion and torch.equal(first.scores, second.scores)
+        assert first.distortions == second.distortions and torch.equal(first.scores, second.scores)
     assert [sample.row for sample in runs[0]] == [0, 0, 0, 2, 2, 2, 3, 3, 3, 4, 4, 4]
-    assert [sample.distortion == "none" for sample in runs[0]] == [True, False, False] * 4
+    assert [not sample.distortions for sample in runs[0]] == [True, False, False] * 4
     sample = runs[0][0]
     with torch.no_grad():
         outputs = model(**processor(rows[0][0], return_tensors="pt"), output_confidence=True)
@@ -129,7 +148,7 @@ def test_views_are_the_same_images_whatever_the_processor_does(tmp_path, setting
         model.register_forward_pre_hook(
             lambda _, args, kwargs, views=views: views.append(kwargs["pixel_values"][0].numpy()), with_kwargs=True
         )
-        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=1, distortions=6, progress=False))
+        sample_pixels(model, processor, domain, EvaluationOptions(), pixels=1, copies=6, progress=False)
         mean, std = (
             np.resize(values, (3, 1, 1))
             for values in ((processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1))
@@ -178,9 +197,7 @@ def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, s
     model, processor = load_for_inference(output, torch.device("cpu"))
     assert model.config.confidence_calibration == calibration
     domain = open_domain("mine", source.parent, "validation")
-    assert calibration == fit_calibration(
-        list(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=50))
-    )
+    assert calibration == fit_calibration(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=50))
 
     assert calibrate.main([str(each) for each in (*arguments, "--output", output)]) == 2
     assert "is not empty; choose a new folder" in capsys.readouterr().err
