@@ -35,7 +35,7 @@ def in_order(
         threads (`int`):
             Number of threads.
         ahead (`int`):
-            Number of items that are taken before the first result is yielded, in addition to the one awaited.
+            At most this number of items are taken in addition to the one whose result is awaited.
     """
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads)

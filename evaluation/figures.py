@@ -28,7 +28,7 @@ def severity_curves(domains: dict[str, dict[str, Any]]):
     columns = min(len(names), _PLOTS_PER_ROW)
     rows = -(-len(names) // columns)
     figure = matplotlib_figure.Figure(figsize=(2.3 * columns + 0.6, 1.9 * rows + 0.7), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for name, plot in zip(names, axes, strict=False):
         for label, result in domains.items():
             by_severity = result["corruptions"]["scores"].get(name, {})
@@ -38,7 +38,7 @@ def severity_curves(domains: dict[str, dict[str, Any]]):
         plot.set_title(name.replace("_", " "), fontsize=9)
         plot.grid(alpha=0.3)
         plot.set(xticks=range(SEVERITIES[-1] + 1), ylim=(0, None))
-    for plot in list(axes)[len(names) :]:
+    for plot in axes[len(names) :]:
         plot.set_axis_off()
     figure.supxlabel("severity", fontsize=9)
     figure.supylabel("mean IoU, %", fontsize=9)

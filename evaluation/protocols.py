@@ -154,8 +154,8 @@ class ProtocolSamples(Dataset):
 
     def _prepared(self, index: int) -> Sample:
         row = self.domain.read(index)
-        target = self.evaluation_size.resized(row.image.height, row.image.width)
         image, label = _halved(row) if self.evaluation_size.halve_first else row
+        target = self.evaluation_size.resized(row.image.height, row.image.width)
         pixels = np.asarray(image)
         size = pixels.shape[:2]
         if size == target:

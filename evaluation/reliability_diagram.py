@@ -45,7 +45,7 @@ def reliability_figure(panels: dict[str, dict[str, Any]]):
         accuracy.bar(centres, accuracies, width=width, color="#90a4ae", edgecolor="white")
         accuracy.plot([0, 1], [0, 1], color="#616161", linestyle="--", linewidth=1)
         accuracy.plot(confidences, accuracies, "o", color="#c62828", markersize=4)
-        accuracy.set_title(f"{title}\nECE {100 * scores['ece']:.1f} %", fontsize=10)
+        accuracy.set_title(f"{title}\nECE {100 * scores['ece']:.1f} %", fontsize=10, parse_math=False)
         accuracy.set(xlim=(0, 1), ylim=(0, 1))
         share.bar(centres, [each["pixels"] / total for each in bins], width=width, color="#cfd8dc", edgecolor="white")
         share.set_xlabel("confidence")

@@ -77,26 +77,26 @@ class DomainMetric:
         names = self.domain.rows.names
         return [{"name": names[row], "reason": problem} for row, problem in self.problems]
 
-    def pooled(self) -> MeanIoU:
+    def pooled(self, classes: list[int]) -> MeanIoU:
         """
         The metric over all conditions.
 
         Raises:
-            ValueError: If the domain has labels and no labelled pixel was counted.
+            ValueError: If the domain has labels, but no pixel has a label of `classes`.
         """
         pooled = self._new_metric()
         for metric in self.by_condition.values():
             pooled.merge(metric)
-        if self.domain.rows.labelled and not pooled.matrix.any():
+        if self.domain.rows.labelled and not pooled.matrix[classes].any():
             skipped = self.skipped
             first = f"; the first of {len(skipped)} skipped: {_reason(skipped[0])}" if skipped else ""
             images = sum(self.labelled.values())
-            raise ValueError(f"{self.domain.name}: no labelled pixel in {images} images{first}")
+            raise ValueError(f"{self.domain.name}: no pixel with a label that is scored in {images} images{first}")
         return pooled
 
     def result(self, evaluation_size: EvaluationSize, classes: list[int]) -> dict[str, Any]:
         """The result of `evaluate_domain`, with means over `classes`."""
-        domain, pooled = self.domain, self.pooled()
+        domain, pooled = self.domain, self.pooled(classes)
         images = sum(self.labelled.values())
         result: dict[str, Any] = {
             "mean_iou": None,
@@ -117,12 +117,12 @@ class DomainMetric:
             "pooled": None,
             "conditions": {},
         }
-        if pooled.matrix.any():
+        if pooled.matrix[classes].any():
             result["pooled"] = _scores(pooled, domain, classes, images)
             result["conditions"] = {
                 name: _scores(metric, domain, classes, self.labelled[name])
                 for name, metric in self.by_condition.items()
-                if name is not None and metric.matrix.any()
+                if name is not None and metric.matrix[classes].any()
             }
             result["mean_iou_over"] = "conditions" if result["conditions"] else "pixels"
             averaged = list(result["conditions"].values()) or [result["pooled"]]

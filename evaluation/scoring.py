@@ -4,8 +4,9 @@ Scoring a model on a domain as the published protocols do.
 Images are resized to the protocol's size and segmented by sliding windows; the scores are resized to the label's size
 before the argmax, and counted in one confusion matrix per condition. No map of scores is kept.
 
-Reading, segmenting and counting overlap, in threads. On a CPU, a small model segments several images in parallel, each
-in a thread on one core, since its operations are too short for several cores. The labels are the same.
+Reading and segmenting run in threads or processes, beside the counting. On a CPU, a small model segments several
+images in parallel, each in a thread on one core, since its operations are too short for several cores. The labels are
+the same.
 """
 
 from functools import partial
@@ -209,7 +210,9 @@ def segment_batch(
             without_pixels = sample._replace(pixel_values=sample.pixel_values[:, :0, :0].clone())
             try:
                 label_map = label_map_of_scores(each, sample.size)
-            except ValueError as error:
+            except (MemoryError, RuntimeError, ValueError) as error:
+                if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                    raise
                 predictions.append(Prediction(without_pixels, problem=one_line(error)))
                 continue
             predictions.append(Prediction(without_pixels, label_map, each if keep_scores else None))

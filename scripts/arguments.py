@@ -12,11 +12,12 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`, an available `torch.device`."""
     # argparse converts a string default like a given value, but not for `--help`.
     parser.add_argument(
-        "--device", type=_available_device, default="auto", help="e.g. cpu, cuda, cuda:1 (default: cuda if available)"
+        "--device", type=available_device, default="auto", help="e.g. cpu, cuda, cuda:1 (default: cuda if available)"
     )
 
 
-def _available_device(text: str) -> Any:
+def available_device(text: str) -> Any:
+    """The device of an argument; "auto" is a GPU if there is one."""
     import torch
 
     if text == "auto":

@@ -121,7 +121,8 @@ def save(folder: Path, calibration: dict[str, float], output: Path | None) -> Pa
 @cli.reports_errors("calibrate")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    folder, revision = model_folder(parsed.model)
+    # A copy is complete, with code and tokenizer.
+    folder, revision = model_folder(parsed.model) if parsed.output is None else model_folder(parsed.model, None)
     if parsed.output is not None:
         check_new_folder(parsed.output)
         if parsed.output.resolve().is_relative_to(folder.resolve()):
@@ -142,8 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     images = len({sample.row for sample in samples})
     if images < 2:
         raise ValueError(f"{domain.name}: {images} images with labels can be used; at least 2 are needed")
-    print(before_and_after(samples))
     calibration = fit_calibration(samples)
+    try:
+        print(before_and_after(samples))
+    except ValueError as error:  # all pixels of one half are right, or all are wrong
+        print(f"{domain.name}: not measured, since one half of the images cannot be fitted: {error}", file=sys.stderr)
     file = save(folder, calibration, parsed.output)
     values = ", ".join(f"{key} {value:.4f}" for key, value in calibration.items())
     left_out = f", {len(skipped)} skipped" if skipped else ""

@@ -9,6 +9,7 @@ Other exceptions are bugs and keep their traceback. Ctrl-C ends a command with e
 import functools
 import gc
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -136,6 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: The exit code. It is 2 if the command is unknown or one of its packages is not installed.
     """
     is_process = arguments is None  # the process runs this command only
+    if is_process:
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the command
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == DEBUG:
         arguments = [*arguments[1:], DEBUG]

@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +51,7 @@ from mfuser.files import sha256
 from mfuser.loading import load_for_inference
 from mfuser.quantization import quantize
 from mfuser.scripts import cli
-from mfuser.scripts.arguments import add_quantize_argument
+from mfuser.scripts.arguments import add_quantize_argument, available_device
 from mfuser.scripts.example_panels import examples_folder, write_examples
 from mfuser.scripts.results import check_result_file, check_writable, write_result
 
@@ -163,7 +164,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label-column", help="label column of parquet and Hub datasets (default: label)")
     parser.add_argument("--id2label", help="class names of your own datasets: a JSON file, or the name of a domain")
     parser.add_argument(
-        "--device", help="e.g. cpu, cuda:1 (default: chosen by Accelerate; in several processes only cpu is accepted)"
+        "--device",
+        type=available_device,
+        help="e.g. cpu, cuda:1 (default: chosen by Accelerate; in several processes only cpu is accepted)",
     )
     parser.add_argument(
         "--dtype",
@@ -182,6 +185,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--domains names {title} more than once; name the split, as in {title.split(':')[0]}:SPLIT=SOURCE"
             )
+    folders = [title.replace(":", "-") for title in titles]
+    if len(set(folders)) < len(folders):
+        parser.error(f"--domains {', '.join(titles)}: files of two domains would have the same names")
     if parsed.id2label and all(name in DOMAINS for _, name, *_ in parsed.domains):
         parser.error("--id2label is for your own datasets; those of --domains have their own class names")
     for option, value in (("map", parsed.mapillary_map), ("labels", parsed.mapillary_labels)):
@@ -204,12 +210,12 @@ def domain_argument(text: str) -> tuple[str, str, str | None, str]:
     return title, name, split or None, source
 
 
-def model_folder(name: str) -> tuple[Path, str | None]:
-    """The folder of a model, and its revision if it comes from the Hub."""
+def model_folder(name: str, patterns: Sequence[str] | None = ("*.json", "*.safetensors")) -> tuple[Path, str | None]:
+    """The folder of a model, and its revision if it comes from the Hub; files of `patterns` are downloaded."""
     if Path(name).is_dir():
         return Path(name), None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=None if patterns is None else list(patterns)))
     except HFValidationError:
         raise FileNotFoundError(f"there is no model {name}: it is neither a folder nor a Hub id") from None
     return folder, folder.name
@@ -239,7 +245,7 @@ def check_processes(parsed: argparse.Namespace, accelerator: Accelerator) -> Non
             f"{started} processes were started, but {accelerator.num_processes} are connected; on CPUs, add "
             "--device cpu"
         )
-    if parsed.device is not None and accelerator.num_processes > 1 and parsed.device != "cpu":
+    if parsed.device is not None and accelerator.num_processes > 1 and parsed.device.type != "cpu":
         raise ValueError(f"--device is {parsed.device}; in several processes it can only be cpu, or be left out")
 
 
@@ -346,7 +352,7 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         require_matplotlib()
     corruptions = corruption_protocol(parsed)
     check_processes(parsed, accelerator)
-    device = accelerator.device if parsed.device is None else torch.device(parsed.device)
+    device = accelerator.device if parsed.device is None else parsed.device
     folder, revision = model_folder(parsed.model)
     model, processor = load_for_inference(folder, device, parsed.dtype)
     quantize(model, parsed.quantize)
@@ -362,7 +368,14 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
 
     def scored(domain: EvaluationDomain, save_predictions: Path | None = None, examples: int = 0) -> dict[str, Any]:
         return evaluate_domain(
-            model, processor, domain, options, save_predictions, accelerator, True, with_confidence, examples
+            model,
+            processor,
+            domain,
+            options,
+            save_predictions,
+            accelerator,
+            confidence=with_confidence,
+            examples=examples,
         )
 
     def write_report() -> None:
@@ -400,7 +413,7 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     # Unless cpu=True is passed, Accelerate does not connect the processes on a machine without an accelerator.
-    cpu = parsed.device == "cpu" or not torch.accelerator.is_available()
+    cpu = (parsed.device is not None and parsed.device.type == "cpu") or not torch.accelerator.is_available()
     # The precision is that of --dtype, not that of an Accelerate configuration on this machine.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     check_result_file(parsed.output)

@@ -24,7 +24,7 @@ from mfuser.scripts.report_sections import Figure, Section, report_sections
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Characters that Markdown could interpret as markup, including the colon of a URL, so that no name becomes a link.
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>|~$#!&@]|:(?=//))")
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>|~$#!&@]|:(?=//)|(?<=www)\.)")
 
 DESCRIPTION = """Turns results of `mfuser evaluate` into a report: tables of domains, classes, conditions, corruptions
 and confidences, curves, confusion matrices and examples. Several results are compared side by side.

@@ -54,7 +54,8 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """Whether each column holds numbers, which are aligned to the right. A dash stands for a missing one."""
-        columns = zip(*self.rows[1:], strict=True)
+        header, *rows = self.rows
+        columns = zip(*rows, strict=True) if rows else [()] * len(header)
         return [
             any(map(_is_number, column)) and all(_is_number(each) or each == "-" for each in column)
             for column in columns

@@ -149,13 +149,19 @@ def run_videos(sources: Iterable[Source], job: Job, parsed: argparse.Namespace, 
         if parsed.skip_existing and is_done(source, video_job):
             summary.done += 1
             continue
-        try:
-            with stopping_on_signals() as stop:
+        with stopping_on_signals() as stop:
+            try:
                 result = segment_video(source, video_job, stop, parsed.smoothing, rate)
-        except Exception as error:
-            if not is_expected(error):
-                raise
-            summary.skip(source, one_line(error))
+            except Exception as error:
+                if not is_expected(error):
+                    raise
+                summary.skip(source, one_line(error))
+                result = None
+        # The signal is the end of a live source, after which the next one follows.
+        stops = stop.is_set() and not source.kind.is_live
+        if result is None:
+            if stops:
+                return True
             continue
         summary.add(source, result.counts)
         print(f"{source}: {result.frames} frames{', stopped' if result.was_stopped else ''}")
@@ -164,6 +170,6 @@ def run_videos(sources: Iterable[Source], job: Job, parsed: argparse.Namespace, 
         if result.problem:
             print(f"incomplete {source}: {result.problem}; the frames read are kept", file=sys.stderr)
             summary.incomplete += 1
-        if result.was_stopped:
-            return not source.kind.is_live
+        if stops:
+            return True
     return False

@@ -160,7 +160,7 @@ def _kind_by_content(path: Path) -> Kind:
     try:
         import av
 
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute())) as container:
             if container.streams.video and container.format.name != "tty":  # FFmpeg reads text as a terminal recording
                 return Kind.VIDEO
     except Exception:  # without PyAV, videos are known by their suffix

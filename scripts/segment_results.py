@@ -177,6 +177,15 @@ def is_free(source: Source, output: Path) -> bool:
         return False
 
 
+def check_still_free(source: Source, output: Path) -> None:
+    """Raises `ValueError` if another process has written results to the place of a source."""
+    if not is_free(source, output):
+        raise ValueError(
+            f"{output / source.place} holds results that another process has written for another source; run the "
+            "command again, or with another --output"
+        )
+
+
 def is_done(source: Source, job: Job) -> bool:
     """Whether an earlier run with the same model and settings has written all results of a source."""
     results = job.output / source.place
@@ -239,7 +248,7 @@ def write_image_results(segmented: Segmented, job: Job) -> None:
             How and where they are written.
 
     Raises:
-        ValueError: If the image is too large for a JPEG.
+        ValueError: If the image is too large for a JPEG, or its place holds the results of another image.
         OSError: If a file cannot be written.
     """
     source, labels, confidence = segmented.source, segmented.labels, segmented.confidence
@@ -250,6 +259,7 @@ def write_image_results(segmented: Segmented, job: Job) -> None:
             f"it has {width} x {height} pixels; the overlay, a JPEG, can have at most {JPEG_LIMIT} on a side"
         )
     make_folder(results.parent)
+    check_still_free(source, job.output)
     files = _wanted(results, drawing)
     record = record_of(source, job.settings)
     made, label_text = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()

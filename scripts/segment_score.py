@@ -27,17 +27,25 @@ def read_labels(file: Path, image: Path, num_labels: int) -> np.ndarray:
         `np.ndarray` of shape `(height, width)`, uint8: Class ids, and 255 for pixels that do not count.
 
     Raises:
-        CommandError: If the file cannot be read, has another size than the image, or holds other values or no class.
+        CommandError: If a file cannot be read, or the labels have another size, other values or no class.
     """
+    try:
+        with Image.open(image) as opened:
+            size = image_size(opened)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise exceptions of almost any type
+        raise CommandError(f"{image}: {one_line(error)}") from error
     try:
         with Image.open(file) as label:
             labels = label_ids(label)
-        with Image.open(image) as opened:
-            check_sizes(image_size(opened), labels.shape)
+        check_sizes(size, labels.shape)
         check_label(labels, num_labels)
         if not (labels < num_labels).any():
             raise ValueError("no pixel has a class")
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise CommandError(f"--labels {file}: {one_line(error)}") from error
     return labels
 

@@ -23,7 +23,7 @@ from mfuser.scripts.label_archive import LabelArchive
 from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_images import read_image
 from mfuser.scripts.segment_inputs import Source
-from mfuser.scripts.segment_results import Job, record_of, source_hash, video_files
+from mfuser.scripts.segment_results import Job, check_still_free, record_of, source_hash, video_files
 from mfuser.scripts.segmentation import (
     class_scores,
     count_pixels,
@@ -245,6 +245,7 @@ class VideoResults:
 
     def __init__(self, source: Source, video: Video, job: Job, stack: ExitStack):
         self.source, self.video, self.drawing, self.stack = source, video, job.drawing, stack
+        self.output = job.output
         self.files = video_files(job.output / source.place)
         self.record = record_of(source, job.settings)
         self.waiting: list[Any] = []  # audio packets before the first frame
@@ -252,6 +253,7 @@ class VideoResults:
 
     def _open(self, frame: Frame) -> None:
         make_folder(self.files["record"].parent)
+        check_still_free(self.source, self.output)
         if not self.files["record"].exists():
             self._write_record(complete=False)  # the files next to it belong to this video
         self.format = container_format(self.video)
@@ -290,8 +292,14 @@ class VideoResults:
         self.archive.write(labels.astype(np.uint8), float(frame.time * self.video.time_base))
 
     def finish(self, result: VideoResult) -> None:
-        """Finishes the files. The record says that they are complete only after both are in place."""
-        assert self.writer is not None
+        """
+        Finishes the files. The record says that they are complete only after both are in place.
+
+        Raises:
+            ValueError: If there was no frame.
+        """
+        if self.writer is None:
+            raise ValueError("it was stopped before its first frame")
         self.writer.close()
         self.archive.close()
         self._write_record(complete=False)

@@ -14,7 +14,7 @@ from mfuser.scripts.segment_arguments import DEFAULT_RATE
 from mfuser.scripts.segment_inputs import Kind, Source
 
 # Audio codecs that an MP4 file can hold; Matroska can hold any.
-MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}
+MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "mp3float", "opus"}  # names of FFmpeg's decoders
 MISSING_SECONDS = 1.0  # a video that ends earlier than its header says, by more than this, is truncated
 NETWORK_TIMEOUT = (20.0, 20.0)  # seconds to open a stream, and without data
 CAMERA_TIME_BASE = Fraction(1, 90_000)
@@ -104,7 +104,7 @@ def open_video(source: Source, rate: Fraction, read_image: Callable[[Any], np.nd
         return NumberedFrames(source, rate, read_image)
     if source.kind is Kind.CAMERA:
         return Camera(int(source.given))
-    return StoredVideo(str(source.path) if source.kind is Kind.VIDEO else source.given, source.kind.is_live)
+    return StoredVideo(str(source.path.absolute()) if source.kind is Kind.VIDEO else source.given, source.kind.is_live)
 
 
 class StoredVideo(Video):
@@ -310,7 +310,6 @@ class VideoWriter:
 
     def __init__(self, stream: BinaryIO, video: Video, size: tuple[int, int]):
         self.av = import_av()
-        self.size = size
         self.container = self.av.open(stream, "w", format=container_format(video))
         height, width = (side + side % 2 for side in size)
         self.stream = self.container.add_stream(ENCODER, rate=video.rate, options=ENCODER_OPTIONS)

@@ -15,6 +15,7 @@ import torch
 from tiny_models import tiny_batch, tiny_model
 
 from mfuser import MFuserImageProcessor
+from mfuser.quantization import int8_products_are_exact
 from mfuser.scripts import benchmark, benchmark_data, cli
 from mfuser.scripts import benchmark_commands as commands
 from mfuser.scripts import benchmark_measuring as measuring
@@ -129,6 +130,8 @@ def test_every_quantised_layer_that_is_compared_computes_the_same_layer():
     for name, build in quantization.LINEAR_LAYERS.items():
         if name.startswith("torchao"):
             pytest.importorskip("torchao")
+        if name == "int8-dynamic" and not int8_products_are_exact():
+            continue  # `quantize` refuses it on such a CPU
         given = states.bfloat16() if name == "bfloat16 throughout" else states
         error = quantization.relative_error(build(linear)(given), linear(states))
         assert error < 0.03 and (error > 0) == (name != "float32"), name

@@ -242,3 +242,29 @@ def test_a_model_that_is_trained_loses_its_calibration(tmp_path):
     assert model.config.confidence_calibration == CALIBRATION
     MFuserTrainer(model, arguments, dataset)
     assert model.config.confidence_calibration is None
+
+
+def test_a_half_that_cannot_be_fitted_does_not_prevent_the_calibration(tmp_path, saved_model, capsys, monkeypatch):
+    def unfit(samples):
+        raise ValueError("all of 5 pixels are classified correctly")
+
+    monkeypatch.setattr(calibrate, "before_and_after", unfit)
+    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(3))
+    arguments = ["--model", saved_model, "--domain", f"mine={source}", "--workers", 0, "--output", tmp_path / "new"]
+    assert calibrate.main([str(each) for each in arguments]) == 0
+    assert "not measured, since one half of the images cannot be fitted: all of 5" in capsys.readouterr().err
+    assert json.loads((tmp_path / "new/config.json").read_text())["confidence_calibration"]
+
+
+def test_a_copy_of_a_model_on_the_hub_is_complete(tmp_path, saved_model, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        return str(saved_model)
+
+    monkeypatch.setattr("mfuser.scripts.evaluate.snapshot_download", download)
+    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(3))
+    arguments = ["--model", "me/mine", "--domain", f"mine={source}", "--workers", 0, "--output", tmp_path / "new"]
+    assert calibrate.main([str(each) for each in arguments]) == 0
+    assert asked == [None]  # all files, with code and tokenizer

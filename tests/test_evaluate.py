@@ -19,10 +19,12 @@ from mfuser.class_names_mfuser import CITYSCAPES_CLASSES
 from mfuser.data.domain import EvaluationSize
 from mfuser.data.preparation import prepare
 from mfuser.data.tables import CITYSCAPES, DOMAINS
+from mfuser.evaluation import scoring
 from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.predictions import prediction_files
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
 from mfuser.evaluation.report import describe, shortfalls
+from mfuser.evaluation.results import DomainMetric
 from mfuser.evaluation.scoring import BATCHES_AHEAD, evaluate_domain
 from mfuser.postprocessing_mfuser import label_map_of_scores
 
@@ -82,8 +84,10 @@ def test_images_segmented_in_parallel_have_the_labels_of_sequential_ones(tmp_pat
         assert torch.get_num_threads() == 2
         with overlap.model_threads(model) as threads:
             assert threads == (1 if limit == 0 else 2)
-    one, two = results.values()
+    one, two = ({name: value for name, value in each.items() if name != "confidence"} for each in results.values())
     assert one == two
+    one, two = (each["confidence"]["uncalibrated"]["pooled"]["ece"] for each in results.values())
+    assert one == pytest.approx(two, abs=1e-5)  # scores differ by rounding with the number of threads
     one, two = predictions.values()
     assert len(one) == 7 and one == two
 
@@ -449,3 +453,46 @@ def test_images_are_resized_as_opencv_does_without_smoothing(tmp_path, monkeypat
     sample = ProtocolSamples(domain, processor, sizes["P2"])[0]
     assert sample.pixel_values.shape == (3, 12, 12) and sample.size == (24, 24)
     torch.testing.assert_close(sample.pixel_values, torch.full((3, 12, 12), 100 / 255))
+
+
+def test_an_image_that_is_too_small_to_be_halved_is_skipped(tmp_path, monkeypatch):
+    sizes = {"P1": EvaluationSize((16, 24), halve_first=True)}
+    monkeypatch.setitem(
+        DOMAINS, "small", dataclasses.replace(DOMAINS["cityscapes"], name="small", evaluation_sizes=sizes)
+    )
+    names = dict(enumerate(CITYSCAPES_CLASSES))
+    rows = pixels_and_labels(2, classes=19, sizes=((30, 60), (1, 60)), ignored=0)
+    domain = open_domain("small", write_dataset(tmp_path / "validation.parquet", rows, classes=names))
+    result = evaluate_domain(Colours(names), MFuserImageProcessor(), domain, EvaluationOptions("P1"), progress=False)
+    assert [each["name"] for each in result["skipped"]] == ["00000001"] and result["images"] == 1
+
+
+def test_a_condition_without_a_scored_class_is_left_out_and_a_domain_without_one_is_an_error(tmp_path):
+    rows = list(pixels_and_labels(2, ignored=0))
+    rows[1][1][:] = 3
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows, ["fog", "night"]))
+    metric, samples = (
+        DomainMetric(domain, torch.device("cpu")),
+        ProtocolSamples(domain, MFuserImageProcessor(), EvaluationOptions().evaluation_size(domain)),
+    )
+    for index in range(2):
+        metric.update(samples[index], samples[index].label)
+    assert list(metric.result(samples.evaluation_size, [0, 1])["conditions"]) == ["fog"]
+    metric = DomainMetric(domain, torch.device("cpu"))
+    metric.update(samples[1], samples[1].label)
+    with pytest.raises(ValueError, match="mine: no pixel with a label that is scored in 1 images"):
+        metric.result(samples.evaluation_size, [0, 1])
+
+
+def test_an_image_whose_label_map_exhausts_the_memory_is_skipped(tmp_path, monkeypatch):
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(2)))
+
+    def label_map(scores, size, made=[]):  # noqa: B006 - counts the calls
+        made.append(size)
+        if len(made) == 1:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory")
+        return label_map_of_scores(scores, size)
+
+    monkeypatch.setattr(scoring, "label_map_of_scores", label_map)
+    result = evaluate_domain(Colours(), MFuserImageProcessor(), domain, progress=False)
+    assert len(result["skipped"]) == 1 and result["images"] == 1

@@ -167,3 +167,16 @@ def test_the_scores_are_written_before_diagrams_and_examples_are_drawn(tmp_path,
     arguments = ("--model", saved_model, "--domains", f"mine={source}", "--output", tmp_path / "report.json")
     assert run(*arguments, "--examples", 1) == 2
     assert read_result(tmp_path / "report.partial.json")["domains"]["mine"]["images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu", "--domains", "mine=data"], "'gpu' must be an available device"),
+        (["--domains", "mine:dusk=data", "mine-dusk=data"], "files of two domains would have the same names"),
+    ],
+)
+def test_a_wrong_device_and_titles_of_equal_files_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        run("--model", "model", "--output", "report.json", *arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Errors of commands: one line that names what is wrong and exit code 2; bugs keep their traceback."""
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import zipfile
 from pathlib import Path
 
@@ -415,3 +417,12 @@ def test_a_disk_that_fills_within_a_file_leaves_nothing_of_a_conversion(size, tm
 
     assert fault_injection.run(convert, work, file_size=size)[0] == 2
     assert os.listdir(work) == []
+
+
+def test_a_name_that_the_output_cannot_encode_is_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["mfuser", "--help"])
+    assert cli.main() == 0
+    print("caf\xe9", file=stream, flush=True)
+    assert stream.buffer.getvalue().endswith(b"caf\\xe9\n")

@@ -169,6 +169,7 @@ def test_names_are_shown_as_they_are_and_are_never_markup(evaluated, result, rep
 def test_text_is_escaped_for_markdown_in_one_line():
     assert markdown_text("a_b|c\n# <d>\u202e") == "a\\_b\\|c \\# \\<d\\> "
     assert markdown_text("camvid:dusk, https://x") == "camvid:dusk, https\\://x"
+    assert markdown_text("www.example.com, a.b") == "www\\.example.com, a.b"
 
 
 # comparison
@@ -387,6 +388,35 @@ def test_confusions_are_shares_of_each_label_and_are_listed_by_frequency():
     np.testing.assert_allclose(shown[:2], [[75, 25, 0], [25, 75, 0]])
     assert np.isnan(np.asarray(shown.filled(np.nan))[2]).all()
     assert frequent_confusions(scores)[1:] == [["sky", "road", "71.43", "25.00"], ["road", "sky", "28.57", "25.00"]]
+
+
+def test_a_result_without_wrong_pixels_is_reported(result, report):
+    for domain in result["domains"].values():
+        del domain["examples"]
+        matrix = domain["pooled"]["confusion_matrix"]
+        matrix[:] = [[sum(row) * (place == index) for place in range(len(row))] for index, row in enumerate(matrix)]
+    code, folder, _ = report(result)
+    assert code == 0 and "most frequent errors" in (folder / "report.html").read_text()
+
+
+def test_places_without_a_corruption_show_no_plot(result):
+    domain = result["domains"]["mine"]
+    each = domain["corruptions"]["scores"]["contrast"]
+    domain["corruptions"]["scores"] = dict.fromkeys("abcdef", each)
+    shown = [plot.axison for plot in severity_curves({"mine": domain}).axes]
+    assert sum(shown) == 6 and len(shown) > 6
+
+
+def test_titles_of_diagrams_are_no_formulas(result, tmp_path):
+    scores = result["domains"]["mine"]["confidence"]["uncalibrated"]["pooled"]
+    reliability_diagram.reliability_figure({r"$\frac{1$": scores}).savefig(tmp_path / "diagram.png")
+
+
+def test_lists_that_differ_late_are_shown_where_they_differ(result):
+    other = changed(result, (*MINE, "pooled", "confusion_matrix", 3, 3), lambda count: count + 1)
+    (difference,) = protocol_differences({"a": result, "b": other})
+    first, second = re.fullmatch(r"mine:dusk.pixels of each label is (\d+) in a, (\d+) in b", difference).groups()
+    assert int(second) == int(first) + 1
 
 
 # examples

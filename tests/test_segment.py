@@ -481,3 +481,28 @@ def test_the_score_of_an_image_is_printed_and_unusable_labels_are_refused_before
     write_image(tmp_path / "other.png")
     assert run(tmp_path / "street.png", tmp_path / "other.png", "--labels", truth) == 2
     assert "--labels applies to one image" in capsys.readouterr().err
+
+
+def test_results_that_another_process_wrote_in_the_meantime_are_kept(model, tmp_path, capsys, monkeypatch):
+    write_image(tmp_path / "ours/a.png", 24, 32)
+    write_image(tmp_path / "theirs/a.png", 48, 40)
+    output, load = tmp_path / "out", segment.load_for_inference
+
+    def meanwhile(*arguments):  # after the places of the results are chosen
+        monkeypatch.setattr(segment, "load_for_inference", load)
+        assert run(tmp_path / "theirs", "--output", output) == 0
+        return load(*arguments)
+
+    monkeypatch.setattr(segment, "load_for_inference", meanwhile)
+    assert run(tmp_path / "ours", "--output", output) == 1
+    assert "a holds results that another process has written for another source" in capsys.readouterr().err
+    assert Image.open(output / "a_labels.png").size == (40, 48)
+    assert run(tmp_path / "ours", "--output", output) == 0  # numbered, as the place is known to be taken
+    assert Image.open(output / "a-2_labels.png").size == (32, 24)
+
+
+def test_an_image_that_cannot_be_read_is_not_blamed_on_its_labels(model, tmp_path, capsys):
+    write_image(tmp_path / "labels.png")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert run(tmp_path / "a.png", "--labels", tmp_path / "labels.png", "--output", tmp_path / "out") == 2
+    assert re.search(r"mfuser segment: .*a.png: cannot identify image file", capsys.readouterr().err)

@@ -438,7 +438,11 @@ def test_a_signal_finishes_the_files_of_a_video(model, tmp_path, capsys, monkeyp
     overlays, _, sound = read_video(tmp_path / "out" / "drive_overlay.mp4")
     assert len(overlays) == len(labels) and sound
     assert not record_in(tmp_path / "out" / "drive_video.json")["complete"]
-    assert not [name for name in files(tmp_path / "out") if name.startswith("later") or name.endswith(".tmp")]
+    assert not [name for name in files(tmp_path / "out") if name.endswith(".tmp")]
+    # A signal is the end of a live source, after which the next one follows; of a video, it ends the command.
+    assert [name for name in files(tmp_path / "out") if name.startswith("later")] == (
+        ["later_labels.npz", "later_overlay.mp4", "later_video.json"] if live else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -562,3 +566,51 @@ def test_the_hash_of_weights_that_torchao_quantised_depends_on_them():
         quantize_(model, Int8WeightOnlyConfig())
         hashes.add(weights_hash(model))
     assert len(hashes) == 2
+
+
+def test_a_video_that_is_stopped_before_its_first_frame_is_named(model, tmp_path, capsys, monkeypatch):
+    write_video(tmp_path / "a.mp4", bars(3), sound="aac")
+    monkeypatch.setattr(segment_video, "_batches", lambda *_: iter(()))
+    assert run(tmp_path / "a.mp4", "--output", tmp_path / "out") == 1
+    assert "a.mp4: it was stopped before its first frame" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_command_also_if_the_video_fails(model, tmp_path, capsys, monkeypatch):
+    def failing(source, job, stop, *_):
+        stop.set()
+        raise OSError("disk full")
+
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, bars(3))
+    monkeypatch.setattr(segment, "segment_video", failing)
+    assert run(tmp_path / "a.mp4", tmp_path / "b.mp4", "--output", tmp_path / "out") == 130
+    errors = capsys.readouterr().err
+    assert "a.mp4: disk full" in errors and "b.mp4" not in errors
+
+
+def test_a_relative_name_with_a_colon_is_a_file(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "12:30:00.mp4", bars(3))
+    assert run("12:30:00.mp4", "--output", "out") == 0
+
+
+def test_results_of_a_video_that_another_process_wrote_in_the_meantime_are_kept(model, tmp_path, capsys, monkeypatch):
+    for folder, frames in (("ours", 3), ("theirs", 5)):
+        (tmp_path / folder).mkdir()
+        write_video(tmp_path / folder / "a.mp4", bars(frames))
+    load = segment.load_for_inference
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(segment, "load_for_inference", load)
+        assert run(tmp_path / "theirs/a.mp4", "--output", tmp_path / "out") == 0
+        return load(*arguments)
+
+    monkeypatch.setattr(segment, "load_for_inference", meanwhile)
+    assert run(tmp_path / "ours/a.mp4", "--output", tmp_path / "out") == 1
+    assert "holds results that another process has written" in capsys.readouterr().err
+    assert len(labels_in(tmp_path / "out/a_labels.npz")[0]) == 5
+
+
+def test_mp3_audio_is_kept_in_an_mp4():
+    sound = SimpleNamespace(codec_context=SimpleNamespace(name="mp3float"))  # the name of FFmpeg's decoder
+    assert video.container_format(SimpleNamespace(sound=[sound])) == "mp4"

@@ -67,16 +67,15 @@ def run(module: str, *arguments: object, threads: int) -> None:
 
 def train(folder: Path, data: Path, settings: list[str], threads: int) -> None:
     """Trains a run, or continues it, unless it is finished."""
-    stamp = folder / SETTINGS
-    if stamp.exists() and read_json(stamp)["settings"] != settings:
+    stamp, wanted = folder / SETTINGS, {"data": str(data.resolve()), "settings": settings}
+    if stamp.exists() and read_json(stamp) != wanted:
         sys.exit(
-            f"run_ablation: {folder} was trained with {' '.join(read_json(stamp)['settings'])}, not with "
-            f"{' '.join(settings)}; give another --output"
+            f"run_ablation: {folder} was trained with {read_json(stamp)}, not with {wanted}; give another --output"
         )
     if (folder / "config.json").exists():  # the last file that a training writes
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(stamp, json.dumps({"settings": settings}))
+    write_text(stamp, json.dumps(wanted))
     data_settings = ("--train_data", data, "--validation_data", data)
     own = ("--output_dir", folder, "--resume", "true", *settings)
     run("train", RECIPES / "tiny.yaml", *data_settings, *own, threads=threads)
