@@ -231,8 +231,9 @@ def protocol_differences(results: dict[str, dict[str, Any]]) -> list[str]:
     for key in keys:
         values = [each.get(key) for each in settings.values()]
         if any(value != values[0] for value in values):
-            if all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1:
-                differing = [each for each in zip(*values, strict=True) if any(one != each[0] for one in each)]
+            lists = [value for value in values if isinstance(value, list)]
+            if len(lists) == len(values) and len({len(each) for each in lists}) == 1:
+                differing = [each for each in zip(*lists, strict=True) if any(one != each[0] for one in each)]
                 values = list(map(list, zip(*differing, strict=True)))
             shown = (f"{_short(value)} in {name}" for name, value in zip(settings, values, strict=True))
             differences.append(f"{key} is {', '.join(shown)}")

@@ -250,11 +250,11 @@ def test_an_interrupted_run_keeps_the_corruptions_that_it_has_scored(tmp_path, s
     source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1, sizes=SIZES))
     passes = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         if len(passes) == 4:
             raise KeyboardInterrupt
         passes.append(arguments)
-        return evaluate_domain(*arguments)
+        return evaluate_domain(*arguments, **options)
 
     monkeypatch.setattr(command, "evaluate_domain", interrupted)
     output = tmp_path / "report.json"
