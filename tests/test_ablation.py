@@ -218,7 +218,7 @@ def test_the_ablation_runs_from_data_to_table_and_repeats_nothing(tmp_path, data
     assert (tmp_path / "runs/ablation.md").read_text() == run_ablation.table(rows) + "\n"
     monkeypatch.setattr(run_ablation.subprocess, "run", lambda *_, **__: pytest.fail("a finished run is repeated"))
     run_ablation.main([*arguments, *short])
-    with pytest.raises(SystemExit, match="was trained with seed=0 max_steps=2 .* give another --output"):
+    with pytest.raises(SystemExit, match="was trained with .*'seed=0', 'max_steps=2'.*; give another --output"):
         run_ablation.main([*arguments, "--", "max_steps=3"])
 
 
