@@ -1,6 +1,7 @@
 """Results of `mfuser evaluate` read from their files, and the settings in which they differ."""
 
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +232,13 @@ def protocol_differences(results: dict[str, dict[str, Any]]) -> list[str]:
     for key in keys:
         values = [each.get(key) for each in settings.values()]
         if any(value != values[0] for value in values):
+            shown = [_short(value) for value in values]
             lists = [value for value in values if isinstance(value, list)]
-            if len(lists) == len(values) and len({len(each) for each in lists}) == 1:
-                differing = [each for each in zip(*lists, strict=True) if any(one != each[0] for one in each)]
-                values = list(map(list, zip(*differing, strict=True)))
-            shown = (f"{_short(value)} in {name}" for name, value in zip(settings, values, strict=True))
-            differences.append(f"{key} is {', '.join(shown)}")
+            if len(set(shown)) == 1 and len(lists) == len(values):  # cut before they differ
+                differing = [each for each in zip_longest(*lists) if any(one != each[0] for one in each)]
+                shown = [_short(list(each)) for each in zip(*differing, strict=True)]
+            texts = (f"{text} in {name}" for name, text in zip(settings, shown, strict=True))
+            differences.append(f"{key} is {', '.join(texts)}")
     return differences
 
 

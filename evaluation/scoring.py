@@ -211,7 +211,7 @@ def segment_batch(
             try:
                 label_map = label_map_of_scores(each, sample.size)
             except (MemoryError, RuntimeError, ValueError) as error:
-                if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                     raise
                 predictions.append(Prediction(without_pixels, problem=one_line(error)))
                 continue

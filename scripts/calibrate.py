@@ -121,8 +121,7 @@ def save(folder: Path, calibration: dict[str, float], output: Path | None) -> Pa
 @cli.reports_errors("calibrate")
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    # A copy is complete, with code and tokenizer.
-    folder, revision = model_folder(parsed.model) if parsed.output is None else model_folder(parsed.model, None)
+    folder, revision = model_folder(parsed.model, patterns=None)  # a copy has the code and the tokenizer
     if parsed.output is not None:
         check_new_folder(parsed.output)
         if parsed.output.resolve().is_relative_to(folder.resolve()):

@@ -20,7 +20,7 @@ from mfuser.scripts.segment_images import segment_images
 from mfuser.scripts.segment_inputs import Kind, Source, find_sources
 from mfuser.scripts.segment_results import Drawing, Job, image_files, is_done, is_free, settings_of, write_legend
 from mfuser.scripts.segment_score import read_labels, score
-from mfuser.scripts.segment_video import segment_video, stopping_on_signals
+from mfuser.scripts.segment_video import VideoResult, segment_video, stopping_on_signals
 from mfuser.scripts.video import import_av
 
 
@@ -60,6 +60,15 @@ class Summary:
         self.segmented += 1
         if source.kind in (Kind.IMAGE, Kind.VIDEO) and source.place.name != source.path.stem:
             tqdm.write(f"{source}: the results are named {source.place}", file=sys.stderr)
+
+    def add_video(self, source: Source, result: VideoResult) -> None:
+        self.add(source, result.counts)
+        print(f"{source}: {result.frames} frames{', stopped' if result.was_stopped else ''}")
+        if result.note:
+            print(f"{source}: {result.note}", file=sys.stderr)
+        if result.problem:
+            print(f"incomplete {source}: {result.problem}; the frames read are kept", file=sys.stderr)
+            self.incomplete += 1
 
     def print(self, classes: dict[int, str], output: Path) -> None:
         if self.counts.any():
@@ -151,25 +160,11 @@ def run_videos(sources: Iterable[Source], job: Job, parsed: argparse.Namespace, 
             continue
         with stopping_on_signals() as stop:
             try:
-                result = segment_video(source, video_job, stop, parsed.smoothing, rate)
+                summary.add_video(source, segment_video(source, video_job, stop, parsed.smoothing, rate))
             except Exception as error:
                 if not is_expected(error):
                     raise
                 summary.skip(source, one_line(error))
-                result = None
-        # The signal is the end of a live source, after which the next one follows.
-        stops = stop.is_set() and not source.kind.is_live
-        if result is None:
-            if stops:
-                return True
-            continue
-        summary.add(source, result.counts)
-        print(f"{source}: {result.frames} frames{', stopped' if result.was_stopped else ''}")
-        if result.note:
-            print(f"{source}: {result.note}", file=sys.stderr)
-        if result.problem:
-            print(f"incomplete {source}: {result.problem}; the frames read are kept", file=sys.stderr)
-            summary.incomplete += 1
-        if stops:
+        if stop.is_set() and not source.kind.is_live:  # a signal ends a live source, and the next one follows
             return True
     return False

@@ -1,5 +1,7 @@
 """The score of one image that `mfuser segment` segmented, by its true labels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,25 +31,26 @@ def read_labels(file: Path, image: Path, num_labels: int) -> np.ndarray:
     Raises:
         CommandError: If a file cannot be read, or the labels have another size, other values or no class.
     """
-    try:
-        with Image.open(image) as opened:
-            size = image_size(opened)
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's decoders raise exceptions of almost any type
-        raise CommandError(f"{image}: {one_line(error)}") from error
-    try:
+    with _errors_name(str(image)), Image.open(image) as opened:
+        size = image_size(opened)
+    with _errors_name(f"--labels {file}"):
         with Image.open(file) as label:
             labels = label_ids(label)
         check_sizes(size, labels.shape)
         check_label(labels, num_labels)
         if not (labels < num_labels).any():
             raise ValueError("no pixel has a class")
+    return labels
+
+
+@contextmanager
+def _errors_name(what: str) -> Iterator[None]:
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:
-        raise CommandError(f"--labels {file}: {one_line(error)}") from error
-    return labels
+    except Exception as error:  # PIL's decoders raise exceptions of almost any type
+        raise CommandError(f"{what}: {one_line(error)}") from error
 
 
 def score(predicted: Path, labels: np.ndarray, num_labels: int) -> str:

@@ -137,6 +137,25 @@ def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     assert everywhere.min() - 1e-4 <= confidence.min() and confidence.max() <= everywhere.max() + 1e-4
 
 
+def test_every_copy_is_made_from_the_image_and_every_image_has_draws_of_its_own(tmp_path, monkeypatch):
+    rows = [next(iter(pixels_and_labels(1)))] * 2  # one image twice
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))
+    given = []
+
+    def distort(pixels, max_kinds, rng):
+        given.append(pixels)
+        return 1 - pixels, ("inverted",)
+
+    monkeypatch.setattr("mfuser.evaluation.calibration.distort", distort)
+    model, processor = tiny_model(), MFuserImageProcessor()
+    samples = sample_pixels(model, processor, domain, EvaluationOptions(), pixels=50, progress=False)
+    assert [sample.distortions for sample in samples] == [(), ("inverted",), ("inverted",)] * 2
+    assert len(given) == 4
+    for pixels in given:
+        np.testing.assert_allclose(255 * pixels, rows[0][0].transpose(2, 0, 1), atol=1e-3)
+    assert not torch.equal(samples[0].labels, samples[3].labels)
+
+
 @pytest.mark.parametrize(
     "settings", [{"do_normalize": False}, {"image_mean": 0.4, "image_std": 0.2}, {"rescale_factor": 1 / 127.5}]
 )

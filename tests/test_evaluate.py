@@ -487,7 +487,9 @@ def test_a_condition_without_a_scored_class_is_left_out_and_a_domain_without_one
 def test_an_image_whose_label_map_exhausts_the_memory_is_skipped(tmp_path, monkeypatch):
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(2)))
 
-    def label_map(scores, size, made=[]):  # noqa: B006 - counts the calls
+    made = []
+
+    def label_map(scores, size):
         made.append(size)
         if len(made) == 1:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory")
