@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from fnmatch import fnmatch
 from importlib.metadata import version
 
 import fake_downloads as fake
@@ -180,3 +181,16 @@ def test_a_wrong_device_and_titles_of_equal_files_are_refused(arguments, message
     with pytest.raises(SystemExit) as error:
         run("--model", "model", "--output", "report.json", *arguments)
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_of_a_model_on_the_hub_weights_and_settings_are_downloaded_and_no_code(saved_model, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(saved_model)
+
+    monkeypatch.setattr(command, "snapshot_download", download)
+    assert command.model_folder("me/mine") == (saved_model, saved_model.name)
+    names = ("config.json", "model-00001-of-00002.safetensors", "modeling_mfuser.py", "pytorch_model.bin")
+    assert [name for name in names if any(fnmatch(name, pattern) for pattern in asked)] == list(names[:2])

@@ -591,7 +591,9 @@ def test_a_signal_ends_the_command_also_if_the_video_fails(model, tmp_path, caps
 def test_a_relative_name_with_a_colon_is_a_file(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "12:30:00.mp4", bars(3))
-    assert run("12:30:00.mp4", "--output", "out") == 0
+    (tmp_path / "12:30:00.mp4").with_name("13:30:00").write_bytes((tmp_path / "12:30:00.mp4").read_bytes())
+    assert run("12:30:00.mp4", "13:30:00", "--output", "out") == 0  # also where the content tells that it is a video
+    assert {"12:30:00_overlay.mp4", "13:30:00_overlay.mp4"} <= set(files(tmp_path / "out"))
 
 
 def test_results_of_a_video_that_another_process_wrote_in_the_meantime_are_kept(model, tmp_path, capsys, monkeypatch):
