@@ -424,5 +424,5 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "argv", ["mfuser", "--help"])
     assert cli.main() == 0
-    print("caf\xe9", file=stream, flush=True)
-    assert stream.buffer.getvalue().endswith(b"caf\\xe9\n")
+    print("\xe9tude", file=stream, flush=True)
+    assert stream.buffer.getvalue().endswith(b"\\xe9tude\n")
