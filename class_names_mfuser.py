@@ -296,7 +296,7 @@ def replace_classes(model: Any, class_names: list[str], token_ids: list | None =
     """
     config, base = model.config, getattr(model, model.base_model_prefix, model)
     fields = {"id2label": dict(enumerate(class_names)), "class_token_ids": token_ids, **config_fields}
-    fields["confidence_calibration"] = None  # it holds for the scores of the previous classes
+    fields["confidence_temperature"] = None  # it holds for the scores of the previous classes
     fields["label2id"] = {name: index for index, name in enumerate(class_names)}
     candidate = copy.deepcopy(config)
     for name, value in fields.items():

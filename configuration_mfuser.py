@@ -6,7 +6,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, CLIPVisionConfig, Dinov2Config, PreTrainedConfig
 
 from .class_names_mfuser import CITYSCAPES_CLASSES, CITYSCAPES_CLIP_TOKENS, IGNORE_INDEX, clip_token_row
-from .confidence_mfuser import check_calibration
 from .configuration_eva02_clip import SubConfig
 from .encoder_configs_mfuser import (
     CLIP_TOKENIZED,
@@ -19,7 +18,10 @@ from .encoder_configs_mfuser import (
 )
 
 # Fields with these prefixes are MFuser's, so that a saved configuration is not accepted with unknown ones either.
-OWN_PREFIXES = ("fusion_", "vlm_", "vfm_", "text_", "enhancer_", "decoder_", "loss_", "crop_", "class_token")
+OWN_PREFIXES = (
+    *("fusion_", "vlm_", "vfm_", "text_", "enhancer_", "decoder_", "loss_", "crop_", "class_token"),
+    *("confidence_",),
+)
 
 # Fields of every configuration that `check_common_fields` reads.
 COMMON_FIELDS = ("dtype", "id2label", "label2id", "return_dict", "output_hidden_states")
@@ -113,8 +115,9 @@ class MFuserConfig(PreTrainedConfig):
         queries_vote_for_own_class (`bool`, *optional*, defaults to `False`):
             Whether each query contributes only to the score of its own class, see
             [`MFuserForSemanticSegmentation.set_class_names`].
-        confidence_calibration (`dict[str, float]`, *optional*):
-            How class scores become confidences, see [`confidence_map`]; `mfuser calibrate` computes it.
+        confidence_temperature (`float`, *optional*):
+            By which the logarithms of class scores are divided for confidences, see [`confidence_map`]. `mfuser
+            calibrate` fits it; `None` for a model that is not calibrated.
         freeze_encoders (`bool`, *optional*, defaults to `True`):
             Whether the encoders, including the text encoder, are frozen and stay in evaluation mode.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -193,7 +196,7 @@ class MFuserConfig(PreTrainedConfig):
     crop_stride: int = 341
     windows_per_batch: int | None = None
     queries_vote_for_own_class: bool = False
-    confidence_calibration: dict | None = None
+    confidence_temperature: float | int | None = None
     freeze_encoders: bool = True
     initializer_range: float | int = 0.02
 
@@ -269,8 +272,6 @@ class MFuserConfig(PreTrainedConfig):
         self._check_text()
         self._check_decoder_and_losses()
         self.check_windows()
-        if self.confidence_calibration is not None:
-            check_calibration(self.confidence_calibration)
 
     def check_windows(self):
         """Raises `ValueError` unless the sliding windows cover every image. The model calls it for every image."""
@@ -308,8 +309,8 @@ class MFuserConfig(PreTrainedConfig):
         for name in ("fusion_dropout", "vlm_drop_path_rate", "enhancer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("loss_temperature", "loss_no_object_weight"):
-            if getattr(self, name) <= 0:
+        for name in ("loss_temperature", "loss_no_object_weight", "confidence_temperature"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.vlm_drop_path_axis not in ("token", "sample"):
             raise ValueError(f"vlm_drop_path_axis is {self.vlm_drop_path_axis!r}; it must be 'token' or 'sample'")

@@ -453,7 +453,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
                 loss. By default all.
             output_confidence (`bool`, *optional*, defaults to `False`):
                 Whether to return the confidence of every pixel, see [`confidence_map`]. It is calibrated if
-                `config.confidence_calibration` is set.
+                `config.confidence_temperature` is set.
 
         Example:
 
@@ -490,7 +490,7 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             )
             outputs = self.decode(features, pixel_values.shape[-2:], labels, class_mask)
         if output_confidence:
-            outputs["confidence"] = confidence_map(outputs.logits, self.config.confidence_calibration)
+            outputs["confidence"] = confidence_map(outputs.logits, self.config.confidence_temperature)
         return outputs
 
     def decode(

@@ -7,7 +7,7 @@ noise, blur or another colour of the light, or several of these. No other domain
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.confidence_mfuser import FEATURES, class_entropy, pixel_features
+from mfuser.confidence_mfuser import SMALLEST_SCORE
 from mfuser.evaluation.domains import EvaluationDomain
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, Sample, sample_loader
 from mfuser.evaluation.scoring import segment_batch
@@ -77,26 +77,12 @@ class PixelSample(NamedTuple):
             Scores of the model.
         labels (`torch.Tensor` of shape `(pixels,)`):
             Train ids.
-        entropy (`float`):
-            The class entropy of the whole image.
     """
 
     row: int
     distortions: tuple[str, ...]
     scores: torch.Tensor
     labels: torch.Tensor
-    entropy: float
-
-    @property
-    def correct(self) -> torch.Tensor:
-        """Whether the best class of each pixel is right."""
-        return self.scores.argmax(dim=1) == self.labels
-
-    @property
-    def features(self) -> torch.Tensor:
-        """The features (pixels, len(FEATURES)) of the calibrated confidence, in float64."""
-        log_score, log_margin = pixel_features(self.scores.double())
-        return torch.stack([log_score, log_margin, torch.full_like(log_score, self.entropy)], dim=1)
 
 
 def distort(pixels: np.ndarray, max_kinds: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -192,8 +178,7 @@ def sample_pixels(
             places = known[torch.from_numpy(rng.integers(len(known), size=pixels))]
             labels = sample.label[tuple(places.unbind(dim=1))].long()
             scores = _scores_at(places, sample.size, prediction.scores)
-            entropy = class_entropy(prediction.scores[None]).item()
-            samples.append(PixelSample(sample.row, kinds, scores, labels, entropy))
+            samples.append(PixelSample(sample.row, kinds, scores, labels))
         return sample.row, samples, None
 
     samples: list[PixelSample] = []
@@ -222,49 +207,44 @@ def _scores_at(places: torch.Tensor, size: tuple[int, int], scores: torch.Tensor
     return scores[:, rows, columns].T.cpu()
 
 
-def fit_logistic(features: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_temperature(samples: list[PixelSample]) -> float:
     """
-    Fits a logistic regression by L-BFGS in float64.
+    Fits the temperature of [`confidence_map`] to the labels of pixels, by their cross-entropy, with L-BFGS in float64.
 
     Args:
-        features (`torch.Tensor` of shape `(pixels, num_features)`):
-            What the probability depends on.
-        correct (`torch.Tensor` of shape `(pixels,)`):
-            Whether the best class of each pixel is right.
+        samples (`list[PixelSample]`):
+            Scores and labels.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The weight of each feature, and the bias.
+        `float`: `confidence_temperature` of the configuration.
 
     Raises:
-        ValueError: If all pixels are right or all are wrong.
+        ValueError: If all pixels are right, or if the labelled classes have no higher scores than the others: the
+            cross-entropy has no minimum then.
     """
-    if correct.all() or not correct.any():
+    scores, labels = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("scores", "labels"))
+    log_scores = scores.double().clamp(min=SMALLEST_SCORE).log()
+    of_label = log_scores.gather(1, labels[:, None])[:, 0]
+    if of_label.equal(log_scores.amax(dim=1)):
         raise ValueError(
-            f"{'all' if correct.all() else 'none'} of {len(correct)} pixels are classified correctly; fitting "
-            "confidences requires both correct and wrong pixels"
+            f"all of {len(labels)} pixels are classified correctly; fitting a temperature requires wrong pixels too"
         )
-    mean, std = features.double().mean(dim=0), features.double().std(dim=0).clamp(min=1e-6)
-    inputs, targets = (features - mean) / std, correct.double()
-    weights = torch.zeros(inputs.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    if of_label.mean() <= log_scores.mean():
+        raise ValueError(
+            f"the labelled classes of {len(labels)} pixels have no higher scores than the other classes on average; "
+            "no temperature makes such scores probabilities"
+        )
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(inputs @ weights[:-1] + weights[-1], targets)
-        loss = loss + 1e-6 * weights[:-1].square().sum()  # finite weights where classes are separable
+        loss = F.cross_entropy(log_scores / log_temperature.exp(), labels)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    slopes = weights.detach()[:-1] / std
-    return slopes, weights.detach()[-1] - slopes @ mean
-
-
-def fit_calibration(samples: list[PixelSample]) -> dict[str, float]:
-    """Computes the `confidence_calibration` of the configuration from samples, see [`fit_logistic`]."""
-    features, correct = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("features", "correct"))
-    weights, bias = fit_logistic(features, correct)
-    return dict(zip((*FEATURES, "bias"), [*weights.tolist(), bias.item()], strict=True))
+    return log_temperature.exp().item()
 
 
 def halves(samples: list[PixelSample]) -> list[tuple[list[PixelSample], list[PixelSample]]]:
@@ -278,9 +258,3 @@ def halves(samples: list[PixelSample]) -> list[tuple[list[PixelSample], list[Pix
     first = [sample for sample in samples if sample.row < middle]
     second = [sample for sample in samples if sample.row >= middle]
     return [(first, second), (second, first)]
-
-
-def calibrated(samples: list[PixelSample], calibration: dict[str, Any]) -> torch.Tensor:
-    """The calibrated confidences of all pixels of `samples`, in their order."""
-    weights = torch.tensor([calibration[name] for name in FEATURES], dtype=torch.float64)
-    return (torch.cat([sample.features for sample in samples]) @ weights + calibration["bias"]).sigmoid()

@@ -144,15 +144,15 @@ class DomainConfidence:
 
     def __init__(self, domain: EvaluationDomain, model):
         self.row_conditions = domain.rows.conditions
-        self.calibrations = {"uncalibrated": None, "calibrated": model.config.confidence_calibration}
-        if self.calibrations["calibrated"] is None:
-            del self.calibrations["calibrated"]
+        self.temperatures = {"uncalibrated": 1.0}
+        if model.config.confidence_temperature is not None:
+            self.temperatures["calibrated"] = model.config.confidence_temperature
         self.histograms = {
             name: {
                 condition: ConfidenceHistogram(len(domain.id2label), device=model.device)
                 for condition in domain.conditions
             }
-            for name in self.calibrations
+            for name in self.temperatures
         }
 
     def update(self, sample: Sample, scores: torch.Tensor, prediction: torch.Tensor) -> None:
@@ -170,8 +170,8 @@ class DomainConfidence:
         if sample.label is None:
             return
         condition = self.row_conditions[sample.row]
-        for name, calibration in self.calibrations.items():
-            confidence = resize_maps(confidence_map(scores[None], calibration), sample.size)[0]
+        for name, temperature in self.temperatures.items():
+            confidence = resize_maps(confidence_map(scores[None], temperature), sample.size)[0]
             self.histograms[name][condition].update(confidence, prediction, sample.label)
 
     def reduce(self, accelerator) -> None:

@@ -134,7 +134,7 @@ class Segmenter:
             labels=labels.astype(np.uint8),
             confidence=confidence,
             class_names=class_names,
-            is_calibrated=model.config.confidence_calibration is not None,
+            is_calibrated=model.config.confidence_temperature is not None,
         )
 
     def parse_names(self, text: str) -> list[str]:

@@ -13,11 +13,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfuser.confidence_mfuser import confidence_map
-from mfuser.evaluation.calibration import PixelSample, calibrated, fit_calibration, halves, sample_pixels
+from mfuser.evaluation.calibration import PixelSample, fit_temperature, halves, sample_pixels
 from mfuser.evaluation.confidence import ConfidenceHistogram
 from mfuser.evaluation.domains import check_classes, open_domain
 from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
@@ -29,7 +28,7 @@ from mfuser.scripts.evaluate import domain_argument, model_folder
 
 CONFIG = "config.json"
 
-DESCRIPTION = """Fits the confidences of a model, and stores the result in its config.json as confidence_calibration.
+DESCRIPTION = """Fits the confidences of a model, and stores the result in its config.json as confidence_temperature.
 
 Give the validation split of the source, the domain that the model was trained on. Its images are segmented as they
 are and distorted, so that confidences remain valid under other conditions. Never give a domain on which confidences
@@ -73,11 +72,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def figures(samples: list[PixelSample], confidence: torch.Tensor) -> str:
-    """Calibration error and detection of wrong pixels, as cells of a table."""
-    scores, labels = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("scores", "labels"))
-    histogram = ConfidenceHistogram(scores.shape[1])
-    histogram.update(confidence, scores.argmax(dim=1), labels)
+def figures(parts: list[tuple[list[PixelSample], float]]) -> str:
+    """Calibration error and detection of wrong pixels, as cells of a table; each part with its temperature."""
+    histogram = ConfidenceHistogram(parts[0][0][0].scores.shape[1])
+    for samples, temperature in parts:
+        for sample in samples:
+            confidence = confidence_map(sample.scores.double(), temperature)
+            histogram.update(confidence, sample.scores.argmax(dim=1), sample.labels)
     result = histogram.compute()
     areas = ("    -" if result[name] is None else f"{result[name]:5.3f}" for name in ("auroc", "aupr"))
     return "  ".join([f"{100 * result['ece']:6.2f}", *areas, f"{100 * result['accuracy']:8.2f}"])
@@ -86,27 +87,22 @@ def figures(samples: list[PixelSample], confidence: torch.Tensor) -> str:
 def before_and_after(samples: list[PixelSample]) -> str:
     """A table of the confidences without and with calibration, which is measured on images it is not fitted to."""
     lines = [f"{'':<25} ECE %  AUROC   AUPR  accuracy %"]
-    held_out = [(measured, calibrated(measured, fit_calibration(fitted))) for fitted, measured in halves(samples)]
+    held_out = [(measured, fit_temperature(fitted)) for fitted, measured in halves(samples)]
     for kind, distorted in (("undistorted", False), ("distorted", True)):
-        before = [sample for sample in samples if bool(sample.distortions) is distorted]
-        if not before:
-            continue
-        uncalibrated = torch.cat([confidence_map(sample.scores[..., None, None]).flatten() for sample in before])
-        lines.append(f"{kind}, uncalibrated".ljust(24) + figures(before, uncalibrated))
-        chosen, after = [], []
-        for measured, confidence in held_out:
-            parts = confidence.split([len(sample.labels) for sample in measured])
-            for sample, part in zip(measured, parts, strict=True):
-                if bool(sample.distortions) is distorted:
-                    chosen.append(sample)
-                    after.append(part)
-        lines.append(f"{kind}, calibrated".ljust(24) + figures(chosen, torch.cat(after)))
+        parts = [
+            ([sample for sample in measured if bool(sample.distortions) is distorted], temperature)
+            for measured, temperature in held_out
+        ]
+        if parts[0][0]:
+            uncalibrated = [(chosen, 1.0) for chosen, _ in parts]
+            lines.append(f"{kind}, uncalibrated".ljust(24) + figures(uncalibrated))
+            lines.append(f"{kind}, calibrated".ljust(24) + figures(parts))
     return "\n".join([*lines, "(each half of the images is measured by a fit to the other half)"])
 
 
-def save(folder: Path, calibration: dict[str, float], output: Path | None) -> Path:
-    """Stores a calibration in the configuration of a model, or in that of a copy, and returns the file."""
-    config = read_json(folder / CONFIG) | {"confidence_calibration": calibration}
+def save(folder: Path, temperature: float, output: Path | None) -> Path:
+    """Stores a temperature in the configuration of a model, or in that of a copy, and returns the file."""
+    config = read_json(folder / CONFIG) | {"confidence_temperature": temperature}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if output is None:
         write_text(folder / CONFIG, text)
@@ -142,13 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     images = len({sample.row for sample in samples})
     if images < 2:
         raise ValueError(f"{domain.name}: {images} images with labels can be used; at least 2 are needed")
-    calibration = fit_calibration(samples)
+    temperature = fit_temperature(samples)
     try:
         print(before_and_after(samples))
-    except ValueError as error:  # all pixels of one half are right, or all are wrong
+    except ValueError as error:  # for instance, all pixels of one half are right
         print(f"{domain.name}: not measured, since one half of the images cannot be fitted: {error}", file=sys.stderr)
-    file = save(folder, calibration, parsed.output)
-    values = ", ".join(f"{key} {value:.4f}" for key, value in calibration.items())
+    file = save(folder, temperature, parsed.output)
     left_out = f", {len(skipped)} skipped" if skipped else ""
-    print(f"fitted to {images} images of {domain.name}{left_out}: {values}\nwritten to {file}")
+    print(f"fitted to {images} images of {domain.name}{left_out}: temperature {temperature:.4f}\nwritten to {file}")
     return 1 if skipped else 0

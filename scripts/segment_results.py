@@ -146,7 +146,7 @@ def settings_of(
     """
     config = config_content(model.config)
     text = json.dumps([config, processor.to_dict()], sort_keys=True, default=str)
-    is_calibrated = config.get("confidence_calibration") is not None
+    is_calibrated = config.get("confidence_temperature") is not None
     hashes = {"weights": weights_hash(model), "config": hashlib.sha256(text.encode()).hexdigest()}
     return {**hashes, "dtype": str(model.dtype), "is_calibrated": is_calibrated, **options}
 

@@ -193,7 +193,7 @@ def _run_model(batch: Batch, job: Job, keeps_scores: bool) -> Batch:
 
 
 def _labels(scores: torch.Tensor, size: tuple[int, int], job: Job) -> np.ndarray:
-    return labels_of_scores(scores, size, job.model.config.confidence_calibration, job.unknown_threshold)
+    return labels_of_scores(scores, size, job.model.config.confidence_temperature, job.unknown_threshold)
 
 
 class _Finisher:

@@ -110,7 +110,7 @@ def class_scores(
 
 @torch.inference_mode()
 def labels_of_scores(
-    scores: torch.Tensor, size: tuple[int, int], calibration: dict | None, unknown_threshold: float | None
+    scores: torch.Tensor, size: tuple[int, int], temperature: float | None, unknown_threshold: float | None
 ) -> np.ndarray:
     """
     Turns the class scores of an image into its label map.
@@ -120,8 +120,8 @@ def labels_of_scores(
             Class scores.
         size (`tuple[int, int]`):
             (height, width) of the image.
-        calibration (`dict`, *optional*):
-            `confidence_calibration` of the model's configuration.
+        temperature (`float`, *optional*):
+            `confidence_temperature` of the model's configuration.
         unknown_threshold (`float`, *optional*):
             Pixels of lower confidence than this get the label 255.
 
@@ -133,7 +133,7 @@ def labels_of_scores(
     """
     labels = label_map_of_scores(scores, size)
     if unknown_threshold is not None:
-        confidence = resize_maps(confidence_map(scores[None].float(), calibration), size)[0]
+        confidence = resize_maps(confidence_map(scores[None].float(), temperature), size)[0]
         labels = mark_unknown(labels, confidence, unknown_threshold)
     return labels.cpu().numpy()
 

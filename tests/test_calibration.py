@@ -14,10 +14,8 @@ from mfuser.confidence_mfuser import confidence_map
 from mfuser.evaluation.calibration import (
     DISTORTIONS,
     PixelSample,
-    calibrated,
     distort,
-    fit_calibration,
-    fit_logistic,
+    fit_temperature,
     halves,
     sample_pixels,
 )
@@ -28,46 +26,63 @@ from mfuser.loading import load_for_inference
 from mfuser.scripts import calibrate
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
-CALIBRATION = {"log_score": 0.5, "log_margin": 0.75, "class_entropy": 0.5, "bias": 1.25}
+TEMPERATURE = 1.6
 torch.set_num_threads(1)
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
-def pixel_sample(row, pixels=400, weights=(0.8, 0.4), entropy_weight=1.5, bias=-0.5, seed=None):
-    """Pixels that are right with the probability of a known calibration."""
-    generator = torch.Generator().manual_seed(row if seed is None else seed)
+def pixel_sample(row, pixels=400, temperature=TEMPERATURE):
+    """Pixels whose labels are drawn from the softmax of their log scores at a known temperature."""
+    generator = torch.Generator().manual_seed(row)
     scores = torch.rand(pixels, 4, generator=generator, dtype=torch.float64) ** 3
-    sample = PixelSample(row, (), scores, torch.zeros(pixels), 0.2 + 0.1 * (row % 10))
-    logit = sample.features @ torch.tensor([*weights, entropy_weight], dtype=torch.float64) + bias
-    right = torch.rand(pixels, generator=generator, dtype=torch.float64) < logit.sigmoid()
-    labels = torch.where(right, scores.argmax(1), (scores.argmax(1) + 1) % 4)
-    return sample._replace(labels=labels)
+    probabilities = (scores.log() / temperature).softmax(dim=1)
+    return PixelSample(row, (), scores, torch.multinomial(probabilities, 1, generator=generator)[:, 0])
 
 
-def test_calibration_recovers_known_parameters():
-    found = fit_calibration([pixel_sample(row, pixels=4000) for row in range(40)])
-    expected = {"log_score": 0.8, "log_margin": 0.4, "class_entropy": 1.5, "bias": -0.5}
-    assert list(found) == list(expected) and found == pytest.approx(expected, abs=0.06)
-    assert tiny_config(confidence_calibration=found).confidence_calibration == found
+def mostly_right(count, sizes=((20, 28), (24, 20))):
+    """Images with labels that are predicted by the saved model on half of the pixels, and random elsewhere."""
+    model, processor = tiny_model(), MFuserImageProcessor()
+    for image, random_label in pixels_and_labels(count, sizes=sizes):
+        with torch.no_grad():
+            predicted = model(**processor(image, return_tensors="pt")).logits[0].argmax(0).numpy()
+        yield (
+            image,
+            np.where(random_label > 1, random_label, predicted).astype(np.uint8),
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_calibration_recovers_a_known_temperature(temperature):
+    found = fit_temperature([pixel_sample(row, pixels=4000, temperature=temperature) for row in range(20)])
+    assert found == pytest.approx(temperature, rel=0.03)
+    assert tiny_config(confidence_temperature=found).confidence_temperature == found
 
 
 def test_calibration_makes_confidences_those_of_the_accuracy():
-    samples = [pixel_sample(row, pixels=2000) for row in range(20)]
-    calibration = fit_calibration(samples[:10])
-    histogram = ConfidenceHistogram(4)
-    for sample, confidence in zip(samples[10:], calibrated(samples[10:], calibration).split([2000] * 10), strict=True):
-        histogram.update(confidence, sample.scores.argmax(1), sample.labels)
-    assert histogram.compute()["ece"] < 0.02
+    samples = [pixel_sample(row, pixels=2000, temperature=2.5) for row in range(20)]
+    errors = []
+    for temperature in (1.0, fit_temperature(samples[:10])):
+        histogram = ConfidenceHistogram(4)
+        for sample in samples[10:]:
+            histogram.update(confidence_map(sample.scores, temperature), sample.scores.argmax(1), sample.labels)
+        errors.append(histogram.compute()["ece"])
+    assert errors[0] > 0.1 and errors[1] < 0.02
 
 
 @pytest.mark.parametrize(
-    ("right", "words"), [(True, "all of 5 pixels are classified"), (False, "none of 5 pixels are classified")]
+    ("labels", "words"),
+    [
+        ([0, 1, 0], "all of 3 pixels are classified correctly"),
+        ([2, 2, 2], "labelled classes of 3 pixels have no higher scores than the other classes"),
+    ],
 )
-def test_calibration_needs_right_and_wrong_pixels(right, words):
+def test_scores_without_a_best_temperature_are_refused(labels, words):
+    scores = torch.tensor([[0.9, 0.2, 0.1], [0.3, 0.5, 0.2], [0.9, 0.9, 0.0]])
     with pytest.raises(ValueError, match=words):
-        fit_logistic(torch.rand(5, 3), torch.full((5,), right))
+        fit_temperature([PixelSample(0, (), scores, torch.tensor(labels))])
+    assert 0.1 < fit_temperature([PixelSample(0, (), scores, torch.tensor([0, 0, 1]))]) < 10
 
 
 def test_calibrated_figures_are_measured_on_images_that_are_not_fitted_to():
@@ -132,9 +147,6 @@ def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     assert drawn == pytest.approx(whole.compute()["accuracy"], abs=0.07)
     known = {tuple(scores) for scores in outputs.logits[0].flatten(1).T.tolist()}
     assert all(tuple(scores) in known for scores in sample.scores.tolist())
-    confidence = calibrated([sample], CALIBRATION)
-    everywhere = confidence_map(outputs.logits, CALIBRATION)
-    assert everywhere.min() - 1e-4 <= confidence.min() and confidence.max() <= everywhere.max() + 1e-4
 
 
 def test_every_copy_is_made_from_the_image_and_every_image_has_draws_of_its_own(tmp_path, monkeypatch):
@@ -178,7 +190,7 @@ def test_views_are_the_same_images_whatever_the_processor_does(tmp_path, setting
 
 
 def test_the_command_names_and_counts_what_it_skips(tmp_path, saved_model, capsys):
-    rows = list(pixels_and_labels(5, sizes=((40, 56),)))
+    rows = list(mostly_right(5, sizes=((40, 56),)))
     rows[1] = (rows[1][0], rows[1][1][:-1])
     rows[3] = tuple(part[:4, :4] for part in rows[3])
     names = ["one", "two", "three", "four", "five"]
@@ -200,7 +212,7 @@ def test_the_command_names_and_counts_what_it_skips(tmp_path, saved_model, capsy
 
 
 def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, saved_model, capsys):
-    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(4))
+    source = write_dataset(tmp_path / "data/validation.parquet", mostly_right(4))
     arguments = ["--model", saved_model, "--domain", f"mine:validation={source.parent}", "--workers", 0]
     before = {file.name: file.read_bytes() for file in saved_model.iterdir()}
     output = tmp_path / "calibrated"
@@ -211,12 +223,12 @@ def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, s
     after = {file.name: file.read_bytes() for file in output.iterdir()}
     old, new = (json.loads(files.pop("config.json")) for files in (before, after))
     assert after == before
-    calibration = new.pop("confidence_calibration")
-    assert new == {name: value for name, value in old.items() if name != "confidence_calibration"}
+    temperature = new.pop("confidence_temperature")
+    assert new == {name: value for name, value in old.items() if name != "confidence_temperature"}
     model, processor = load_for_inference(output, torch.device("cpu"))
-    assert model.config.confidence_calibration == calibration
+    assert model.config.confidence_temperature == temperature
     domain = open_domain("mine", source.parent, "validation")
-    assert calibration == fit_calibration(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=50))
+    assert temperature == fit_temperature(sample_pixels(model, processor, domain, EvaluationOptions(), pixels=50))
 
     assert calibrate.main([str(each) for each in (*arguments, "--output", output)]) == 2
     assert "is not empty; choose a new folder" in capsys.readouterr().err
@@ -224,7 +236,7 @@ def test_the_command_stores_the_calibration_and_changes_nothing_else(tmp_path, s
     shutil.copytree(saved_model, copy)
     arguments[1] = copy
     assert calibrate.main([str(each) for each in (*arguments, "--pixels", 50)]) == 0
-    assert json.loads((copy / "config.json").read_text())["confidence_calibration"] == calibration
+    assert json.loads((copy / "config.json").read_text())["confidence_temperature"] == temperature
 
 
 @pytest.mark.slow
@@ -255,12 +267,12 @@ def test_the_command_refuses_what_it_cannot_calibrate(tmp_path, saved_model, cap
 
 
 def test_a_model_that_is_trained_loses_its_calibration(tmp_path):
-    model, dataset = tiny_model(confidence_calibration=CALIBRATION), [{"pixel_values": None, "labels": None}]
+    model, dataset = tiny_model(confidence_temperature=TEMPERATURE), [{"pixel_values": None, "labels": None}]
     arguments = MFuserTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     MFuserTrainer(model, arguments, eval_dataset=dataset)
-    assert model.config.confidence_calibration == CALIBRATION
+    assert model.config.confidence_temperature == TEMPERATURE
     MFuserTrainer(model, arguments, dataset)
-    assert model.config.confidence_calibration is None
+    assert model.config.confidence_temperature is None
 
 
 def test_a_half_that_cannot_be_fitted_does_not_prevent_the_calibration(tmp_path, saved_model, capsys, monkeypatch):
@@ -268,11 +280,11 @@ def test_a_half_that_cannot_be_fitted_does_not_prevent_the_calibration(tmp_path,
         raise ValueError("all of 5 pixels are classified correctly")
 
     monkeypatch.setattr(calibrate, "before_and_after", unfit)
-    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(3))
+    source = write_dataset(tmp_path / "data/validation.parquet", mostly_right(3))
     arguments = ["--model", saved_model, "--domain", f"mine={source}", "--workers", 0, "--output", tmp_path / "new"]
     assert calibrate.main([str(each) for each in arguments]) == 0
     assert "not measured, since one half of the images cannot be fitted: all of 5" in capsys.readouterr().err
-    assert json.loads((tmp_path / "new/config.json").read_text())["confidence_calibration"]
+    assert json.loads((tmp_path / "new/config.json").read_text())["confidence_temperature"]
 
 
 def test_a_copy_of_a_model_on_the_hub_is_complete(tmp_path, saved_model, monkeypatch):
@@ -283,7 +295,7 @@ def test_a_copy_of_a_model_on_the_hub_is_complete(tmp_path, saved_model, monkeyp
         return str(saved_model)
 
     monkeypatch.setattr("mfuser.scripts.evaluate.snapshot_download", download)
-    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(3))
+    source = write_dataset(tmp_path / "data/validation.parquet", mostly_right(3))
     arguments = ["--model", "me/mine", "--domain", f"mine={source}", "--workers", 0, "--output", tmp_path / "new"]
     assert calibrate.main([str(each) for each in arguments]) == 0
     assert asked == [None]  # all files, with code and tokenizer

@@ -22,7 +22,7 @@ class ThresholdModel:
     """Replaces a model: it predicts class 0, 1 or 2 where the red channel is dark, medium or bright."""
 
     config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(CLASS_NAMES)), crop_size=1 << 20)
-    config.crop_stride, config.windows_per_batch, config.confidence_calibration = 1 << 20, 1, None
+    config.crop_stride, config.windows_per_batch, config.confidence_temperature = 1 << 20, 1, None
     config.to_dict = dict
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -424,8 +424,7 @@ def test_an_overlay_left_by_a_killed_run_does_not_count_as_complete(model, tmp_p
 def test_a_panel_shows_the_image_its_overlay_and_its_confidence(saved_model, tmp_path, calibrated, monkeypatch):
     model, _ = saved_model
     Image.fromarray(noise_image()).save(tmp_path / "noise.png")
-    fields = dict.fromkeys(("log_score", "log_margin", "class_entropy", "bias"), 0.5) if calibrated else None
-    monkeypatch.setattr(model.config, "confidence_calibration", fields)
+    monkeypatch.setattr(model.config, "confidence_temperature", 1.6 if calibrated else None)
     monkeypatch.setattr(segment, "load_for_inference", lambda *_: (model, MFuserImageProcessor()))
     drawn = {}
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, *_, **__: drawn.setdefault(text, xy))

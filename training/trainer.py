@@ -138,7 +138,7 @@ class MFuserTrainer(Trainer):
                 )
             self.encoders = checked_encoders(model, encoders)
         if train_dataset is not None:
-            model.config.confidence_calibration = None  # it holds for the weights before the training
+            model.config.confidence_temperature = None  # it holds for the weights before the training
         self.monitored = dict(monitored or {})
         metrics = ["mean_iou", "overall_accuracy", *(f"iou_{name}" for name in model.config.id2label.values())]
         check_selection(args.metric_for_best_model, metrics, eval_dataset, self.monitored)

@@ -1,14 +1,12 @@
 """
 Confidence: the estimated probability that the predicted class of a pixel is right.
 
-The scores of mask classification are not probabilities. Their sum is between 0 and the number of classes: if no mask
-covers a pixel, all are small. Without calibration, the confidence is the share of the best class in their sum. With
-calibration, it is a logistic regression on three numbers: the logarithm of the best score (small if no class is
-detected), the logarithm of its ratio to the second best (small if classes are ambiguous), and the entropy of the
-classes in the image (small if the model detects only a few classes, as in unusual images).
+The scores of mask classification are not probabilities: their sum is between 0 and the number of classes. The
+confidence is the largest value of the softmax of their logarithms, divided by a temperature (Guo et al., "On
+Calibration of Modern Neural Networks", ICML 2017). At temperature 1, it is the share of the best class in the sum of
+the scores.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -17,76 +15,28 @@ from torch.nn import functional as F
 from .class_names_mfuser import IGNORE_INDEX
 
 UNKNOWN = IGNORE_INDEX  # the label of pixels whose confidence is too low
-FEATURES = ("log_score", "log_margin", "class_entropy")
-CALIBRATION_KEYS = (*FEATURES, "bias")
 SMALLEST_SCORE = 1e-6  # smaller scores count as this one, so that logarithms are finite
 
 
-def check_calibration(calibration: dict[str, Any]) -> None:
-    """Raises `ValueError` unless `calibration` holds one finite number for each of `CALIBRATION_KEYS`."""
-    finite = all(type(value) in (int, float) and math.isfinite(value) for value in calibration.values())
-    if set(calibration) != set(CALIBRATION_KEYS) or not finite:
-        raise ValueError(
-            f"confidence_calibration is {calibration}; it must hold one finite number for each of "
-            f"{', '.join(CALIBRATION_KEYS)} (`mfuser calibrate` computes them)"
-        )
-
-
-def pixel_features(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def confidence_map(scores: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
     """
-    Computes the features of a pixel: the logarithm of its best score, and that of its ratio to the second best.
+    Computes the confidence of every pixel, softmax(log(scores) / temperature) of the best class.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
-            Class scores of the model, not negative.
+            Class scores, not negative.
+        temperature (`float`, *optional*, defaults to 1):
+            `confidence_temperature` of the configuration.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Two tensors of shape `(batch_size, *)`.
+        `torch.Tensor` of shape `(batch_size, *)`: Values in [1 / num_labels, 1].
     """
-    best = scores[:, 0].clamp(min=SMALLEST_SCORE)
-    second = torch.full_like(best, SMALLEST_SCORE)
-    for plane in scores.unbind(dim=1)[1:]:  # no copy of all planes, unlike topk
-        second = torch.maximum(second, torch.minimum(best, plane))
-        best = torch.maximum(best, plane)
-    return best.log(), best.log() - second.log()
-
-
-def class_entropy(scores: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the feature of an image: the entropy of its classes, each weighted by its share of the scores.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_labels, *)`):
-            Class scores of the model, not negative.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`: From 0 for one class to log(num_labels) for all classes equally.
-    """
-    total = scores.sum(dim=1).clamp(min=SMALLEST_SCORE)
-    shares = torch.stack([(plane / total).flatten(1).mean(dim=1) for plane in scores.unbind(dim=1)], dim=1)
-    return -torch.xlogy(shares, shares).sum(dim=1)
-
-
-def confidence_map(scores: torch.Tensor, calibration: dict[str, Any] | None = None) -> torch.Tensor:
-    """
-    Computes the confidence of every pixel.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
-            Class scores of whole images, not negative.
-        calibration (`dict[str, float]`, *optional*):
-            `confidence_calibration` of the configuration: the weight of each feature, and the bias. By default the
-            confidence is the largest score divided by the sum of the scores.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, height, width)`: Values in [0, 1].
-    """
-    if calibration is None:
-        return scores.amax(dim=1) / scores.sum(dim=1).clamp(min=SMALLEST_SCORE)
-    log_score, log_margin = pixel_features(scores)
-    logit = calibration["log_score"] * log_score + calibration["log_margin"] * log_margin
-    logit = logit + (calibration["class_entropy"] * class_entropy(scores) + calibration["bias"])[:, None, None]
-    return logit.sigmoid()
+    power = 1 / (temperature or 1.0)
+    best = scores.amax(dim=1).clamp(min=SMALLEST_SCORE)
+    total = torch.zeros_like(best)
+    for plane in scores.unbind(dim=1):  # one class at a time, since all classes are large at full resolution
+        total += plane.clamp(min=SMALLEST_SCORE).div_(best).pow_(power)
+    return 1 / total
 
 
 def resized_confidences(
