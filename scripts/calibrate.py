@@ -25,6 +25,7 @@ from mfuser.loading import load_for_inference
 from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_device_argument
 from mfuser.scripts.evaluate import domain_argument, model_folder
+from mfuser.scripts.results import check_writable
 
 CONFIG = "config.json"
 
@@ -124,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--output {parsed.output} is inside --model {parsed.model}; choose a folder elsewhere")
     elif revision is not None:
         raise ValueError(f"{parsed.model} is a model on the Hub; give --output DIR for its calibrated copy")
+    check_writable(folder if parsed.output is None else parsed.output.parent)
     model, processor = load_for_inference(folder, parsed.device)
     _, name, split, source = parsed.domain
     domain = open_domain(name, source, split, id2label=parsed.id2label, skip_unreadable=True)
@@ -143,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(before_and_after(samples))
     except ValueError as error:  # for instance, all pixels of one half are right
         print(f"{domain.name}: not measured, since one half of the images cannot be fitted: {error}", file=sys.stderr)
-    file = save(folder, temperature, parsed.output)
     left_out = f", {len(skipped)} skipped" if skipped else ""
-    print(f"fitted to {images} images of {domain.name}{left_out}: temperature {temperature:.4f}\nwritten to {file}")
+    print(f"fitted to {images} images of {domain.name}{left_out}: temperature {temperature:.4f}")
+    print(f"written to {save(folder, temperature, parsed.output)}")
     return 1 if skipped else 0

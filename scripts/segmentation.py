@@ -67,7 +67,7 @@ def segment_with_confidence(
     unknown_threshold: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Segments an image, in memory that grows with pixels times classes: a confidence depends on the whole image.
+    Segments an image, with its confidences; the scores of all classes at the size of the image are kept.
 
     Args:
         image, model, processor:

@@ -187,6 +187,20 @@ def test_runs_share_the_cores_and_each_has_its_seed_and_settings(jobs, threads, 
     assert rows["no_fusion"]["dusk"]["difference"]["mean"] == pytest.approx(0.005)
 
 
+def test_runs_of_another_recipe_are_not_taken_for_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_ablation, "run", lambda *_, **__: None)
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "tiny.yaml").write_text("max_steps: 2100\n")
+    monkeypatch.setattr(run_ablation, "RECIPES", recipes)
+    run_ablation.train(tmp_path / "mvfuser-0", Path("data"), ["seed=0"], threads=1)
+    (tmp_path / "mvfuser-0/config.json").touch()
+    run_ablation.train(tmp_path / "mvfuser-0", Path("data"), ["seed=0"], threads=1)
+    (recipes / "tiny.yaml").write_text("max_steps: 1050\n")
+    with pytest.raises(SystemExit, match="give another --output"):
+        run_ablation.train(tmp_path / "mvfuser-0", Path("data"), ["seed=0"], threads=1)
+
+
 def test_a_failed_run_ends_the_ablation_with_how_to_continue(tmp_path, monkeypatch):
     monkeypatch.setattr(run_ablation.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(SystemExit, match="train failed; the same command continues from here"):

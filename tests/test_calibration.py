@@ -24,6 +24,7 @@ from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.protocols import EvaluationOptions
 from mfuser.loading import load_for_inference
 from mfuser.scripts import calibrate
+from mfuser.training.run_record import differences, run_record
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 TEMPERATURE = 1.6
@@ -273,6 +274,23 @@ def test_a_model_that_is_trained_loses_its_calibration(tmp_path):
     assert model.config.confidence_temperature == TEMPERATURE
     MFuserTrainer(model, arguments, dataset)
     assert model.config.confidence_temperature is None
+
+
+def test_a_training_resumes_whether_or_not_its_model_was_calibrated_meanwhile(tmp_path):
+    arguments = MFuserTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    models = [tiny_model(confidence_temperature=temperature) for temperature in (None, TEMPERATURE)]
+    assert differences(*(run_record(model, arguments, {}, {}) for model in models)) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_images_are_segmented(
+    tmp_path, saved_model, capsys, monkeypatch
+):
+    monkeypatch.setattr(calibrate, "sample_pixels", lambda *_, **__: pytest.fail("segmented"))
+    source = write_dataset(tmp_path / "data/validation.parquet", pixels_and_labels(2))
+    (tmp_path / "file").touch()
+    arguments = ["--model", saved_model, "--domain", f"mine={source}", "--output", tmp_path / "file/new"]
+    assert calibrate.main([str(each) for each in arguments]) == 2
+    assert "is a file; choose another folder" in capsys.readouterr().err
 
 
 def test_a_half_that_cannot_be_fitted_does_not_prevent_the_calibration(tmp_path, saved_model, capsys, monkeypatch):

@@ -54,6 +54,20 @@ def test_scores_that_are_all_equal_or_zero_have_the_confidence_of_chance(dtype):
     assert confidence_map(torch.full((1, 1, 2, 2), 0.5, dtype=dtype), 1.6).eq(1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("best", [0, 149])
+def test_small_scores_of_many_classes_count_in_half_precision(dtype, best):
+    scores = torch.full((1, 150, 2, 2), 0.003)
+    scores[:, best] = 1
+    assert torch.allclose(confidence_map(scores.to(dtype)), confidence_map(scores), atol=2e-3)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match="must be positive"):
+        confidence_map(torch.rand(1, 4, 2, 2), temperature)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (70, 100)])
 @pytest.mark.parametrize("temperature", [None, TEMPERATURE])
 def test_the_model_returns_the_confidence_of_its_scores_by_crop_and_by_windows(size, temperature):

@@ -67,7 +67,8 @@ def run(module: str, *arguments: object, threads: int) -> None:
 
 def train(folder: Path, data: Path, settings: list[str], threads: int) -> None:
     """Trains a run, or continues it, unless it is finished."""
-    stamp, wanted = folder / SETTINGS, {"data": str(data.resolve()), "settings": settings}
+    recipe = RECIPES / "tiny.yaml"
+    stamp, wanted = folder / SETTINGS, {"data": str(data.resolve()), "recipe": sha256(recipe), "settings": settings}
     if stamp.exists() and read_json(stamp) != wanted:
         sys.exit(
             f"run_ablation: {folder} was trained with {read_json(stamp)}, not with {wanted}; give another --output"
@@ -78,7 +79,7 @@ def train(folder: Path, data: Path, settings: list[str], threads: int) -> None:
     write_text(stamp, json.dumps(wanted))
     data_settings = ("--train_data", data, "--validation_data", data)
     own = ("--output_dir", folder, "--resume", "true", *settings)
-    run("train", RECIPES / "tiny.yaml", *data_settings, *own, threads=threads)
+    run("train", recipe, *data_settings, *own, threads=threads)
 
 
 def evaluate(folder: Path, data: Path, threads: int) -> dict[str, Any]:

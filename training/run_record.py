@@ -135,7 +135,8 @@ def run_record(
         "format": FORMAT,
         "settings": training_settings(arguments) | as_json(dict(settings)),
         "data": as_json(dict(data)),
-        "model": as_json(config_content(model.config)),
+        # A training ignores the calibration of the model that it starts from.
+        "model": as_json(config_content(model.config) | {"confidence_temperature": None}),
         "frozen_weights": frozen_weights(model),
         "encoders": dict(encoders) if encoders else None,
         "lengths": [{"from_step": 0, **length}],

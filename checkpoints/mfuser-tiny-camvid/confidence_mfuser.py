@@ -29,13 +29,19 @@ def confidence_map(scores: torch.Tensor, temperature: float | None = None) -> to
             `confidence_temperature` of the configuration.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, *)`: Values in [1 / num_labels, 1].
+        `torch.Tensor` of shape `(batch_size, *)`: Values in [1 / num_labels, 1], in float32 or float64.
+
+    Raises:
+        ValueError: If the temperature is not positive.
     """
-    power = 1 / (temperature or 1.0)
-    best = scores.amax(dim=1).clamp(min=SMALLEST_SCORE)
+    temperature = 1.0 if temperature is None else temperature
+    if not temperature > 0:
+        raise ValueError(f"the temperature of confidences is {temperature}; it must be positive")
+    dtype = torch.promote_types(scores.dtype, torch.float32)  # half precision would lose small terms of the sum
+    best = scores.amax(dim=1).to(dtype).clamp(min=SMALLEST_SCORE)
     total = torch.zeros_like(best)
     for plane in scores.unbind(dim=1):  # one class at a time, since all classes are large at full resolution
-        total += plane.clamp(min=SMALLEST_SCORE).div_(best).pow_(power)
+        total += plane.to(dtype).clamp(min=SMALLEST_SCORE).div_(best).pow_(1 / temperature)
     return 1 / total
 
 
