@@ -1,7 +1,7 @@
 """
 Models saved without their frozen encoders. A file names the encoders, which are loaded from their original location.
 
-An MFuser is trained on top of public encoders that do not change. A folder without them is a third of the size.
+An MFuser is trained on top of public encoders that do not change. A folder without them has a fifth of the size.
 """
 
 import copy

@@ -5,7 +5,7 @@ Compares methods to calibrate confidences, on the source alone, and prints the t
 
 Each method is fitted to one half of the images and measured on the other half, as they are and under the 15 common
 corruptions, to which nothing is fitted. The method is chosen by the error under corruptions; the domain of --measure
-is not used for the choice. Needs `pip install "mfuser[dev]"`.
+is not used for the choice. Needs `pip install -e ".[dev]"`.
 """
 
 import argparse
