@@ -7,7 +7,7 @@ noise, blur or another colour of the light, or several of these. No other domain
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.confidence_mfuser import SMALLEST_SCORE
+from mfuser.evaluation.confidence import ConfidenceHistogram
 from mfuser.evaluation.domains import EvaluationDomain
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, Sample, sample_loader
 from mfuser.evaluation.scoring import segment_batch
@@ -258,3 +259,13 @@ def halves(samples: list[PixelSample]) -> list[tuple[list[PixelSample], list[Pix
     first = [sample for sample in samples if sample.row < middle]
     second = [sample for sample in samples if sample.row >= middle]
     return [(first, second), (second, first)]
+
+
+def confidence_metrics(
+    samples: list[PixelSample], confidence: Callable[[PixelSample], torch.Tensor]
+) -> dict[str, Any]:
+    """The metrics of [`ConfidenceHistogram.compute`] for the confidences that a function gives to each sample."""
+    histogram = ConfidenceHistogram(samples[0].scores.shape[1])
+    for sample in samples:
+        histogram.update(confidence(sample), sample.scores.argmax(dim=1), sample.labels)
+    return histogram.compute()

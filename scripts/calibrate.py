@@ -12,12 +12,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfuser.confidence_mfuser import confidence_map
-from mfuser.evaluation.calibration import PixelSample, fit_temperature, halves, sample_pixels
-from mfuser.evaluation.confidence import ConfidenceHistogram
+from mfuser.evaluation.calibration import PixelSample, confidence_metrics, fit_temperature, halves, sample_pixels
 from mfuser.evaluation.domains import check_classes, open_domain
 from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
 from mfuser.files import atomic_folder, check_new_folder, read_json, write_text
@@ -73,31 +73,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def figures(parts: list[tuple[list[PixelSample], float]]) -> str:
-    """Calibration error and detection of wrong pixels, as cells of a table; each part with its temperature."""
-    histogram = ConfidenceHistogram(parts[0][0][0].scores.shape[1])
-    for samples, temperature in parts:
-        for sample in samples:
-            confidence = confidence_map(sample.scores.double(), temperature)
-            histogram.update(confidence, sample.scores.argmax(dim=1), sample.labels)
-    result = histogram.compute()
-    areas = ("    -" if result[name] is None else f"{result[name]:5.3f}" for name in ("auroc", "aupr"))
-    return "  ".join([f"{100 * result['ece']:6.2f}", *areas, f"{100 * result['accuracy']:8.2f}"])
+def figures(metrics: dict[str, Any]) -> str:
+    """Calibration error and detection of wrong pixels, as cells of a table."""
+    areas = ("    -" if metrics[name] is None else f"{metrics[name]:5.3f}" for name in ("auroc", "aupr"))
+    return "  ".join([f"{100 * metrics['ece']:6.2f}", *areas, f"{100 * metrics['accuracy']:8.2f}"])
 
 
 def before_and_after(samples: list[PixelSample]) -> str:
     """A table of the confidences without and with calibration, which is measured on images it is not fitted to."""
+    temperature_of: dict[int, float] = {}  # of each image, by its row
+    for fitted, measured in halves(samples):
+        temperature_of |= dict.fromkeys((sample.row for sample in measured), fit_temperature(fitted))
     lines = [f"{'':<25} ECE %  AUROC   AUPR  accuracy %"]
-    held_out = [(measured, fit_temperature(fitted)) for fitted, measured in halves(samples)]
     for kind, distorted in (("undistorted", False), ("distorted", True)):
-        parts = [
-            ([sample for sample in measured if bool(sample.distortions) is distorted], temperature)
-            for measured, temperature in held_out
-        ]
-        if parts[0][0]:
-            uncalibrated = [(chosen, 1.0) for chosen, _ in parts]
-            lines.append(f"{kind}, uncalibrated".ljust(24) + figures(uncalibrated))
-            lines.append(f"{kind}, calibrated".ljust(24) + figures(parts))
+        chosen = [sample for sample in samples if bool(sample.distortions) is distorted]
+        if chosen:
+            before = confidence_metrics(chosen, lambda sample: confidence_map(sample.scores))
+            after = confidence_metrics(
+                chosen, lambda sample: confidence_map(sample.scores, temperature_of[sample.row])
+            )
+            lines.append(f"{kind}, uncalibrated".ljust(25) + figures(before))
+            lines.append(f"{kind}, calibrated".ljust(25) + figures(after))
     return "\n".join([*lines, "(each half of the images is measured by a fit to the other half)"])
 
 

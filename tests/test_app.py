@@ -24,6 +24,7 @@ from PIL import Image
 from tiny_models import CLASSES, tiny_model, tiny_tokenizer
 
 from mfuser import MFuserForSemanticSegmentation, MFuserImageProcessor
+from mfuser.confidence_mfuser import confidence_map
 from mfuser.scripts import app_model, app_view, cli, palettes
 from mfuser.scripts.app_model import Segmenter
 from mfuser.scripts.app_view import CONFIDENCE, SegmentedImage, View
@@ -165,6 +166,18 @@ def noise_image() -> np.ndarray:
 def tiny_segmenter(folder: Path, **options) -> Segmenter:
     model = MFuserForSemanticSegmentation.from_pretrained(folder).eval()
     return Segmenter(model, MFuserImageProcessor.from_pretrained(folder), **options)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.6])
+def test_the_confidence_is_the_models_and_the_page_knows_whether_it_is_calibrated(tiny_folder, temperature):
+    segmenter = tiny_segmenter(tiny_folder)
+    segmenter.model.config.confidence_temperature = temperature
+    result = segmenter.segment("noise", noise_image().transpose(2, 0, 1), segmenter.class_names)
+    with torch.no_grad():
+        scores = segmenter.model(**MFuserImageProcessor()(noise_image(), return_tensors="pt")).logits
+    np.testing.assert_allclose(result.confidence, confidence_map(scores, temperature)[0], atol=1e-5)
+    assert result.is_calibrated is (temperature is not None)
+    assert ("not calibrated" in app_view.legend_html(result, View())) is (temperature is None)
 
 
 def renamed_labels(folder: Path, class_names: list[str]) -> np.ndarray:

@@ -293,6 +293,28 @@ def test_an_output_that_cannot_be_written_is_refused_before_images_are_segmented
     assert "is a file; choose another folder" in capsys.readouterr().err
 
 
+def test_the_table_shows_each_half_of_the_images_with_the_fit_to_the_other_half():
+    samples = [pixel_sample(row, temperature=0.5 if row < 4 else 2.5) for row in range(8)]
+    samples += [pixel_sample(row, temperature=1.0)._replace(distortions=("haze",)) for row in range(8)]
+    first, second = (
+        fit_temperature([sample for sample in samples if (sample.row < 4) is part]) for part in (True, False)
+    )
+    rows = {
+        line[:25].strip(): [float(cell) for cell in line[25:].split()]
+        for line in calibrate.before_and_after(samples).splitlines()[1:-1]
+    }
+    for kind, part in (("undistorted", samples[:8]), ("distorted", samples[8:])):
+        before, after = ConfidenceHistogram(4), ConfidenceHistogram(4)
+        for sample in part:
+            for histogram, temperature in ((before, None), (after, second if sample.row < 4 else first)):
+                confidence = confidence_map(sample.scores, temperature)
+                histogram.update(confidence, sample.scores.argmax(1), sample.labels)
+        for title, histogram in (("uncalibrated", before), ("calibrated", after)):
+            metrics = histogram.compute()
+            expected = [100 * metrics["ece"], metrics["auroc"], metrics["aupr"], 100 * metrics["accuracy"]]
+            assert rows[f"{kind}, {title}"] == pytest.approx(expected, abs=0.006)
+
+
 def test_a_half_that_cannot_be_fitted_does_not_prevent_the_calibration(tmp_path, saved_model, capsys, monkeypatch):
     def unfit(samples):
         raise ValueError("all of 5 pixels are classified correctly")

@@ -20,6 +20,7 @@ from test_segment import ThresholdModel, files, run, write_image
 from tiny_models import tiny_model
 
 from mfuser import MFuserImageProcessor
+from mfuser.confidence_mfuser import confidence_map
 from mfuser.overlap import model_threads
 from mfuser.scripts import segment, segment_video, video
 from mfuser.scripts.segment_results import settings_of
@@ -260,6 +261,21 @@ def test_pixels_of_low_confidence_are_unknown_in_a_video(model, tmp_path):
     assert run(tmp_path / "a.mkv", "--output", tmp_path / "out", "--unknown-threshold", "1") == 0
     labels, _ = labels_in(tmp_path / "out" / "a_labels.npz")
     assert len(labels) == 3 and (np.stack(labels) == 255).any()
+
+
+def test_unknown_pixels_of_a_video_are_those_of_the_calibrated_confidence(tmp_path, monkeypatch):
+    model, processor = tiny_model(confidence_temperature=0.3), MFuserImageProcessor()
+    monkeypatch.setattr(segment, "load_for_inference", lambda *_: (model, processor))
+    frames = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
+    write_video(tmp_path / "a.mkv", frames, codec="ffv1", pix_fmt="bgr0")
+    scores = class_scores([frame.transpose(2, 0, 1) for frame in frames], model, processor)
+    confidence = confidence_map(scores, 0.3)
+    threshold = confidence.median().item()
+    assert run(tmp_path / "a.mkv", "--output", tmp_path / "out", f"--unknown-threshold={threshold}") == 0
+    labels, _ = labels_in(tmp_path / "out" / "a_labels.npz")
+    clear = ((confidence - threshold).abs() > 1e-6).numpy()
+    assert clear.mean() > 0.9
+    assert np.array_equal((np.stack(labels) == 255)[clear], (confidence < threshold).numpy()[clear])
 
 
 # --- damaged videos --------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from mfuser.confidence_mfuser import SMALLEST_SCORE, confidence_map
-from mfuser.evaluation.calibration import PixelSample, fit_temperature, halves, sample_pixels
-from mfuser.evaluation.confidence import ConfidenceHistogram
+from mfuser.evaluation.calibration import PixelSample, confidence_metrics, fit_temperature, halves, sample_pixels
 from mfuser.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mfuser.evaluation.domains import EvaluationDomain, open_domain
 from mfuser.evaluation.protocols import EvaluationOptions
@@ -36,7 +35,7 @@ class Uncalibrated:
         return self
 
     def confidence(self, sample: PixelSample) -> torch.Tensor:
-        return confidence_map(sample.scores.double(), self.temperature)
+        return confidence_map(sample.scores, self.temperature)
 
 
 class Temperature(Uncalibrated):
@@ -64,13 +63,6 @@ class Logistic(Uncalibrated):
         return torch.from_numpy(self.regression.predict_proba(self.features([sample]))[:, 1])
 
 
-def figures(method: Uncalibrated, samples: list[PixelSample]) -> dict[str, float]:
-    histogram = ConfidenceHistogram(samples[0].scores.shape[1])
-    for sample in samples:
-        histogram.update(method.confidence(sample), sample.scores.argmax(dim=1), sample.labels)
-    return histogram.compute()
-
-
 @dataclass(frozen=True)
 class AnyCorruption:
     """One of the common corruptions, which and how severe drawn by the image and a seed."""
@@ -87,7 +79,10 @@ def held_out_error(
 ) -> float:
     """The mean ECE on each half of the images after a fit to the other half."""
     pairs = zip(halves(fitted_to), halves(measured_on), strict=True)
-    errors = [figures(new_method().fit(fitted), measured)["ece"] for (fitted, _), (_, measured) in pairs]
+    errors = [
+        confidence_metrics(measured, new_method().fit(fitted).confidence)["ece"]
+        for (fitted, _), (_, measured) in pairs
+    ]
     return sum(errors) / len(errors)
 
 
@@ -118,7 +113,7 @@ def main() -> None:
     for method, new_method in methods.items():
         for views, fitted in fitted_to.items() if new_method is not Uncalibrated else [("-", images)]:
             percent = [100 * held_out_error(new_method, fitted, measured) for measured in (images, corrupted)]
-            last = figures(new_method().fit(fitted), there)
+            last = confidence_metrics(there, new_method().fit(fitted).confidence)
             cells = [f"{value:.1f}" for value in (*percent, 100 * last["ece"])] + [f"{last['auroc']:.3f}"]
             print(f"| {method} | {views} | {' | '.join(cells)} |", flush=True)
 

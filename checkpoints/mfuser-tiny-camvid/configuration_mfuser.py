@@ -19,8 +19,8 @@ from .encoder_configs_mfuser import (
 
 # Fields with these prefixes are MFuser's, so that a saved configuration is not accepted with unknown ones either.
 OWN_PREFIXES = (
-    *("fusion_", "vlm_", "vfm_", "text_", "enhancer_", "decoder_", "loss_", "crop_", "class_token"),
-    *("confidence_",),
+    *("fusion_", "vlm_", "vfm_", "text_", "enhancer_"),
+    *("decoder_", "loss_", "crop_", "class_token", "confidence_"),
 )
 
 # Fields of every configuration that `check_common_fields` reads.
