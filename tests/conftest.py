@@ -1,4 +1,9 @@
-"""Fixtures of several test files. Code of saved models is copied into a cache of the test session, not the user's."""
+"""
+Fixtures of several test files. Code of saved models is copied into a cache of the test session, not the user's.
+
+Tests and the processes that they start compute with one thread: their models are too small for several,
+`pytest -n auto` runs one process per core, and the rounding of sums depends on the number of threads.
+"""
 
 import atexit
 import os
@@ -7,7 +12,8 @@ import tempfile
 
 import pytest
 
-# set before transformers is imported, which reads it once
+# set before torch and transformers are imported, which read them once
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mfuser-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
@@ -19,6 +25,20 @@ MARKERS = "accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test 
 def pytest_configure(config):
     for marker in MARKERS:
         config.addinivalue_line("markers", f"{marker}: of Transformers' tests")
+
+
+# A test that is parametrised by `pair` runs with these pairs of encoders by default; the other pairs are slow tests.
+DEFAULT_PAIRS = "dinov2+clip", "dinov3+siglip2"
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
+def pytest_collection_modifyitems(items):
+    from tiny_models import PAIRS
+
+    for item in items:
+        pair = item.callspec.params.get("pair") if hasattr(item, "callspec") else None
+        if pair in PAIRS.keys() - {*DEFAULT_PAIRS}:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from tiny_models import save_tiny_encoders, tiny_batch, tiny_config, tiny_model
 from mfuser import MFuserConfig, MFuserForSemanticSegmentation
 from mfuser.data.tables import CAMVID
 
-torch.set_num_threads(1)
 VARIANTS = {
     "no fusion": dict(use_fusion=False),
     "no MTEnhancer": dict(use_enhancer=False),

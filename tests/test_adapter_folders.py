@@ -20,7 +20,6 @@ from mfuser.frozen_encoders_mfuser import ENCODERS_FILE, recorded_encoders
 from mfuser.loading import saved_encoders
 from mfuser.scripts import cli
 
-torch.set_num_threads(1)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -105,6 +104,7 @@ def test_the_encoders_are_named_with_the_hashes_of_their_files(saved):
     assert recorded_encoders(folder / "whole") is None
 
 
+@pytest.mark.slow
 def test_encoders_of_the_hub_are_named_with_their_revision(saved, hub, tmp_path):
     model, folder = saved
     hub({"me/vfm": folder / "vfm", "me/vlm": folder / "vlm"})
@@ -282,7 +282,6 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForSemanticSegmentation, pipeline
 
-torch.set_num_threads(1)
 found = {}
 for kind in ("part", "whole"):
     folder = f"{sys.argv[1]}/{kind}"

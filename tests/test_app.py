@@ -479,6 +479,7 @@ def segmented(tmp_path_factory):
         return pixels, np.asarray(labels), colours, json.loads((folder / "legend.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_uploaded_image_is_segmented_as_by_mfuser_segment(demonstration, segmented):
     pixels, labels, colours, legend = segmented
     demonstration.upload(EXAMPLE)
@@ -499,6 +500,7 @@ def test_an_uploaded_image_is_segmented_as_by_mfuser_segment(demonstration, segm
     assert sum(entry["share"] for entry in entries.values()) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_controls_redraw_the_result(demonstration, segmented, tmp_path):
     page, (pixels, labels, colours, legend) = demonstration, segmented
     page.upload(EXAMPLE)
@@ -586,6 +588,7 @@ def test_every_control_has_a_name_for_screen_readers(demonstration):
     assert [control.get_attribute("outerHTML") for control in controls if not control.accessible_name] == []
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_from_other_machines(demonstration, command):
     demonstration.open(command[0])
     demonstration.click("#example")
@@ -614,6 +617,7 @@ def tiny_page(browser, tiny_folder):
         blocks.close()
 
 
+@pytest.mark.slow
 def test_class_names_can_be_edited(tiny_page, tiny_folder, tmp_path):
     page, _, _ = tiny_page
     Image.fromarray(noise_image()).save(tmp_path / "noise.png")
@@ -652,6 +656,7 @@ def test_the_model_runs_once_per_image(tiny_page, tmp_path):
     assert len(runs) == 1
 
 
+@pytest.mark.slow
 def test_the_server_connects_to_no_other_machine(tiny_page):
     page, _, hosts = tiny_page
     assert page.foreign_requests() == []

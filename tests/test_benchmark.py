@@ -31,6 +31,7 @@ def test_every_scan_that_is_compared_gives_the_same_sequence():
         torch.testing.assert_close(scan(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_candidates_run_in_turns_and_the_first_round_does_not_count():
     order = []
     candidates = {name: partial(order.append, name) for name in "ab"}
@@ -145,6 +146,7 @@ def test_every_part_is_described_and_measured_by_a_function():
         assert re.search(rf"^  {name} ", benchmark.DESCRIPTION, re.MULTILINE), name
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_report_says_what_it_would_do(tmp_path):
     script = Path(benchmark.__file__).parent / "gpu_report.sh"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
@@ -181,6 +183,7 @@ def test_quantised_models_are_compared_with_float32(monkeypatch):
     assert rows[0]["time / time of float32"] == 1 and rows[0]["same labels, %"] == 100
 
 
+@pytest.mark.slow
 def test_evaluation_is_measured_step_by_step_and_overlapped():
     options = benchmark.parse_arguments(["evaluation", "--rounds", "1"])
     model = tiny_model()

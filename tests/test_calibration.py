@@ -28,7 +28,6 @@ from mfuser.training.run_record import differences, run_record
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
 TEMPERATURE = 1.6
-torch.set_num_threads(1)
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

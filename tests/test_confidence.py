@@ -25,7 +25,6 @@ from mfuser.evaluation.scoring import evaluate_domain
 from mfuser.scripts import evaluate, segment
 
 TEMPERATURE = 1.6
-torch.set_num_threads(1)
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

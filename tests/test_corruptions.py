@@ -22,7 +22,6 @@ from mfuser.evaluation.protocols import EvaluationOptions
 from mfuser.evaluation.scoring import evaluate_domain
 from mfuser.scripts import evaluate as command
 
-torch.set_num_threads(1)
 SIZES = ((40, 56), (48, 36))
 
 
@@ -138,6 +137,7 @@ def test_the_decoded_image_is_corrupted_before_it_is_resized(tmp_path, monkeypat
     assert found == expected and found != clean
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_score_the_means_and_the_protocol(tmp_path, saved_model, capsys):
     conditions = ["fog", "night", "fog", "night"]
     source = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(4, sizes=SIZES), conditions)

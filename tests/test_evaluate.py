@@ -29,7 +29,6 @@ from mfuser.evaluation.scoring import BATCHES_AHEAD, evaluate_domain
 from mfuser.postprocessing_mfuser import label_map_of_scores
 
 OWN_SIZE = {"P2": EvaluationSize()}  # the size of the images
-torch.set_num_threads(1)
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -418,6 +417,7 @@ def test_classes_that_differ_are_named(tmp_path):
         evaluate_domain(Colours(dict(enumerate(CITYSCAPES_CLASSES))), None, domain)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     alive = {}
     for count in (3, 300):

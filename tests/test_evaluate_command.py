@@ -8,15 +8,11 @@ from importlib.metadata import version
 import fake_downloads as fake
 import numpy as np
 import pytest
-import torch
 from colour_scorer import pixels_and_labels, run_evaluate, write_dataset
 
 from mfuser.evaluation.comparison import read_result
 from mfuser.evaluation.report import score_table
 from mfuser.scripts import evaluate as command
-
-torch.set_num_threads(1)
-
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -109,6 +105,7 @@ def test_impossible_arguments_are_refused(saved_model, capsys, domains, extra, m
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_errors_are_found_before_the_first_image_is_segmented(tmp_path, saved_model, capsys, monkeypatch):
     monkeypatch.setattr(command, "evaluate_domain", lambda *_, **__: pytest.fail("segmented"))
     good = write_dataset(tmp_path / "validation.parquet", pixels_and_labels(1))

@@ -194,6 +194,7 @@ def test_the_official_scripts_find_their_crop_in_the_size(size, crop, tmp_path):
     assert crop_of(AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)) == crop
 
 
+@pytest.mark.slow
 def test_what_the_official_scripts_call_works_on_the_demonstration(tmp_path):
     common = dict(cache_dir=None, revision="main", token=None, trust_remote_code=True)
     label2id = {name: str(index) for index, name in class_names().items()}

@@ -164,9 +164,8 @@ def test_the_script_refuses_an_image_that_is_too_small():
 # The command, with a stand-in for the model
 
 
-@pytest.mark.parametrize(
-    "kind", ["torch-export", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("onnx", "aoti"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch-export", "onnx", "aoti"])
 def test_an_artefact_runs_where_mfuser_and_transformers_are_not(kind, tmp_path, stand_in, capsys):
     if kind == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -187,6 +186,7 @@ def test_an_artefact_runs_where_mfuser_and_transformers_are_not(kind, tmp_path, 
     assert "%" in text and any(name in text for name in CLASSES)
 
 
+@pytest.mark.slow
 def test_argmax_gives_labels(tmp_path, stand_in, capsys):
     folder, output = save(tmp_path / "model"), tmp_path / "artefact"
     assert cli.main(["export", folder, "--format", "torch-export", "--output", str(output), "--argmax"]) == 0
@@ -238,6 +238,7 @@ def test_whole_images_of_other_formats_are_refused(kind, tmp_path, capsys):
     assert f"an artefact of --format {kind} is one window, and its run.py segments" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_artefact_that_differs_from_the_model_is_not_written(tmp_path, stand_in, monkeypatch, capsys):
     real = export.capture
 
@@ -261,6 +262,7 @@ def test_a_folder_that_holds_anything_is_refused_before_the_model_is_loaded(tmp_
     assert (tmp_path / "run.py").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
 def test_an_export_that_ends_at_any_file_operation_leaves_nothing_or_a_complete_artefact(fault, tmp_path, monkeypatch):
     model, processor = tiny_model(), MFuserImageProcessor()

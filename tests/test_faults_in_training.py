@@ -15,8 +15,6 @@ from mfuser import MFuserForSemanticSegmentation
 from mfuser.training.checkpoints import restore_replaced, rotate
 from mfuser.training.run_folders import remove_earlier_run
 
-torch.set_num_threads(1)
-
 
 def files_in(folder: Path) -> dict[str, str]:
     """The hash of every file, by its path."""
@@ -98,6 +96,7 @@ def check(action, trainer, tmp_path, fault, step):
     raise AssertionError("the action never finished")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [kill, fill_disk])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_no_complete_file_is_lost(action, fault, trainer, tmp_path):
@@ -112,6 +111,7 @@ def test_no_complete_file_is_lost_at_any_file_operation(action, fault, trainer, 
     assert check(ACTIONS[action], trainer, tmp_path, fault, step=1) > 10
 
 
+@pytest.mark.slow
 def test_deleting_checkpoints_leaves_no_partial_checkpoint(trainer, tmp_path):
     original = Path(trainer.args.output_dir)
     whole = {path.partition("/")[2] for path in part(files_in(original), "checkpoint-4")}

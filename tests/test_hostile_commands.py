@@ -30,8 +30,6 @@ from mfuser.pretrained_mfuser import VFM_CLASSES, load_encoder
 from mfuser.scripts import cli
 from mfuser.scripts.convert_checkpoint import save_converted
 
-torch.set_num_threads(1)
-
 # --- error reporting shared by all commands --------------------------------------------------------------------------
 
 EXPECTED = [

@@ -28,8 +28,6 @@ from mfuser.evaluation.domains import open_domain
 from mfuser.evaluation.large_images import label_map_by_bands
 from mfuser.scripts import segment
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def model(monkeypatch):
@@ -184,9 +182,8 @@ def test_the_legend_of_other_classes_is_never_replaced(model, tmp_path, capsys, 
 # --- killed, or the disk full, at any file operation -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fault", [fault_injection.kill, pytest.param(fault_injection.fill_disk, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
 def test_results_are_complete_whenever_a_run_ends(model, tmp_path, fault):
     images, output = tmp_path / "images", tmp_path / "out"
     for name in ("a.png", "deep/b.png"):

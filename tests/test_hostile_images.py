@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.postprocessing_mfuser import label_map_of_scores
 
-torch.set_num_threads(1)
-
 # --- guarantee: input, settings of the call, message -----------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import import_graph
+import pytest
 import sync_demonstration
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,7 @@ def test_only_arrows_that_follow_from_others_are_left_out():
     assert import_graph.reduced(graph) == {"a": {"b", "d"}, "b": {"c"}, "c": {"e"}, "d": set(), "e": set()}
 
 
+@pytest.mark.slow
 def test_boxes_of_the_figure_do_not_overlap():
     graph = import_graph.reduced(import_graph.read_imports())
     drawing = import_graph.arrange_group({module: graph[module] for module in graph})

@@ -11,8 +11,6 @@ from mfuser import MFuserForSemanticSegmentation
 from mfuser.loading import load_model, saved_encoders
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -54,6 +52,7 @@ def test_a_model_saved_without_encoders_is_smaller_and_names_them(saved):
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.slow
 def test_both_kinds_are_loaded_in_the_same_precision(saved):
     _, folder = saved
     part = load_model(folder / "part", "bfloat16")

@@ -384,12 +384,13 @@ def test_impossible_labels_are_refused(size, labels, message):
         tiny_model()(tiny_batch(size)["pixel_values"], labels=labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "size"),
     [
         ("dinov2+clip", (88, 100)),
-        pytest.param("dinov3+siglip2", (64, 64), marks=pytest.mark.slow),
-        pytest.param("dinov2_with_registers+eva02_clip", (64, 64), marks=pytest.mark.slow),
+        ("dinov3+siglip2", (64, 64)),
+        ("dinov2_with_registers+eva02_clip", (64, 64)),
     ],
 )
 def test_the_eval_forward_is_one_graph_without_breaks(pair, size):

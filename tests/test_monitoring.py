@@ -20,7 +20,6 @@ from mfuser.training import trainer as trainer_module
 from mfuser.training.monitoring import check_validation_source, open_monitored_domains
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
-torch.set_num_threads(1)
 CLASS_NAMES = dict(enumerate(CLASSES))
 REASON = "selecting on a target domain invalidates a domain-generalisation result"
 
@@ -76,6 +75,7 @@ def validation_of(file):
 # --- no effect on training -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_with_and_without_monitoring_is_bit_identical(tmp_path):
     with_it, without = trainer_in(tmp_path, {"night": OtherSamples()}), trainer_in(tmp_path)
     states = []
@@ -270,6 +270,7 @@ def test_several_validation_sets_are_scored_by_name_and_one_selects(tmp_path):
         trainer_in(tmp_path, None, sets, metric_for_best_model="mean_iou")
 
 
+@pytest.mark.slow
 def test_the_settings_of_mfuser_train_open_the_domains_and_refuse_selection(tmp_path, data):
     model = tiny_model(freeze_encoders=False)
     model.save_pretrained(tmp_path / "model")

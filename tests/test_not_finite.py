@@ -10,8 +10,6 @@ from test_training import trainer_in, weights_of
 
 from mfuser.training.finite import NotFiniteError, check_finite
 
-torch.set_num_threads(1)
-
 
 def spoil(trainer, steps, kind):
     """Makes the loss or the gradients of these steps (from 0) NaN or infinite."""
@@ -52,6 +50,7 @@ def test_a_nonfinite_step_changes_no_weight_and_training_continues(tmp_path, kin
     assert [entry["nonfinite_steps"] for entry in trainer.state.log_history if "nonfinite_steps" in entry] == [1, 1]
 
 
+@pytest.mark.slow
 def test_many_consecutive_nonfinite_steps_stop_the_training_and_the_last_checkpoint_is_complete(tmp_path):
     trainer = trainer_in(tmp_path, max_steps=9, save_steps=2, max_nonfinite_steps=3)
     spoil(trainer, {2, 4, 5, 6}, "nan")  # the first alone, then three in a row

@@ -10,9 +10,9 @@ from mfuser import MFuserForSemanticSegmentation
 VARIANTS = [*PAIRS, "stored class embeddings"]
 
 
-def variant(name: str) -> MFuserForSemanticSegmentation:
-    if name in PAIRS:
-        return tiny_model(name)
+def variant(pair: str) -> MFuserForSemanticSegmentation:
+    if pair in PAIRS:
+        return tiny_model(pair)
     model = tiny_model()
     model.mfuser.store_class_embeddings()
     return model
@@ -28,9 +28,9 @@ def assert_same_scores(offloaded, expected, size=(64, 64)):
         torch.testing.assert_close(scores(offloaded, size), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, (64, 64)) for name in VARIANTS), ("dinov2+siglip", (80, 100))])
-def test_no_weight_is_read_outside_the_forward_of_its_module(name, size):
-    model = variant(name)
+@pytest.mark.parametrize(("pair", "size"), [*((pair, (64, 64)) for pair in VARIANTS), ("dinov2+siglip", (80, 100))])
+def test_no_weight_is_read_outside_the_forward_of_its_module(pair, size):
+    model = variant(pair)
     expected = scores(model, size)
     cpu_offload(model, execution_device="cpu")
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -39,9 +39,9 @@ def test_no_weight_is_read_outside_the_forward_of_its_module(name, size):
     assert model(**tiny_batch()).loss.isfinite()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_output_of_the_base_model_is_available(name):
-    model = variant(name).mfuser
+@pytest.mark.parametrize("pair", VARIANTS)
+def test_every_output_of_the_base_model_is_available(pair):
+    model = variant(pair).mfuser
     pixel_values = tiny_batch()["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values, output_hidden_states=True)
@@ -76,29 +76,29 @@ def device_maps(model, number: int) -> list[dict[str, str]]:
     return [{name: "cpu" if name in kept or name not in modules else "disk" for name in names} for kept in in_memory]
 
 
-def assert_any_split_works(name: str, number: int, folder):
-    model = variant(name)
+def assert_any_split_works(pair: str, number: int, folder):
+    model = variant(pair)
     expected = scores(model)
     for index, device_map in enumerate(device_maps(model, number)):
-        split = dispatch_model(variant(name), device_map, main_device="cpu", offload_dir=folder / str(index))
+        split = dispatch_model(variant(pair), device_map, main_device="cpu", offload_dir=folder / str(index))
         torch.testing.assert_close(scores(split), expected, rtol=1e-4, atol=1e-6, msg=str(device_map))
 
 
-@pytest.mark.parametrize("name", ["dinov2+clip", "dinov3+siglip2", "stored class embeddings"])
-def test_a_part_in_memory_and_the_rest_on_disk(name, tmp_path):
-    assert_any_split_works(name, 2, tmp_path)
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov3+siglip2", "stored class embeddings"])
+def test_a_part_in_memory_and_the_rest_on_disk(pair, tmp_path):
+    assert_any_split_works(pair, 2, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_any_part_in_memory_and_the_rest_on_disk(name, tmp_path):
-    assert_any_split_works(name, 12, tmp_path)
+@pytest.mark.parametrize("pair", VARIANTS)
+def test_any_part_in_memory_and_the_rest_on_disk(pair, tmp_path):
+    assert_any_split_works(pair, 12, tmp_path)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
-@pytest.mark.parametrize("name", ["dinov2+clip", "dinov3+siglip2", "dinov2_with_registers+eva02_clip"])
-def test_an_automatic_split_of_a_small_memory(name, share, tmp_path):
-    model = variant(name)
+@pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.8, 0.95))])
+@pytest.mark.parametrize("pair", ["dinov2+clip", "dinov3+siglip2", "dinov2_with_registers+eva02_clip"])
+def test_an_automatic_split_of_a_small_memory(pair, share, tmp_path):
+    model = variant(pair)
     expected = scores(model)
     model.save_pretrained(tmp_path / "model")
     size = sum(parameter.nbytes for parameter in model.parameters())

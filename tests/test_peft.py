@@ -67,6 +67,7 @@ def test_a_reloaded_adapter_gives_bit_identical_scores(pair, config, saved, tmp_
     torch.testing.assert_close(scores(reloaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_auto_peft_model_loads_an_adapter_on_its_model(saved, tmp_path):
     model = trained_adapter(saved("dinov2+clip"), target_modules=ENCODERS)
     model.save_pretrained(tmp_path / "adapter")

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, Dinov2Model
 from mfuser import MFuserForSemanticSegmentation
 from mfuser.scripts import train
 
-torch.set_num_threads(1)
 NEWEST, OLDER = "a" * 40, "b" * 40
 
 
@@ -65,6 +64,7 @@ def final_bias(folder):
     return MFuserForSemanticSegmentation.from_pretrained(folder).mfuser.vfm.vision.layernorm.bias.unique().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_trainable_only", [False, True])
 def test_the_commit_of_each_encoder_can_be_given_and_is_recorded(hub, data, tmp_path, save_trainable_only):
     settings = dict(vfm="me/vfm", vlm="me/vlm", vfm_revision=OLDER, save_trainable_only=save_trainable_only)
@@ -87,6 +87,7 @@ def test_a_revision_needs_a_hub_id(encoders, data, tmp_path, capsys):
     assert "; a revision needs a Hub id" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_saved_with_the_model_so_that_it_can_be_given_other_classes(encoders, data, tmp_path):
     recipe = recipe_of(tmp_path, data, **encoders)
     assert train.main([str(recipe), "save_strategy=steps"]) == 0

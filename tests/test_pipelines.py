@@ -45,6 +45,7 @@ def masks(segment, *args, **kwargs) -> list[dict[str, np.ndarray]]:
     return [{part["label"]: np.array(part["mask"]) for part in parts} for parts in segment(*args, **kwargs)]
 
 
+@pytest.mark.slow
 def test_images_of_unequal_size_are_segmented_one_by_one_or_at_one_size_in_batches(folder):
     sizes = (64, 64), (40, 100)
     segment = pipeline("image-segmentation", model=folder, trust_remote_code=True)
@@ -59,6 +60,7 @@ def test_images_of_unequal_size_are_segmented_one_by_one_or_at_one_size_in_batch
             assert np.array_equal(first[name], second[name])
 
 
+@pytest.mark.slow
 def test_pipelines_with_a_device_map(folder, tmp_path):
     (expected,) = masks(pipeline("image-segmentation", model=folder, trust_remote_code=True), images((64, 100)))
     size = sum(weight.nbytes for weight in tiny_model().parameters())

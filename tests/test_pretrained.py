@@ -204,7 +204,13 @@ def test_eva02_clip_keeps_its_patch_and_is_resampled_bicubically(pretrained):
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "taps"), [(4, [1, 2, 3, 4]), (6, [2, 3, 4, 6]), (12, [4, 6, 8, 12]), (24, [8, 12, 16, 24])]
+    ("num_layers", "taps"),
+    [
+        (4, [1, 2, 3, 4]),
+        (6, [2, 3, 4, 6]),
+        pytest.param(12, [4, 6, 8, 12], marks=pytest.mark.slow),
+        pytest.param(24, [8, 12, 16, 24], marks=pytest.mark.slow),
+    ],
 )
 def test_taps_and_stride_are_the_papers_at_any_depth_and_crop(num_layers, taps, pretrained):
     folders = [str(pretrained(kind, num_hidden_layers=num_layers)[0]) for kind in ("dinov2", "clip")]

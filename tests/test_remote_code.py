@@ -37,7 +37,6 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-torch.set_num_threads(1)
 
 def load(folder, output):
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -74,20 +73,8 @@ output = f"{folder}.again"
 found = load(folder, output)
 torch.save(found, f"{output}/found.pt")
 """
-PAIRS = [
-    "dinov2+clip",
-    "dinov3+siglip2",
-    *(pytest.param(pair, marks=pytest.mark.slow) for pair in ("dinov2+eva02_clip", "dinov2+siglip")),
-]
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_in_the_fresh_process():
-    """Uses one thread, as the rounding of sums depends on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+PAIRS = ["dinov2+clip", "dinov3+siglip2", "dinov2+eva02_clip", "dinov2+siglip"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=PAIRS)

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import datasets
 import numpy as np
 import pytest
-import torch
 from colour_scorer import NAMES, Colours, pixels_and_labels, write_dataset
 from PIL import Image
 
@@ -23,7 +22,6 @@ from mfuser.scripts import evaluate as evaluate_command
 from mfuser.scripts.example_panels import WRONG, panel
 from mfuser.scripts.report import markdown_text, result_names
 
-torch.set_num_threads(1)
 MARKUP = "<script>alert(1)</script>"
 HOSTILE = [
     MARKUP,
@@ -132,6 +130,7 @@ def test_markdown_shows_the_same_tables_and_pictures(evaluated, report):
             image.load()
 
 
+@pytest.mark.slow
 def test_names_are_shown_as_they_are_and_are_never_markup(evaluated, result, report, tmp_path):
     text = json.dumps(result)
     for name, hostile in zip(NAMES.values(), HOSTILE, strict=True):
@@ -390,6 +389,7 @@ def test_confusions_are_shares_of_each_label_and_are_listed_by_frequency():
     assert frequent_confusions(scores)[1:] == [["sky", "road", "71.43", "25.00"], ["road", "sky", "28.57", "25.00"]]
 
 
+@pytest.mark.slow
 def test_a_result_without_wrong_pixels_is_reported(result, report):
     for domain in result["domains"].values():
         del domain["examples"]

@@ -10,14 +10,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_recipe import write_data, write_recipe
 
 from mfuser.scripts import train
 from mfuser.training.optimization import PolynomialSchedule
 from mfuser.training.run_folders import check_output_dir, locked
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +170,7 @@ def test_overwriting_deletes_the_earlier_run_and_keeps_other_files(finished, run
     assert files_in(run)["model.safetensors"] == files_in(finished)["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -29,6 +29,7 @@ def other_inputs(inputs, batch, length, **options):
     return others | {name: x for name, x in inputs.items() if x.dim() < 3}
 
 
+@pytest.mark.slow
 def test_exported_graph_is_plain_operators_for_any_batch_and_length(captured):
     program, inputs = captured
     operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}

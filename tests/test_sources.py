@@ -67,6 +67,7 @@ def test_sources_are_drawn_by_their_weights(sources, scope, weights, share):
     assert not within(count, share + 0.05)  # the bounds are tight enough to see a wrong weight
 
 
+@pytest.mark.slow
 def test_without_weights_images_are_drawn_as_if_the_sources_were_one(sources):
     assert within(drawn_sources(multi_source_sampler(sources, min_pixels=10), 6), 6 / 9)
     shuffled = multi_source_sampler(sources, rare_class_scope=None)
@@ -83,6 +84,7 @@ def test_without_weights_images_are_drawn_as_if_the_sources_were_one(sources):
     assert low <= sum(draw.row < 6 for draw in draws if draw.class_id == 0) <= high
 
 
+@pytest.mark.slow
 def test_joint_sampling_draws_the_images_of_a_class_by_the_weights_and_per_source_sampling_the_sources(sources):
     joint = multi_source_sampler(sources, [1, 3], rare_class_scope="joint", min_pixels=10)
     draws = [joint.draw(0, position) for position in range(DRAWS)]
@@ -95,6 +97,7 @@ def test_joint_sampling_draws_the_images_of_a_class_by_the_weights_and_per_sourc
     assert set(classes) == {0, 3}  # with the ids of all classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", [None, "source", "joint"])
 def test_a_draw_depends_only_on_seed_epoch_and_position(sources, scope):
     def sampler(seed):

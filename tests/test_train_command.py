@@ -24,7 +24,6 @@ from mfuser.scripts import cli, train
 from mfuser.scripts.settings import SettingsLoader, read_settings
 from mfuser.scripts.train_arguments import parse_arguments
 
-torch.set_num_threads(1)
 RECIPES = Path(__file__).parents[1] / "recipes"
 PUBLISHED = ["gta5_clip", "gta5_eva02", "gta5_siglip", "cityscapes_clip", "cityscapes_eva02", "cityscapes_siglip"]
 
@@ -242,7 +241,8 @@ def write_second_source(folder):
     return folder
 
 
-@pytest.mark.parametrize("scope", ["source", pytest.param("joint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["source", "joint"])
 def test_a_run_on_two_sources_is_resumed_with_the_same_weights(recipe, data, tmp_path, steps, scope):
     second = write_second_source(tmp_path / "second")
     settings = [str(recipe), f"train_data=[{data}, {second}]", "train_weights=[1, 2]", f"rare_class_scope={scope}"]
@@ -277,6 +277,7 @@ def test_resuming_a_finished_run_changes_no_weight(finished, recipe, tmp_path, s
     assert_same_weights(weights_in(tmp_path / "run"), weights_in(finished))
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_last_checkpoint_and_its_result_ends_with_the_best_weights(
     recipe, tmp_path, steps, monkeypatch
 ):
@@ -408,6 +409,7 @@ def test_a_model_saved_without_its_pretrained_encoders_works_in_every_command(re
     assert (tmp_path / "b" / "encoders.json").read_text() == (run / "encoders.json").read_text()
 
 
+@pytest.mark.slow
 def test_data_with_other_classes_than_the_models_is_trained_on(finished, recipe, data, tmp_path):
     other = shutil.copytree(data, tmp_path / "data")
     (other / "id2label.json").write_text(json.dumps(dict(enumerate(["a", "b", "sky", "d"]))))

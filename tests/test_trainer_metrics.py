@@ -14,7 +14,6 @@ from mfuser.evaluation.metrics import MeanIoU
 from mfuser.evaluation.trainer_metrics import ComputeMeanIoU, preprocess_logits_for_metrics
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
-torch.set_num_threads(1)
 GUIDE = Path(__file__).parents[1] / "docs" / "fine_tuning.md"
 
 

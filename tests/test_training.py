@@ -30,7 +30,6 @@ from mfuser.training.checkpoints import without_scalars
 from mfuser.training.optimization import PolynomialSchedule, parameter_groups
 from mfuser.training.trainer import MFuserTrainer, MFuserTrainingArguments
 
-torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -254,6 +253,7 @@ def test_a_run_killed_while_saving_resumes_bit_identically_from_its_last_complet
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_every_tensor_of_the_best_model_is_restored(tmp_path):
     trainer = trainer_in(
         tmp_path, eval_strategy="steps", eval_steps=2, save_total_limit=1,
@@ -339,6 +339,7 @@ def test_a_batch_larger_than_an_epoch_is_refused(tmp_path):
     trainer_in(tmp_path, **fields | {"dataloader_drop_last": False})
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_named(tmp_path):
     tiny_model(decoder_num_layers=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"unexpected: decoder\.layers\.2\."):

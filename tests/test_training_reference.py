@@ -11,10 +11,7 @@ GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
 
 @pytest.fixture(scope="module", params=["clip", "eva02_clip", "siglip"])
 def golden(request, tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are too small for several threads
-    yield check_training.Golden(GOLDENS / request.param, tmp_path_factory.mktemp(request.param))
-    torch.set_num_threads(threads)
+    return check_training.Golden(GOLDENS / request.param, tmp_path_factory.mktemp(request.param))
 
 
 def beyond(table: check_training.Table) -> dict[str, tuple[float, float]]:
@@ -33,6 +30,7 @@ def test_new_tensors_start_from_the_distributions_of_the_reference(golden):
     assert not beyond(check_training.initial_value_errors(golden))
 
 
+@pytest.mark.slow
 def test_a_wrong_initial_distribution_is_rejected(golden, monkeypatch):
     def torch_default(layer, **initial_values):
         return layer

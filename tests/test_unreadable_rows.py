@@ -20,8 +20,6 @@ from mfuser.data.unreadable import UnreadableRowError
 from mfuser.scripts import train
 from mfuser.training import trainer as trainer_module
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -193,6 +191,7 @@ def test_an_unreadable_validation_image_is_named_or_left_out_and_counted(whole, 
     assert metrics["eval_unreadable"] == 1 and 0 <= metrics["eval_mean_iou"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_broken_monitored_image_is_reported_and_counted_and_training_continues(row, whole, tmp_path, caplog):
     folder = damaged(whole, tmp_path / "data", {row: ("image", IMAGE[:200])}, split="validation")

@@ -281,6 +281,7 @@ def test_unknown_pixels_of_a_video_are_those_of_the_calibrated_confidence(tmp_pa
 # --- damaged videos --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_truncated_video_is_named_and_its_frames_are_kept(model, tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (60, 96, 128, 3), dtype=np.uint8)
     for name, options in (("a.mp4", {"movflags": "faststart"}), ("b.mkv", {}), ("c.avi", {})):
@@ -461,9 +462,8 @@ def test_a_signal_finishes_the_files_of_a_video(model, tmp_path, capsys, monkeyp
     )
 
 
-@pytest.mark.parametrize(
-    "fault", [fault_injection.kill, pytest.param(fault_injection.fill_disk, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
 def test_the_results_of_a_video_are_complete_whenever_a_run_ends(model, tmp_path, fault):
     path, output = tmp_path / "a.mp4", tmp_path / "out"
 

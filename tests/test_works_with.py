@@ -22,7 +22,7 @@ from mfuser.frozen_encoders_mfuser import recorded_encoders
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "works_with.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", GUIDE, re.DOTALL))
-torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -87,7 +87,6 @@ def test_accelerate(run):
     assert has_changed("runs/accelerate")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_torchao(run):
     names = run("torchao")
@@ -105,7 +104,6 @@ def test_bitsandbytes(run):
         assert share_of_equal_labels(run("bitsandbytes")) > 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_bitsandbytes_in_4_bits(run, tmp_path):
     wide = {"hidden_size": 128, "intermediate_size": 128, "projection_dim": 64}
@@ -144,7 +142,6 @@ def test_quantize(run):
     assert share_of_equal_labels(run("quantize")) > 0.99
 
 
-@pytest.mark.slow
 def test_export(run, tmp_path):
     commands = re.search(r"<!-- commands: export -->\n```bash\n(.*?)```", GUIDE, re.DOTALL)[1]
     names = run()
@@ -159,7 +156,6 @@ def test_export(run, tmp_path):
     assert (torch.from_numpy(expected.astype(np.int64)) == labels).float().mean() > 0.99
 
 
-@pytest.mark.slow
 def test_compile(run):
     names = run("compile")
     with torch.no_grad():
@@ -175,7 +171,6 @@ def test_hub(run, monkeypatch):
     ].keys()
 
 
-@pytest.mark.slow
 def test_hub_without_encoders(run, tmp_path):
     encoders = save_tiny_encoders(tmp_path)
     names = run("trainable_only", **encoders)
