@@ -163,7 +163,7 @@ def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTra
         folder (`str`, *optional*):
             Folder or Hub id of the saved model, which is used if `tokenizer` is `None`.
         hub_kwargs:
-            Arguments for the download, such as `revision`.
+            Arguments for the download. `revision` and `subfolder` are those of `folder`.
 
     Raises:
         ValueError: If there is no tokenizer.
@@ -175,7 +175,7 @@ def load_tokenizer(tokenizer, folder: str | None = None, **hub_kwargs) -> PreTra
             raise ValueError(f"new class names need a tokenizer, and {found}; give tokenizer={accepted}")
         tokenizer = folder
     else:
-        hub_kwargs = {}
+        hub_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
             return pretrained_tokenizer(tokenizer, **hub_kwargs)

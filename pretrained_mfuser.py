@@ -21,7 +21,7 @@ from transformers import (
     SiglipModel,
 )
 
-from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids, pretrained_tokenizer
+from .class_names_mfuser import CLASS_TOKEN_LENGTH, class_token_ids, load_tokenizer, pretrained_tokenizer
 from .configuration_mfuser import MFuserConfig, evenly_paired
 from .modeling_eva02_clip import Eva02ClipModel
 from .resampling_mfuser import Resampled, resample_grid
@@ -148,8 +148,8 @@ class PretrainedEncoders:
             raise ValueError("use_vfm is False; a model of two pretrained encoders needs use_vfm=True")
         if tokenizer is None:
             tokenizer = pretrained_tokenizer(self.vlm_source, revision=self.vlm_revision)
-        elif isinstance(tokenizer, str):
-            tokenizer = pretrained_tokenizer(tokenizer)
+        else:
+            tokenizer = load_tokenizer(tokenizer)
         variant = self.vlm.config.model_type
         if patch_size is None:
             patch_size = self.vlm.config.vision_config.patch_size if variant == "eva02_clip" else PATCH_SIZE

@@ -71,9 +71,9 @@ class Rows(ABC):
         """The condition of every row."""
 
     @property
+    @abstractmethod
     def labelled(self) -> bool:
-        """Whether the first row has a label, which is not decoded. Benchmarks publish no labels of test splits."""
-        return bool(next(self.slice(0, 1).encoded()).label)
+        """Whether any row has a label; no file is read. Benchmarks publish no labels of test splits."""
 
     @property
     @abstractmethod
@@ -134,6 +134,10 @@ class DownloadRows(Rows):
     @property
     def conditions(self) -> list[str | None]:
         return [pair.condition for pair in self.pairs]
+
+    @property
+    def labelled(self) -> bool:
+        return any(pair.label is not None for pair in self.pairs)
 
     @property
     def identities(self) -> list[Any]:
@@ -197,6 +201,11 @@ class DatasetRows(Rows):
     @property
     def conditions(self) -> list[str | None]:
         return list(self.dataset["condition"]) if self.has_conditions else [None] * len(self)
+
+    @property
+    def labelled(self) -> bool:
+        labels = self._undecoded.select_columns("label").with_format("arrow")
+        return any(batch["label"].null_count < len(batch["label"]) for batch in labels.iter(1000))
 
     @property
     def identities(self) -> list[Any]:

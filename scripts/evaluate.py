@@ -52,7 +52,7 @@ from mfuser.loading import load_for_inference
 from mfuser.quantization import quantize
 from mfuser.scripts import cli
 from mfuser.scripts.arguments import add_quantize_argument, available_device
-from mfuser.scripts.example_panels import examples_folder, write_examples
+from mfuser.scripts.example_panels import examples_folder, remove_replaced_examples, write_examples
 from mfuser.scripts.results import check_result_file, check_writable, write_result
 
 # How images are resized to the protocol's size, recorded in the report. mmcv does this for the published numbers.
@@ -361,6 +361,8 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
 
     hashes = weight_hashes(folder) if leader else None
     origin = {"name": parsed.model, "revision": revision, "sha256": hashes}
+    if with_confidence:
+        origin["confidence_temperature"] = model.config.confidence_temperature
     report = new_report(model, origin, options, accelerator)
     report["run"]["quantization"] = parsed.quantize
     if corruptions is not None:
@@ -392,8 +394,6 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         if leader:
             for line in shortfalls(title, result):
                 tqdm.write(line, file=sys.stderr)
-            if parsed.reliability_diagrams is not None and "confidence" in result:
-                write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
             if parsed.examples:
                 result["examples"] = write_examples(parsed.output, title, model, processor, domain, options, examples)
                 write_report()
@@ -406,6 +406,12 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
         result["seconds"] = round(time.monotonic() - began, 1)
     finish(report)
     write_report()
+    if leader and parsed.examples:
+        remove_replaced_examples(parsed.output, report)
+    if leader and parsed.reliability_diagrams is not None:
+        for title, result in report["domains"].items():
+            if "confidence" in result:
+                write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
     return report
 
 

@@ -1,5 +1,8 @@
 """Panels of example images: the image, its prediction, its label, and the pixels that are wrong."""
 
+import hashlib
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
 from mfuser.evaluation.domains import EvaluationDomain
+from mfuser.evaluation.image_scores import KINDS
 from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples
 from mfuser.evaluation.scoring import image_scores
-from mfuser.files import write_image
+from mfuser.files import atomic_writer
 from mfuser.postprocessing_mfuser import label_map_of_scores
 from mfuser.scripts import palettes
 
@@ -19,6 +23,7 @@ TILE_WIDTH = 480  # larger images are reduced
 OPACITY = 0.6
 WRONG = (255, 23, 68)
 CAPTION_HEIGHT, GAP = 24, 6
+PANEL_NAME = re.compile(rf"({'|'.join(KINDS)})-\d+-[0-9a-f]{{8}}\.png")
 
 
 def examples_folder(output: Path) -> Path:
@@ -58,16 +63,29 @@ def write_examples(
     written, numbers = [], dict.fromkeys((each["kind"] for each in examples), 0)
     for example in examples:
         numbers[example["kind"]] += 1
-        file = folder / f"{example['kind']}-{numbers[example['kind']]}.png"
         sample = samples[example["row"]]
         if sample.problem is not None or sample.label is None:
             raise ValueError(f"{title}: {example['name']} was scored, but can no longer be read: {sample.problem}")
         prediction = _prediction(model, sample.pixel_values, sample.size, options)
         height, width = sample.size  # half that of the image in one protocol
         image = domain.read(example["row"]).image.resize((width, height))
-        write_image(output.parent / file, panel(image, prediction, sample.label.numpy(), colours))
+        stream = io.BytesIO()
+        panel(image, prediction, sample.label.numpy(), colours).save(stream, format="png")
+        # Named by its content: an evaluation that is interrupted changes no panel of an earlier one.
+        digest = hashlib.sha256(stream.getvalue()).hexdigest()[:8]
+        file = folder / f"{example['kind']}-{numbers[example['kind']]}-{digest}.png"
+        with atomic_writer(output.parent / file) as target:
+            target.write(stream.getvalue())
         written.append(example | {"file": file.as_posix()})
     return written
+
+
+def remove_replaced_examples(output: Path, report: dict[str, Any]) -> None:
+    """Deletes the panels of earlier evaluations that a complete report, which replaced theirs, does not name."""
+    named = {output.parent / each["file"] for domain in report["domains"].values() for each in domain["examples"]}
+    for file in {file for folder in {file.parent for file in named} for file in folder.iterdir()} - named:
+        if PANEL_NAME.fullmatch(file.name):
+            file.unlink()
 
 
 @torch.inference_mode()

@@ -352,7 +352,9 @@ def test_the_command_reports_confidences_and_draws_them(tmp_path, saved_model, c
     arguments = ["--model", saved_model, "--domains", f"mine:validation={source.parent}", "--output", output]
     arguments += ["--workers", 0, "--device", "cpu"]
     assert evaluate.main([str(each) for each in (*arguments, "--reliability-diagrams", diagrams)]) == 0
-    figures = json.loads(output.read_text())["domains"]["mine:validation"]["confidence"]
+    report = json.loads(output.read_text())
+    assert report["model"]["confidence_temperature"] is None
+    figures = report["domains"]["mine:validation"]["confidence"]
     assert list(figures) == ["uncalibrated"]
     printed = next(line for line in capsys.readouterr().out.splitlines() if "uncalibrated" in line)
     expected = [figures["uncalibrated"]["pooled"][name] for name in ("ece", "auroc", "aupr")]

@@ -8,7 +8,7 @@ import torch
 from tiny_models import CLASSES, CLIP, EVA02, tiny_batch, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from mfuser import MFuserForSemanticSegmentation, MFuserModel
+from mfuser import MFuserForSemanticSegmentation, MFuserModel, class_names_mfuser
 from mfuser.scripts.train import ModelArguments, build_model
 
 PAIRS = ["dinov2+clip", "dinov2+eva02_clip", "dinov2+siglip"]
@@ -164,6 +164,19 @@ def test_the_tokenizer_in_the_folder_is_the_default(tmp_path):
     expected = from_class_names(tmp_path / "a", tiny_tokenizer()).config.class_token_ids
     assert from_labels(tmp_path / "a", None).config.class_token_ids == expected
     assert from_class_names(tmp_path / "a", str(tmp_path / "a")).config.class_token_ids == expected
+
+
+def test_a_tokenizer_of_its_own_is_downloaded_with_the_arguments_that_are_not_of_the_model(monkeypatch):
+    given = []
+
+    def download(name, **kwargs):
+        given.append((name, kwargs))
+        return tiny_tokenizer()
+
+    monkeypatch.setattr(class_names_mfuser, "pretrained_tokenizer", download)
+    hub_kwargs = dict(token="secret", cache_dir="cache", local_files_only=True)
+    class_names_mfuser.load_tokenizer("my/tokenizer", "my/model", revision="v1", subfolder="a", **hub_kwargs)
+    assert given == [("my/tokenizer", hub_kwargs)]
 
 
 @pytest.mark.parametrize("way", WAYS)

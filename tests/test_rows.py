@@ -9,7 +9,7 @@ from PIL import Image
 
 from mfuser.data.augmentation import TrainingAugmentation
 from mfuser.data.draws import AUGMENTATION_STREAM, random_generator
-from mfuser.data.layouts import find_pairs
+from mfuser.data.layouts import Pair, find_pairs
 from mfuser.data.loading import load_domain, open_columns
 from mfuser.data.preparation import prepare
 from mfuser.data.rows import DatasetRows, DownloadRows
@@ -38,6 +38,19 @@ def test_names_conditions_and_images_are_those_of_the_download(both):
     assert prepared.has_conditions == download.has_conditions == bool(domain.conditions)
     assert prepared.labelled == download.labelled
     assert [row.image for row in prepared.encoded()] == [row.image for row in download.encoded()]
+
+
+def test_rows_are_labelled_if_any_of_them_has_a_label_and_no_file_is_read(tmp_path, datasets_cache):
+    def rows(*labels):
+        missing = {"path": str(tmp_path / "missing.png")}
+        columns = {"image": [missing] * len(labels), "label": [missing if label else None for label in labels]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+        return DatasetRows(datasets.Dataset.from_dict(columns, features=features))
+
+    assert rows(False, True).labelled and rows(True, False).labelled
+    assert not rows(False, False).labelled
+    missing, label = (tmp_path / name for name in ("missing.png", "label.png"))
+    assert DownloadRows([Pair("a", missing, None, None), Pair("b", missing, label, None)]).labelled
 
 
 def test_rows_are_read_as_upright_images_and_ids(both):
