@@ -17,7 +17,7 @@ from .encoder_configs_mfuser import (
     encoder_config,
 )
 
-# Fields with these prefixes are MFuser's, so that a saved configuration is not accepted with unknown ones either.
+# Fields with these prefixes are MFuser's: unknown ones are refused in saved configurations as well.
 OWN_PREFIXES = (
     *("fusion_", "vlm_", "vfm_", "text_", "enhancer_"),
     *("decoder_", "loss_", "crop_", "class_token", "confidence_"),
@@ -111,7 +111,8 @@ class MFuserConfig(PreTrainedConfig):
         crop_stride (`int`, *optional*, defaults to 341):
             Distance between windows, in pixels.
         windows_per_batch (`int`, *optional*):
-            Windows of an image that are computed together. By default as many as fit into memory.
+            Windows of every image that are computed together. By default as many as fit into half of the free memory
+            of a GPU; 1024 tokens, but at least one window, on a CPU.
         queries_vote_for_own_class (`bool`, *optional*, defaults to `False`):
             Whether each query contributes only to the score of its own class, see
             [`MFuserForSemanticSegmentation.set_class_names`].
@@ -246,7 +247,7 @@ class MFuserConfig(PreTrainedConfig):
 
     @property
     def num_levels(self) -> int:
-        """Levels of the feature pyramid that the transformer decoder attends to (strides 32, 16 and 8)."""
+        """Levels of the feature pyramid that the transformer decoder attends to: all but the finest."""
         return len(self.fusion_out_layers) - 1
 
     @property

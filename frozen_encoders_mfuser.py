@@ -61,6 +61,14 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
     return {key: entry if isinstance(entry, dict) else {"name_or_path": entry} for key, entry in entries.items()}
 
 
+def located(name: str, **hub_kwargs) -> tuple[Path, str | None]:
+    """The folder of a model that is given by its folder or Hub id, and of a Hub id the commit, which is downloaded."""
+    if Path(name).is_dir():
+        return Path(name), None
+    folder = Path(hf_hub_download(name, "config.json", **hub_kwargs)).parent
+    return folder, folder.name  # in the cache of the Hub, the folder of a snapshot is named after its commit
+
+
 def write_encoders_file(folder: str | Path, encoders: Mapping[str, Mapping]) -> None:
     """Writes the encoders that [`checked_encoders`] returned next to the weights of a model."""
     write_text(Path(folder, ENCODERS_FILE), json.dumps(encoders, indent=2) + "\n")
@@ -91,11 +99,7 @@ def load_named_encoders(encoders: Mapping[str, Any], **hub_kwargs) -> tuple[Pret
     pretrained = load_pretrained_encoders(**names, revisions=revisions, **hub_kwargs)
     entries = {}
     for key, name in names.items():
-        folder, revision = Path(name), None
-        if not folder.is_dir():
-            # In the cache of the Hub, the folder of a snapshot is named after its commit.
-            folder = Path(hf_hub_download(name, "config.json", revision=revisions[key], **hub_kwargs)).parent
-            revision = folder.name
+        folder, revision = located(name, revision=revisions[key], **hub_kwargs)
         hashes = {file.name: sha256(file) for file in _weights_files(folder)}
         expected = known[key].get("sha256", hashes)
         if hashes != expected:

@@ -132,6 +132,10 @@ class MFuserFusionLayer(GradientCheckpointingLayer):
             run_vfm, run_vlm (`Callable`):
                 The layers of each frozen encoder before this MVFuser. They are arguments so
                 that gradient checkpointing recomputes them together with the MVFuser.
+
+        Returns:
+            `tuple(torch.Tensor, torch.Tensor)`: The tokens of both after these layers, each with its share of the
+            MVFuser's output added (section 3.2).
         """
         device = vfm_states.device  # the layers of the encoders may be on others
         vfm_states, vlm_states = run_vfm(vfm_states).to(device), run_vlm(vlm_states).to(device)
@@ -454,6 +458,14 @@ class MFuserForSemanticSegmentation(MFuserPreTrainedModel):
             output_confidence (`bool`, *optional*, defaults to `False`):
                 Whether to return the confidence of every pixel, see [`confidence_map`]. It is calibrated if
                 `config.confidence_temperature` is set.
+
+        Returns:
+            [`MFuserForSemanticSegmentationOutput`]: Scores `(B, num_labels, H, W)` and, if they are requested, the
+            loss and its parts, confidences, hidden states and attentions.
+
+        Raises:
+            ValueError: If `pixel_values` or `labels` have another shape or type, `labels` hold other ids, or an output
+                is requested that an image of several windows does not have.
 
         Example:
 

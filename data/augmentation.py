@@ -125,7 +125,7 @@ class TrainingAugmentation:
             tensor of shape `(crop_size, crop_size)`. An image smaller than the crop is padded on the right and at the
             bottom, with 0 in `pixel_values` and 255 in `labels`.
         """
-        pixels, label = _to_pixels(image), label_array(label)
+        pixels, label = _to_pixels(image), checked_label(label)
         check_sizes(pixels.shape[:2], label.shape)
         for _ in range(1 + REDRAWS):
             window, cropped_label = self._draw_crop(label, rng)
@@ -324,7 +324,18 @@ def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     return image
 
 
-def label_array(label: Image.Image | np.ndarray) -> np.ndarray:
+def image_and_label(dataset, name: str):
+    """The columns `image` and `label` of a dataset. Raises `ValueError`, which states its `name`, if one is missing."""
+    missing = {"image", "label"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"{name} has no column {' and no column '.join(sorted(missing))}; its columns are "
+            f"{', '.join(dataset.column_names)}, and they must include image and label"
+        )
+    return dataset.select_columns(["image", "label"])
+
+
+def checked_label(label: Image.Image | np.ndarray) -> np.ndarray:
     """The class ids, uint8 (height, width), of a label map in a row of a dataset."""
     if label is None:
         raise ValueError("the label is missing, as in the test split of a benchmark; use a split with labels")
@@ -373,13 +384,7 @@ class AugmentedDataset(Dataset):
         num_labels: int = IGNORE_INDEX,
         skip_unreadable: bool = False,
     ):
-        missing = {"image", "label"} - set(dataset.column_names)
-        if missing:
-            raise ValueError(
-                f"the dataset has no column {' and no column '.join(sorted(missing))}; its columns are "
-                f"{', '.join(dataset.column_names)}, and they must include image and label"
-            )
-        self.dataset = dataset.select_columns(["image", "label"])
+        self.dataset = image_and_label(dataset, "the dataset")
         self.augmentation = augmentation
         self.seed = seed
         self.num_labels = num_labels

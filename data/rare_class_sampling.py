@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.compute
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.data.augmentation import label_array
+from mfuser.data.augmentation import checked_label
 from mfuser.data.draws import RARE_CLASS_STREAM, Draw, DrawSampler, random_generator
 from mfuser.files import atomic_writer
 
@@ -122,7 +122,7 @@ def _count_labels(labels: list, rows: list[int], num_classes: int, skip_unreadab
         try:
             if isinstance(label, dict):
                 label = datasets.Image().decode_example(label)
-            histogram = np.bincount(label_array(label).ravel(), minlength=IGNORE_INDEX + 1)
+            histogram = np.bincount(checked_label(label).ravel(), minlength=IGNORE_INDEX + 1)
             unknown = num_classes + np.flatnonzero(histogram[num_classes:IGNORE_INDEX])
             if len(unknown):
                 raise ValueError(

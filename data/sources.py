@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mfuser.class_names_mfuser import IGNORE_INDEX, checked_class_names
-from mfuser.data.augmentation import TrainingAugmentation, label_array
+from mfuser.data.augmentation import TrainingAugmentation, checked_label, image_and_label
 from mfuser.data.draws import (
     AUGMENTATION_STREAM,
     RARE_CLASS_STREAM,
@@ -140,18 +140,11 @@ class MultiSourceDataset(Dataset):
         mask_unlabelled: bool = True,
         skip_unreadable: bool = False,
     ):
-        for source in sources:
-            missing = {"image", "label"} - set(source.dataset.column_names)
-            if missing:
-                raise ValueError(
-                    f"{source.name} has no column {' and no column '.join(sorted(missing))}; its columns are "
-                    f"{', '.join(source.dataset.column_names)}, and they must include image and label"
-                )
         self.sources = list(sources)
         self.id2label = joint_classes(sources)
         self.augmentation = augmentation
         self.seed = seed
-        self._datasets = [source.dataset.select_columns(["image", "label"]) for source in sources]
+        self._datasets = [image_and_label(source.dataset, source.name) for source in sources]
         self._ends = list(accumulate(map(len, self._datasets)))
         self.skipped = SkippedRows(self._ends[-1], skip_unreadable)
         self._label_maps = [_label_map(source, self.id2label) for source in sources]
@@ -173,7 +166,7 @@ class MultiSourceDataset(Dataset):
 
         def make(item: dict[str, Any]) -> dict[str, torch.Tensor]:
             rng = random_generator(self.seed, draw.epoch, draw.position, AUGMENTATION_STREAM)
-            label = self._label_maps[index](label_array(item["label"]))
+            label = self._label_maps[index](checked_label(item["label"]))
             return self.augmentation(item["image"], label, rng, draw.class_id, draw.min_class_pixels)
 
         def read(row: int) -> dict[str, torch.Tensor]:

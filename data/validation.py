@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mfuser.class_names_mfuser import IGNORE_INDEX
-from mfuser.data.augmentation import label_array
+from mfuser.data.augmentation import checked_label
 from mfuser.data.label_maps import check_sizes, image_size
 from mfuser.data.unreadable import UnreadableRowError, check_label, read_row
 from mfuser.images_mfuser import rgb_image
@@ -50,7 +50,7 @@ class ValidationDataset(Dataset):
             return {"error": str(error)}
 
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        label = label_array(row["label"])
+        label = checked_label(row["label"])
         check_label(label, self.num_labels)
         check_sizes(image_size(row["image"]), label.shape)
         return validation_sample(row["image"], label, self.image_processor)

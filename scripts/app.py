@@ -19,7 +19,7 @@ from PIL import UnidentifiedImageError
 from mfuser.errors import is_expected, one_line
 from mfuser.loading import load_for_inference
 from mfuser.scripts import cli
-from mfuser.scripts.app_model import Segmenter, check_file_size
+from mfuser.scripts.app_model import Segmenter, check_number_of_pixels
 from mfuser.scripts.app_view import (
     CLASSES,
     CONFIDENCE,
@@ -93,7 +93,7 @@ class Page:
         if path is None:
             return self._nothing(class_names, START)
         try:
-            check_file_size(Path(path))
+            check_number_of_pixels(Path(path))
             image = read_image(Path(path), self.segmenter.processor)
         except UnidentifiedImageError:
             return self._nothing(class_names, _error(f"{Path(path).name} is not an image of a known format."))

@@ -33,7 +33,7 @@ def check_class_count(class_names: Sequence[str]):
         )
 
 
-def check_file_size(path: Path):
+def check_number_of_pixels(path: Path):
     """Raises `ValueError` if an image file has more than `MAX_FILE_PIXELS` pixels, without decoding it."""
     try:
         with Image.open(path) as image:

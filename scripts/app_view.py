@@ -12,7 +12,7 @@ from PIL import Image
 
 from mfuser.confidence_mfuser import UNKNOWN
 from mfuser.scripts import palettes
-from mfuser.scripts.palettes import CONFIDENCE_COLOURS, UNKNOWN_COLOUR, confidence_table
+from mfuser.scripts.palettes import CONFIDENCE_COLOURS, UNKNOWN_COLOUR, confidence_indices, confidence_table
 
 # Longer edge of the overlay on the page; the file to download has the size of the image.
 PREVIEW_EDGE = 1280
@@ -84,9 +84,7 @@ def draw(result: SegmentedImage, view: View) -> Image.Image:
     """Draws the image, overlaid with the colours of the classes that are shown, or of their confidence."""
     labels = result.labels_above(view.threshold)
     if view.kind == CONFIDENCE:
-        indices = (1 + result.confidence * 254).round().astype(np.uint8)
-        indices[labels == UNKNOWN] = 0
-        table = confidence_table()
+        indices, table = confidence_indices(result.confidence, labels == UNKNOWN), confidence_table()
     else:
         indices, table = labels, palettes.label_colours(result.class_names)
     overlay = palettes.overlay(Image.fromarray(result.pixels), indices, table, view.opacity)

@@ -244,7 +244,7 @@ def _num_layers(state_dict: Mapping[str, torch.Tensor], tower: str) -> int:
 
 
 def eva02_clip_vision_config_from_state_dict(
-    state_dict: Mapping[str, torch.Tensor], head_width: int = 64, rope_pretrained_grid: int = 16
+    state_dict: Mapping[str, torch.Tensor], head_width: int = 64
 ) -> Eva02ClipVisionConfig:
     """
     Infers the configuration of the vision tower from the shapes of its tensors.
@@ -254,8 +254,6 @@ def eva02_clip_vision_config_from_state_dict(
             Tensors under the names of [`Eva02ClipModel`]; tensors on the meta device suffice.
         head_width (`int`, *optional*, defaults to 64):
             Channels per head, 64 for all published models.
-        rope_pretrained_grid (`int`, *optional*, defaults to 16):
-            Patches per side in the pretraining, 16 for all published models.
 
     Returns:
         [`Eva02ClipVisionConfig`]: The configuration.
@@ -277,7 +275,6 @@ def eva02_clip_vision_config_from_state_dict(
         num_channels=num_channels,
         image_size=grid_size * patch_size,
         patch_size=patch_size,
-        rope_pretrained_grid=rope_pretrained_grid,
     )
 
 
@@ -315,10 +312,9 @@ def eva02_clip_config_from_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     vision_head_width: int = 64,
     text_head_width: int = 64,
-    rope_pretrained_grid: int = 16,
 ) -> Eva02ClipConfig:
     """Infers the configuration of both towers, see [`eva02_clip_vision_config_from_state_dict`]."""
-    vision_config = eva02_clip_vision_config_from_state_dict(state_dict, vision_head_width, rope_pretrained_grid)
+    vision_config = eva02_clip_vision_config_from_state_dict(state_dict, vision_head_width)
     text_config = eva02_clip_text_config_from_state_dict(state_dict, text_head_width)
     return Eva02ClipConfig(
         vision_config=vision_config, text_config=text_config, projection_dim=vision_config.projection_dim
@@ -445,7 +441,7 @@ def convert(state_dict: Mapping[str, torch.Tensor], output: Path) -> None:
         state_dict (`Mapping[str, torch.Tensor]`):
             The tensors of a published checkpoint.
         output (`Path`):
-            The folder, which must not exist or be empty.
+            The folder, which must be new or empty.
 
     Raises:
         ValueError: If tensors are unexpected, missing or of a wrong shape; the error lists all of them.

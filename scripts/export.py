@@ -293,7 +293,7 @@ def export(
         kind (`str`):
             `"torch-export"`, `"onnx"` or `"aoti"`.
         output (`Path`):
-            Folder to write, which must not exist or be empty. It appears when it is complete.
+            Folder to write, which must be new or empty. It appears when it is complete.
         argmax (`bool`, *optional*, defaults to `False`):
             Whether the artefact returns labels instead of scores.
         whole_image (`bool`, *optional*, defaults to `False`):

@@ -7,9 +7,12 @@ from mfuser.files import write_text
 
 ENCODER_NAMES = {
     "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+    "dinov3_vit": "DINOv3",
     "clip_vision_model": "CLIP",
     "eva02_clip_vision_model": "EVA02-CLIP",
     "siglip_vision_model": "SigLIP",
+    "siglip2_vision_model": "SigLIP 2",
 }
 
 CARD = """\

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mfuser.confidence_mfuser import UNKNOWN
+
 # cityscapesScripts, helpers/labels.py: the 19 classes that are evaluated.
 CITYSCAPES_COLOURS = {
     "road": (128, 64, 128),
@@ -31,7 +33,7 @@ CITYSCAPES_COLOURS = {
 SYNONYMS = {"tree": "vegetation", "sign": "traffic sign", "pedestrian": "person", "bicyclist": "rider"}
 # Weights of the squared differences in red, green and blue in a perceptual distance ("redmean" at medium red).
 CHANNEL_WEIGHTS = np.array([2.5, 4.0, 2.5])
-MAX_CLASSES = 256
+MAX_CLASSES = UNKNOWN  # class ids below the label of unknown pixels
 UNKNOWN_COLOUR = (0, 0, 0)
 # Viridis at five points, from confidence 0 to 1.
 CONFIDENCE_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -56,7 +58,8 @@ def class_colours(class_names: Sequence[str]) -> np.ndarray:
     """
     if len(class_names) > MAX_CLASSES:
         raise ValueError(
-            f"The model has {len(class_names)} classes; an 8-bit label image holds at most {MAX_CLASSES} classes."
+            f"The model has {len(class_names)} classes; an 8-bit label image holds at most {MAX_CLASSES}, "
+            f"as {UNKNOWN} is the label of unknown pixels."
         )
     names = [name.lower().replace("_", " ").replace("-", " ") for name in class_names]
     names = [SYNONYMS[name] if name in SYNONYMS and SYNONYMS[name] not in names else name for name in names]
@@ -77,7 +80,7 @@ def class_colours(class_names: Sequence[str]) -> np.ndarray:
 
 def label_colours(class_names: Sequence[str]) -> np.ndarray:
     """RGB colours of all 256 label values, of shape (256, 3): those of the classes, then that of unknown pixels."""
-    table = np.full((MAX_CLASSES, 3), UNKNOWN_COLOUR, dtype=np.uint8)
+    table = np.full((256, 3), UNKNOWN_COLOUR, dtype=np.uint8)
     table[: len(class_names)] = class_colours(class_names)
     return table
 
@@ -93,6 +96,11 @@ def confidence_table() -> np.ndarray:
     table = np.stack(channels, axis=-1).round().astype(np.uint8)
     table[0] = UNKNOWN_COLOUR
     return table
+
+
+def confidence_indices(confidence: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """Indices into [`confidence_table`] of a map of confidences and a mask of unknown pixels, both (height, width)."""
+    return np.where(unknown, 0, (1 + 254 * confidence).round()).astype(np.uint8)
 
 
 def label_image(label_map: np.ndarray, colours: np.ndarray) -> Image.Image:

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mfuser.confidence_mfuser import UNKNOWN
-from mfuser.scripts.palettes import confidence_table
+from mfuser.scripts.palettes import confidence_indices, confidence_table
 from mfuser.scripts.segmentation import count_pixels
 
 WIDTH, MAX_HEIGHT = 560, 1120  # of each part, in pixels
@@ -45,16 +45,13 @@ def draw_panel(
     Returns:
         `Image.Image`: The panel.
     """
-    indices = (1 + 254 * confidence).round().astype(np.uint8)
-    table = confidence_table()
-    if UNKNOWN in classes:
-        indices[labels == UNKNOWN] = 0
+    colours_of_confidence = confidence_table()[confidence_indices(confidence, labels == UNKNOWN)]
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
     width, height = (max(1, round(scale * side)) for side in image.size)
     parts = {
         "Image": image,
         "Classes": overlay,
-        "Confidence" if is_calibrated else "Confidence (not calibrated)": Image.fromarray(table[indices]),
+        "Confidence" if is_calibrated else "Confidence (not calibrated)": Image.fromarray(colours_of_confidence),
     }
     entries = _legend_entries(labels, classes)
     rows = -(-len(entries) // COLUMNS)

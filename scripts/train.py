@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
@@ -35,7 +34,7 @@ from mfuser.data.rare_class_sampling import RareClassSampler, count_class_pixels
 from mfuser.data.sources import MultiSourceDataset, TrainingSource, joint_classes, multi_source_sampler
 from mfuser.data.validation import ValidationDataset
 from mfuser.encoder_configs_mfuser import DEFAULT_ENCODERS
-from mfuser.frozen_encoders_mfuser import recorded_encoders
+from mfuser.frozen_encoders_mfuser import located, recorded_encoders
 from mfuser.image_processing_mfuser import MFuserImageProcessor
 from mfuser.loading import load_model, restore_weights, saved_encoders
 from mfuser.modeling_mfuser import MFuserForSemanticSegmentation
@@ -166,11 +165,7 @@ def sources_of(options: ModelArguments) -> dict[str, Any] | None:
         return recorded_encoders(options.model)
     sources = {}
     for key, name in (encoders_of(options) or {}).items():
-        commit = None
-        if not Path(name).is_dir():  # the Hub's cache names the folder of a snapshot after its commit
-            commit = Path(
-                hf_hub_download(name, "config.json", revision=getattr(options, f"{key}_revision"))
-            ).parent.name
+        _, commit = located(name, revision=getattr(options, f"{key}_revision"))
         sources[key] = {"name_or_path": name, "revision": commit}
     return sources or None
 

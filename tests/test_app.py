@@ -132,14 +132,14 @@ def test_images_are_reduced_to_the_limits_of_memory(monkeypatch):
 
 def test_huge_files_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     Image.new("L", (60, 60)).save(tmp_path / "a.png")
-    app_model.check_file_size(tmp_path / "a.png")
+    app_model.check_number_of_pixels(tmp_path / "a.png")
     monkeypatch.setattr(app_model, "MAX_FILE_PIXELS", 3599)
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="60 x 60 pixels"):
-        app_model.check_file_size(tmp_path / "a.png")
+        app_model.check_number_of_pixels(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL refuses more than twice as many by itself
     with pytest.raises(ValueError, match="3600 pixels"):
-        app_model.check_file_size(tmp_path / "a.png")
+        app_model.check_number_of_pixels(tmp_path / "a.png")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from mfuser import MFuserForSemanticSegmentation
 from mfuser.evaluation.comparison import protocol_differences, read_result
 from mfuser.files import read_json, sha256, write_text
 from mfuser.overlap import in_order
+from mfuser.scripts.evaluate import weight_hashes
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "ablation"
 DOMAINS = {"camvid:validation": "day", "camvid:dusk": "dusk"}
@@ -85,10 +86,9 @@ def train(folder: Path, data: Path, settings: list[str], threads: int) -> None:
 def evaluate(folder: Path, data: Path, threads: int) -> dict[str, Any]:
     """The result of a run by day and at dusk, which is measured unless that is done."""
     output = folder.with_name(f"{folder.name}.json")
-    weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     if output.exists():
         result = read_result(output)
-        if result["complete"] and result["model"]["sha256"] == weights:
+        if result["complete"] and result["model"]["sha256"] == weight_hashes(folder):
             return result
     domains = (f"{name}={data}" for name in DOMAINS)
     run("evaluate", "--model", folder, "--domains", *domains, "--output", output, threads=threads)

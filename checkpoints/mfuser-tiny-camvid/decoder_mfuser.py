@@ -171,6 +171,7 @@ class MFuserPixelDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(size)
 
     def forward(self, pixels, positions, text, text_positions, centres, shapes):
+        """Refines the positions of all levels (B, N, C), at `centres` (N, 2), with the class names (B, K, C)."""
         attended = self.self_attention(pixels + positions, pixels, centres, shapes)
         pixels = self.self_attention_norm(pixels + attended)
         attended = self.text_attention(pixels + positions, text + text_positions, text)
@@ -236,12 +237,13 @@ class MFuserPixelDecoder(nn.Module):
         """
         Args:
             levels (`list` of 4 [`PyramidLevel`]):
-                The feature pyramid, stride 4 first.
+                The feature pyramid, finest first.
             text (`torch.Tensor` of shape `(B, K, E)`):
                 Class embeddings.
 
         Returns:
-            `tuple`: Mask features `(B, C, H / 4, W / 4)`, and the refined levels `(B, C, h, w)`, coarse first.
+            `tuple`: Mask features `(B, C, h, w)` of the finest level (H / 4 by W / 4 with patches of 16 pixels), and
+            the other levels `(B, C, h, w)`, refined, coarse first.
         """
         finest, *coarser = levels
         maps = [conv(level) for conv, level in zip(self.input_convs, reversed(coarser), strict=True)]
@@ -290,6 +292,7 @@ class MFuserDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(size)
 
     def forward(self, queries, query_positions, memory, memory_positions, mask):
+        """Updates the queries (B, K, C) with one level (B, N, C), where the mask (B, 1, K, N) is `True`."""
         attended = self.cross_attention(queries + query_positions, memory + memory_positions, memory, mask)
         queries = self.cross_attention_norm(queries + attended)
         positioned = queries + query_positions
@@ -338,14 +341,14 @@ class MFuserDecoder(nn.Module):
         Args:
             text (`torch.Tensor` of shape `(B, K, E)`):
                 Class embeddings.
-            mask_features (`torch.Tensor` of shape `(B, C, H / 4, W / 4)`):
+            mask_features (`torch.Tensor` of shape `(B, C, h, w)`):
                 Mask features of the pixel decoder.
             levels (`list` of 3 `torch.Tensor` of shape `(B, C, h, w)`):
                 Its refined levels, coarse first.
 
         Returns:
-            `list[tuple]`: Class logits `(B, K, K + 1)` and mask logits `(B, K, H / 4, W / 4)`, once before the first
-            layer and once after each.
+            `list[tuple]`: Class logits `(B, K, K + 1)` and mask logits `(B, K, h, w)` at the size of the mask
+            features, once before the first layer and once after each.
         """
         shapes = [grid_shape(level) for level in levels]
         level_positions = [

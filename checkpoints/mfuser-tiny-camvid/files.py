@@ -81,9 +81,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Args:
         path (`Path`):
-            The folder. It must not exist or be empty.
+            The folder. It must be new or empty.
 
-    Returns:
+    Yields:
         `Path`: The folder to write into, which has the same name.
 
     Raises:

@@ -48,7 +48,7 @@ class MFuserModelOutput(ModelOutput):
         fused_maps (`tuple` of 4 `torch.Tensor` of shape `(B, Dv + D, h, w)`):
             Patch tokens of both encoders after each tap, concatenated.
         feature_maps (`tuple` of 4 `torch.Tensor` of shape `(B, Dv + D, ., .)`):
-            The feature pyramid computed from them, stride 4 first.
+            The feature pyramid computed from them, finest first.
         global_embedding (`torch.Tensor` of shape `(B, 1, E)`):
             The image in the vision-language space.
         dense_embedding (`torch.Tensor` of shape `(B, E, h, w)`):

@@ -97,7 +97,7 @@ class MFuserPyramid(nn.Module):
         self.stride8 = MFuserUpsampling(channels)
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> list[PyramidLevel]:
-        """Fused maps (B, Dv + D, h, w) of the four taps -> four levels, stride 4 first, before the last upsampling."""
+        """Fused maps (B, Dv + D, h, w) of the four taps -> four levels, finest first, before the last upsampling."""
         if self.training and not any(parameter.requires_grad for parameter in self.parameters()):
             self.eval()  # a frozen pyramid keeps its BatchNorm statistics, which are not part of an adapter
         *layers, upsampling = self.stride4

@@ -203,6 +203,8 @@ class VisionLanguageTower(nn.Module):
             See [`Dinov2Tower`].
         text_class (`type`):
             Class of the text encoder.
+        text ([`PreTrainedModel`]):
+            The text encoder, which subclasses create if `config.use_text_encoder` is set.
         merges_normalised_vfm (`bool`):
             Whether `merge` takes the tokens of the vision foundation model after its last norm.
     """
