@@ -325,7 +325,7 @@ def _to_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def image_and_label(dataset, name: str):
-    """The columns `image` and `label` of a dataset. Raises `ValueError`, which states its `name`, if one is missing."""
+    """The columns `image` and `label` of a dataset. Raises `ValueError` with its `name` if one is missing."""
     missing = {"image", "label"} - set(dataset.column_names)
     if missing:
         raise ValueError(
