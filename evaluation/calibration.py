@@ -22,6 +22,7 @@ from mfuser.evaluation.protocols import EvaluationOptions, ProtocolSamples, Samp
 from mfuser.evaluation.scoring import segment_batch
 from mfuser.overlap import in_order, model_threads
 
+MAX_SCORES = 100_000_000  # of all samples; the fit takes about 40 bytes for each
 MAX_KINDS = 3  # of distortion in one copy; docs/confidence.md compares one to three
 
 
@@ -133,7 +134,8 @@ def sample_pixels(
         options (`EvaluationOptions`):
             The protocol, by which images are resized.
         pixels (`int`, *optional*, defaults to 1000):
-            Pixels that are drawn from each view, with replacement.
+            Pixels that are drawn from each view, with replacement; fewer if there would be more than `MAX_SCORES`
+            scores in all.
         copies (`int`, *optional*, defaults to 2):
             Distorted copies of each image, see [`distort`].
         max_kinds (`int`, *optional*, defaults to `MAX_KINDS`):
@@ -151,6 +153,8 @@ def sample_pixels(
         ValueError: If an image cannot be read or segmented, and `skipped` is `None`.
     """
     dataset = ProtocolSamples(domain, processor, options.evaluation_size(domain))
+    scores_per_pixel = len(dataset) * (1 + copies) * model.config.num_labels
+    pixels = max(1, min(pixels, MAX_SCORES // scores_per_pixel))
     loader = sample_loader(dataset, [[row] for row in range(len(domain.rows))], options.workers)
     mean, std = (
         np.resize(np.array(values, dtype=np.float64), (3, 1, 1)) / (255 * processor.rescale_factor)

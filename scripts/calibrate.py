@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--id2label", help="class names of your own dataset: a JSON file, or the name of a domain")
     parser.add_argument(
-        "--pixels", type=int, default=1000, help="pixels that are drawn from each view of an image (default: 1000)"
+        "--pixels", type=int, default=1000, help="most pixels drawn from each view of an image (default: 1000)"
     )
     parser.add_argument("--distortions", type=int, default=2, help="distorted copies of each image (default: 2)")
     add_device_argument(parser)

@@ -11,6 +11,7 @@ from tiny_models import tiny_config, tiny_model
 
 from mfuser import MFuserImageProcessor
 from mfuser.confidence_mfuser import confidence_map
+from mfuser.evaluation import calibration
 from mfuser.evaluation.calibration import (
     DISTORTIONS,
     PixelSample,
@@ -147,6 +148,13 @@ def test_samples_are_those_of_the_model_and_repeat(tmp_path):
     assert drawn == pytest.approx(whole.compute()["accuracy"], abs=0.07)
     known = {tuple(scores) for scores in outputs.logits[0].flatten(1).T.tolist()}
     assert all(tuple(scores) in known for scores in sample.scores.tolist())
+
+
+def test_the_number_of_scores_does_not_grow_with_images_and_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "MAX_SCORES", 300)
+    domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", pixels_and_labels(5)))
+    samples = sample_pixels(tiny_model(), MFuserImageProcessor(), domain, EvaluationOptions(), progress=False)
+    assert {sample.scores.shape for sample in samples} == {(300 // (5 * 3 * 4), 4)}
 
 
 def test_every_copy_is_made_from_the_image_and_every_image_has_draws_of_its_own(tmp_path, monkeypatch):
