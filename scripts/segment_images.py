@@ -81,12 +81,12 @@ def segment_images(sources: Iterable[Source], job: Job, skip_existing: bool = Fa
         segmented.pixels = segmented.labels = np.empty(0)
         segmented.confidence = None
 
-    with model_threads(job.model) as together:
+    with model_threads(job.model) as threads:
         images: Iterable[Segmented] = in_order(_step(read), map(Segmented, sources), threads=1, ahead=READ_AHEAD)
-        if together == 1:
+        if threads == 1:
             images = map(_step(run_model), images)
         else:
-            images = in_order(_step(run_model), images, threads=together, ahead=together)
+            images = in_order(_step(run_model), images, threads=threads, ahead=threads)
         yield from in_order(_step(write), images, threads=1, ahead=WRITE_BEHIND)
 
 

@@ -131,19 +131,19 @@ def segment_video(
         results = VideoResults(source, video, job, files)
         finish = _Finisher(job, smoothing, results)
         run_model = partial(_run_model, job=job, keeps_scores=smoothing > 0)
-        with ExitStack() as threads:  # they end before the files are closed
-            together = threads.enter_context(model_threads(job.model))
-            progress = threads.enter_context(
+        with ExitStack() as workers:  # they end before the files are closed
+            threads = workers.enter_context(model_threads(job.model))
+            progress = workers.enter_context(
                 tqdm(total=video.num_frames, desc=source.place.name, unit="frame", dynamic_ncols=True)
             )
-            items = threads.enter_context(closing(read_ahead(_until(stop, video), FRAMES_AHEAD)))
+            items = workers.enter_context(closing(read_ahead(_until(stop, video), FRAMES_AHEAD)))
             batches: Iterable[Batch] = _batches(items, job, source.kind.is_live)
-            if together == 1:
+            if threads == 1:
                 batches = map(run_model, batches)
             else:
-                batches = threads.enter_context(closing(in_order(run_model, batches, together, ahead=together)))
+                batches = workers.enter_context(closing(in_order(run_model, batches, threads, ahead=threads)))
             # One thread: smoothing, the encoder and the archive need the frames in order.
-            for number in threads.enter_context(closing(in_order(finish, batches, threads=1, ahead=1))):
+            for number in workers.enter_context(closing(in_order(finish, batches, threads=1, ahead=1))):
                 progress.update(number)
         result = VideoResult(finish.frames, finish.counts, video.note, video.problem, stop.is_set())
         results.finish(result)
