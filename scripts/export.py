@@ -38,8 +38,8 @@ Exit code: 0 if the artefact was written, 2 if it could not be exported or its s
 FILES = {"torch-export": "model.pt2", "onnx": "model.onnx", "aoti": "model.pt2"}
 MINIMUM_PATCHES = 4  # of a side: the coarsest level of the pyramid then has at least two
 OPSET = 20
-# Largest difference of scores, which are in [0, number of classes]. ONNX Runtime's own exponentials and error functions
-# differ from torch's: by 1.1e-5 with the demonstration on a CPU with AVX2.
+# Largest difference of scores, which are in [0, number of classes]. ONNX Runtime computes exponentials and the error
+# function by itself: the scores of the demonstration differ by 1.1e-5 from torch's on a CPU with AVX2.
 TOLERANCE = 5e-5
 CHECKED_PATCHES, CHECKED_BATCHES = (6, 9), (1, 3)  # sides of windows in patches, besides the crop, and batch sizes
 

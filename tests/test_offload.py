@@ -92,7 +92,7 @@ def test_a_part_in_memory_and_the_rest_on_disk(pair, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", VARIANTS)
 def test_any_part_in_memory_and_the_rest_on_disk(pair, tmp_path):
-    assert_any_split_works(pair, 6, tmp_path)
+    assert_any_split_works(pair, 12, tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.8, 0.95))])
