@@ -108,6 +108,11 @@ def distort(pixels: np.ndarray, max_kinds: int, rng: np.random.Generator) -> tup
     return pixels, kinds
 
 
+def pixels_within_limit(images: int, copies: int, num_labels: int) -> int:
+    """The number of pixels of each view, at least 1, with which all samples have at most `MAX_SCORES` scores."""
+    return max(1, MAX_SCORES // max(1, images * (1 + copies) * num_labels))
+
+
 def sample_pixels(
     model,
     processor,
@@ -122,7 +127,7 @@ def sample_pixels(
     """
     Segments each labelled image of a domain as it is and distorted, and draws pixels of each view.
 
-    The draws depend only on the position of the image, so that a second run gives the same samples.
+    The draws depend only on their number and the position of the image, so that a second run gives the same samples.
 
     Args:
         model ([`MFuserForSemanticSegmentation`]):
@@ -153,8 +158,7 @@ def sample_pixels(
         ValueError: If an image cannot be read or segmented, and `skipped` is `None`.
     """
     dataset = ProtocolSamples(domain, processor, options.evaluation_size(domain))
-    scores_per_pixel = len(dataset) * (1 + copies) * model.config.num_labels
-    pixels = max(1, min(pixels, MAX_SCORES // scores_per_pixel))
+    pixels = min(pixels, pixels_within_limit(len(dataset), copies, model.config.num_labels))
     loader = sample_loader(dataset, [[row] for row in range(len(domain.rows))], options.workers)
     mean, std = (
         np.resize(np.array(values, dtype=np.float64), (3, 1, 1)) / (255 * processor.rescale_factor)

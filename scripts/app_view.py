@@ -12,7 +12,13 @@ from PIL import Image
 
 from mfuser.confidence_mfuser import UNKNOWN
 from mfuser.scripts import palettes
-from mfuser.scripts.palettes import CONFIDENCE_COLOURS, UNKNOWN_COLOUR, confidence_indices, confidence_table
+from mfuser.scripts.palettes import (
+    CONFIDENCE_COLOURS,
+    UNKNOWN_COLOUR,
+    UNKNOWN_NAME,
+    confidence_indices,
+    confidence_table,
+)
 
 # Longer edge of the overlay on the page; the file to download has the size of the image.
 PREVIEW_EDGE = 1280
@@ -110,7 +116,7 @@ def legend_html(result: SegmentedImage, view: View) -> str:
         hidden = view.shown is not None and name not in view.shown
         rows.append(_legend_row(name, table[index].tolist(), shares[index], hidden))
     if view.threshold > 0:
-        rows.append(_legend_row("unknown", UNKNOWN_COLOUR, shares[UNKNOWN]))
+        rows.append(_legend_row(UNKNOWN_NAME, UNKNOWN_COLOUR, shares[UNKNOWN]))
     stops = ", ".join(f"rgb{colour}" for colour in CONFIDENCE_COLOURS)
     scale = (
         f'<div class="scale">confidence 0<span style="background: linear-gradient(to right, {stops})"></span>1</div>'
@@ -136,7 +142,7 @@ def legend_entries(result: SegmentedImage, threshold: float) -> dict[str, dict]:
     """The legend as written to a file: name, colour and share of each label value."""
     names = dict(enumerate(result.class_names))
     if threshold > 0:
-        names[UNKNOWN] = "unknown"
+        names[UNKNOWN] = UNKNOWN_NAME
     shares, table = result.shares(threshold), palettes.label_colours(result.class_names)
     return {
         str(index): {"name": name, "colour": table[index].tolist(), "share": round(float(shares[index]), 6)}

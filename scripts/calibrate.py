@@ -17,7 +17,14 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfuser.confidence_mfuser import confidence_map
-from mfuser.evaluation.calibration import PixelSample, confidence_metrics, fit_temperature, halves, sample_pixels
+from mfuser.evaluation.calibration import (
+    PixelSample,
+    confidence_metrics,
+    fit_temperature,
+    halves,
+    pixels_within_limit,
+    sample_pixels,
+)
 from mfuser.evaluation.domains import check_classes, open_domain
 from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
 from mfuser.files import atomic_folder, check_new_folder, read_json, write_text
@@ -128,6 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
     check_classes(model.config.id2label, domain)
     if not domain.rows.labelled:
         raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")
+    limit = pixels_within_limit(len(domain.rows), parsed.distortions, model.config.num_labels)
+    if parsed.pixels > limit:
+        print(
+            f"{domain.name}: {limit} instead of {parsed.pixels} pixels of each view fit into memory", file=sys.stderr
+        )
     options = EvaluationOptions(protocol=parsed.protocol, workers=parsed.workers)
     skipped = list(domain.skipped)
     samples = sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions, skipped=skipped)

@@ -404,14 +404,14 @@ def evaluate(parsed: argparse.Namespace, accelerator: Accelerator) -> dict[str, 
             result["corruptions"] = corruption_summary(under_corruption, result["mean_iou"])
             write_report()
         result["seconds"] = round(time.monotonic() - began, 1)
-    finish(report)
-    write_report()
-    if leader and parsed.examples:
-        remove_replaced_examples(parsed.output, report)
     if leader and parsed.reliability_diagrams is not None:
         for title, result in report["domains"].items():
             if "confidence" in result:
                 write_reliability_diagram(parsed.reliability_diagrams, title, result["confidence"])
+    finish(report)
+    write_report()
+    if leader:
+        remove_replaced_examples(parsed.output, report)
     return report
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,13 @@ def write_examples(
 
 
 def remove_replaced_examples(output: Path, report: dict[str, Any]) -> None:
-    """Deletes the panels of earlier evaluations that a complete report, which replaced theirs, does not name."""
-    named = {output.parent / each["file"] for domain in report["domains"].values() for each in domain["examples"]}
-    for file in {file for folder in {file.parent for file in named} for file in folder.iterdir()} - named:
+    """Deletes the panels of earlier evaluations, whose report a complete one has replaced."""
+    results = report["domains"].values()
+    named = {output.parent / each["file"] for result in results for each in result.get("examples", ())}
+    for file in set(examples_folder(output).glob("*/*.png")) - named:
         if PANEL_NAME.fullmatch(file.name):
-            file.unlink()
+            with suppress(OSError):  # the evaluation itself is complete
+                file.unlink()
 
 
 @torch.inference_mode()

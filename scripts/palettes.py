@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mfuser.confidence_mfuser import UNKNOWN
-
 # cityscapesScripts, helpers/labels.py: the 19 classes that are evaluated.
 CITYSCAPES_COLOURS = {
     "road": (128, 64, 128),
@@ -33,8 +31,8 @@ CITYSCAPES_COLOURS = {
 SYNONYMS = {"tree": "vegetation", "sign": "traffic sign", "pedestrian": "person", "bicyclist": "rider"}
 # Weights of the squared differences in red, green and blue in a perceptual distance ("redmean" at medium red).
 CHANNEL_WEIGHTS = np.array([2.5, 4.0, 2.5])
-MAX_CLASSES = UNKNOWN  # class ids below the label of unknown pixels
-UNKNOWN_COLOUR = (0, 0, 0)
+MAX_CLASSES = 256
+UNKNOWN_NAME, UNKNOWN_COLOUR = "unknown", (0, 0, 0)
 # Viridis at five points, from confidence 0 to 1.
 CONFIDENCE_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
@@ -58,8 +56,7 @@ def class_colours(class_names: Sequence[str]) -> np.ndarray:
     """
     if len(class_names) > MAX_CLASSES:
         raise ValueError(
-            f"The model has {len(class_names)} classes; an 8-bit label image holds at most {MAX_CLASSES}, "
-            f"as {UNKNOWN} is the label of unknown pixels."
+            f"The model has {len(class_names)} classes; an 8-bit label image holds at most {MAX_CLASSES} classes."
         )
     names = [name.lower().replace("_", " ").replace("-", " ") for name in class_names]
     names = [SYNONYMS[name] if name in SYNONYMS and SYNONYMS[name] not in names else name for name in names]
@@ -80,7 +77,7 @@ def class_colours(class_names: Sequence[str]) -> np.ndarray:
 
 def label_colours(class_names: Sequence[str]) -> np.ndarray:
     """RGB colours of all 256 label values, of shape (256, 3): those of the classes, then that of unknown pixels."""
-    table = np.full((256, 3), UNKNOWN_COLOUR, dtype=np.uint8)
+    table = np.full((MAX_CLASSES, 3), UNKNOWN_COLOUR, dtype=np.uint8)
     table[: len(class_names)] = class_colours(class_names)
     return table
 

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mfuser.confidence_mfuser import UNKNOWN
-from mfuser.scripts.palettes import confidence_indices, confidence_table
+from mfuser.scripts.palettes import UNKNOWN_NAME, confidence_indices, confidence_table
 from mfuser.scripts.segmentation import count_pixels
 
 WIDTH, MAX_HEIGHT = 560, 1120  # of each part, in pixels
@@ -45,7 +45,8 @@ def draw_panel(
     Returns:
         `Image.Image`: The panel.
     """
-    colours_of_confidence = confidence_table()[confidence_indices(confidence, labels == UNKNOWN)]
+    has_unknown = classes.get(UNKNOWN) == UNKNOWN_NAME  # of 256 classes, one has the same id
+    colours_of_confidence = confidence_table()[confidence_indices(confidence, has_unknown & (labels == UNKNOWN))]
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
     width, height = (max(1, round(scale * side)) for side in image.size)
     parts = {

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     colours, classes = palettes.class_colours(class_names), dict(enumerate(class_names))
     if threshold is not None:
         check_threshold(threshold, len(class_names))
-        classes[UNKNOWN] = "unknown"
+        classes[UNKNOWN] = palettes.UNKNOWN_NAME
         colours = palettes.label_colours(class_names)
     drawing = Drawing(
         classes, colours, parsed.alpha, parsed.confidence, parsed.panel, is_calibrated=settings["is_calibrated"]

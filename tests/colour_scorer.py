@@ -77,7 +77,7 @@ def run_evaluate(processes, cache, *arguments):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return subprocess.run(
         [sys.executable, *launch, "-m", "mfuser.scripts.evaluate", *map(str, arguments), "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)},
+        env=os.environ | {"HF_DATASETS_CACHE": str(cache)},
         capture_output=True,
         text=True,
         timeout=300,

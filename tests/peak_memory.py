@@ -1,5 +1,6 @@
-"""Peak memory of `mfuser segment` in a separate process."""
+"""Peak memory of `mfuser segment` in a separate process, which segments two images or frames at a time."""
 
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ print(code, int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_te
 
 def segment_peak_mebibytes(*arguments: object) -> int:
     command = [sys.executable, "-c", SEGMENT, *map(str, arguments)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     code, peak = map(int, printed.splitlines()[-1].split())
     assert code == 0, printed
     return peak

@@ -169,26 +169,28 @@ def test_the_scores_are_written_before_diagrams_and_examples_are_drawn(tmp_path,
 
 def test_pictures_are_those_of_the_report_beside_them(tmp_path, saved_model, monkeypatch):
     """An evaluation that is interrupted changes no picture of an earlier one; a complete one replaces them."""
-    output, diagrams, folder = tmp_path / "report.json", tmp_path / "diagrams", tmp_path / "report_examples" / "mine"
+    output, diagrams, folder = tmp_path / "report.json", tmp_path / "diagrams", tmp_path / "report_examples"
     options = ("--output", output, "--examples", 1, "--reliability-diagrams", diagrams)
 
-    def arguments(seed):
+    def arguments(seed, *titles):
         source = write_dataset(tmp_path / f"{seed}/validation.parquet", pixels_and_labels(4, seed=seed))
-        return "--model", saved_model, "--domains", f"mine={source}", *options
+        return "--model", saved_model, "--domains", *(f"{title}={source}" for title in titles), *options
 
     def pictures():
-        return {file: file.read_bytes() for file in (*folder.iterdir(), *diagrams.iterdir())}
+        return {file: file.read_bytes() for file in (*folder.glob("*/*"), *diagrams.iterdir())}
 
-    assert run(*arguments(0)) == 0
-    (folder / "worst-1.png").write_bytes(b"a picture of other origin")
+    assert run(*arguments(0, "mine", "yours")) == 0
+    (folder / "mine" / "worst-1.png").write_bytes(b"a picture of other origin")
     first = pictures()
     with monkeypatch.context() as patch:
-        patch.setattr(command, "finish", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        assert run(*arguments(1)) == 2
-    assert first.items() <= pictures().items()
-    assert run(*arguments(1)) == 0
+        done = iter([evaluate_domain])
+        patch.setattr(command, "evaluate_domain", lambda *args, **kwargs: next(done)(*args, **kwargs))
+        with pytest.raises(StopIteration):  # at the second domain
+            run(*arguments(1, "mine", "yours"))
+    assert first.items() < pictures().items()
+    assert run(*arguments(1, "mine")) == 0
     named = {tmp_path / example["file"] for example in read_result(output)["domains"]["mine"]["examples"]}
-    assert set(folder.iterdir()) == named | {folder / "worst-1.png"} and named.isdisjoint(first)
+    assert set(folder.glob("*/*")) == named | {folder / "mine" / "worst-1.png"} and named.isdisjoint(first)
     assert pictures()[diagrams / "mine.png"] != first[diagrams / "mine.png"]
 
 

@@ -262,7 +262,6 @@ def test_a_folder_that_holds_anything_is_refused_before_the_model_is_loaded(tmp_
     assert (tmp_path / "run.py").read_text() == "mine"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
 def test_an_export_that_ends_at_any_file_operation_leaves_nothing_or_a_complete_artefact(fault, tmp_path, monkeypatch):
     model, processor = tiny_model(), MFuserImageProcessor()
@@ -334,7 +333,7 @@ def assert_artefact_equals_the_model(window, model, processor, program, kind, fo
     export.WRITERS[kind](program, folder / export.FILES[kind])
     (folder / "artefact.json").write_text(json.dumps(export.description(window, processor, kind)))
     (folder / "run.py").write_bytes(Path(run_artefact.__file__).read_bytes())
-    assert export.largest_difference(window, folder) <= 1e-5, kind
+    assert export.largest_difference(window, folder) <= (export.TOLERANCE if kind == "onnx" else 1e-5), kind
     save_image(folder / "image.png", size=(210, 190))
     labels, _ = run_elsewhere(folder, folder / "image.png", kind)
     with Image.open(folder / "image.png") as image, torch.no_grad():
@@ -363,8 +362,10 @@ def test_artefacts_equal_the_model(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # a whole-image artefact of a small model is compared in .ci/run
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(
+    "name",
+    ["dinov2+clip", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SUBJECTS if name != "dinov2+clip")],
+)
 def test_artefacts_of_whole_images_equal_the_model(name, tmp_path):
     model, processor = subject(name)
     window = export.WholeImage(model, argmax=False)

@@ -57,7 +57,7 @@ ACTIONS = {"a checkpoint of the same step": save_again, "a checkpoint": save_lat
 
 
 def faults(step: int):
-    """Every `step`-th number of a fault; the default suite tries some of them, the slow tests all."""
+    """Every `step`-th number of a fault; the slow tests try some of them, the exhaustive ones all."""
     return range(0, 500, step)
 
 

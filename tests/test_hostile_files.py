@@ -182,8 +182,9 @@ def test_the_legend_of_other_classes_is_never_replaced(model, tmp_path, capsys, 
 # --- killed, or the disk full, at any file operation -----------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [fault_injection.kill, fault_injection.fill_disk])
+@pytest.mark.parametrize(
+    "fault", [fault_injection.kill, pytest.param(fault_injection.fill_disk, marks=pytest.mark.slow)]
+)
 def test_results_are_complete_whenever_a_run_ends(model, tmp_path, fault):
     images, output = tmp_path / "images", tmp_path / "out"
     for name in ("a.png", "deep/b.png"):

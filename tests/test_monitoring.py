@@ -75,7 +75,6 @@ def validation_of(file):
 # --- no effect on training -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_training_with_and_without_monitoring_is_bit_identical(tmp_path):
     with_it, without = trainer_in(tmp_path, {"night": OtherSamples()}), trainer_in(tmp_path)
     states = []

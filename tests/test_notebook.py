@@ -28,8 +28,6 @@ def printed(notebook) -> str:
 
 @pytest.mark.slow
 def test_the_notebook_runs_and_fine_tunes_a_good_model(tmp_path, monkeypatch):
-    # For the kernel: the threads of one process wait for each other, which takes minutes beside other tests.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = printed(executed(tmp_path))
     assert re.search(r"road +\d+\.\d%", text)
     (score,) = re.findall(r"mean_iou +(\d+\.\d)%", text)

@@ -130,7 +130,6 @@ def test_markdown_shows_the_same_tables_and_pictures(evaluated, report):
             image.load()
 
 
-@pytest.mark.slow
 def test_names_are_shown_as_they_are_and_are_never_markup(evaluated, result, report, tmp_path):
     text = json.dumps(result)
     for name, hostile in zip(NAMES.values(), HOSTILE, strict=True):

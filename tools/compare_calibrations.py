@@ -101,7 +101,8 @@ def main() -> None:
     images, there = samples(source), samples(other)
     corrupted = [each for seed in (0, 1) for each in samples(replace(source, distortion=AnyCorruption(seed)))]
     fitted_to = {"images": images} | {
-        f"images and copies, up to {kinds} kinds": samples(source, copies=2, max_kinds=kinds) for kinds in (1, 2, 3)
+        f"images and copies, {name}": samples(source, copies=2, max_kinds=kinds)
+        for kinds, name in ((1, "one kind"), (2, "up to two kinds"), (3, "up to three kinds"))
     }
     print(f"| method | fitted to | ECE % | common corruptions | {parsed.measure[0]} | AUROC there |")
     print("|---|---|---|---|---|---|")

@@ -62,7 +62,7 @@ def recorded_encoders(name_or_path: str | Path, **hub_kwargs) -> dict[str, dict]
 
 
 def located(name: str, **hub_kwargs) -> tuple[Path, str | None]:
-    """The folder of a model that is given by its folder or Hub id, and of a Hub id the commit, which is downloaded."""
+    """The folder of a model given by its folder or Hub id, and the commit of a Hub id; downloads its `config.json`."""
     if Path(name).is_dir():
         return Path(name), None
     folder = Path(hf_hub_download(name, "config.json", **hub_kwargs)).parent
