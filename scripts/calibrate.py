@@ -137,9 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")
     limit = pixels_within_limit(len(domain.rows), parsed.distortions, model.config.num_labels)
     if parsed.pixels > limit:
-        print(
-            f"{domain.name}: {limit} instead of {parsed.pixels} pixels of each view fit into memory", file=sys.stderr
-        )
+        print(f"{domain.name}: {limit} pixels of each view instead of {parsed.pixels}, for memory", file=sys.stderr)
     options = EvaluationOptions(protocol=parsed.protocol, workers=parsed.workers)
     skipped = list(domain.skipped)
     samples = sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions, skipped=skipped)

@@ -1,8 +1,8 @@
 """
 Fixtures of several test files. Code of saved models is copied into a cache of the test session, not the user's.
 
-Tests and the processes that they start compute with one thread, unless they set a number: their models are too small for several,
-`pytest -n auto` runs one process per core, and the rounding of sums depends on the number of threads.
+Tests and the processes that they start compute with one thread, unless they set another number: their models are too
+small for several, `pytest -n auto` runs one process per core, and sums are rounded by the number of threads.
 """
 
 import atexit

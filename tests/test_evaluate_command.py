@@ -183,8 +183,8 @@ def test_pictures_are_those_of_the_report_beside_them(tmp_path, saved_model, mon
     (folder / "mine" / "worst-1.png").write_bytes(b"a picture of other origin")
     first = pictures()
     with monkeypatch.context() as patch:
-        done = iter([evaluate_domain])
-        patch.setattr(command, "evaluate_domain", lambda *args, **kwargs: next(done)(*args, **kwargs))
+        once = iter([command.evaluate_domain])
+        patch.setattr(command, "evaluate_domain", lambda *args, **kwargs: next(once)(*args, **kwargs))
         with pytest.raises(StopIteration):  # at the second domain
             run(*arguments(1, "mine", "yours"))
     assert first.items() < pictures().items()
