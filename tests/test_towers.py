@@ -106,7 +106,7 @@ def test_rotary_positions_of_dinov3_fit_any_grid():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("pair", "tower", "class_tokens", "how"),
+    ("encoders", "tower", "class_tokens", "how"),
     [
         # DINOv2's own code resamples by a scale factor with 0.1 added to the side
         ("dinov2+clip", "vfm", 1, dict(mode="bicubic", scale_factor=(3.1 / 4, 2.1 / 4))),
@@ -117,8 +117,8 @@ def test_rotary_positions_of_dinov3_fit_any_grid():
         ("dinov2+siglip2", "vlm", 0, dict(mode="bilinear", size=(3, 2))),
     ],
 )
-def test_positions_are_resampled_to_the_grid_as_the_paper_does(pair, tower, class_tokens, how):
-    model = tiny_model(pair)
+def test_positions_are_resampled_to_the_grid_as_the_paper_does(encoders, tower, class_tokens, how):
+    model = tiny_model(encoders)
     vision = getattr(model.mfuser, tower).vision
     ((_, table),) = [item for item in vision.named_parameters() if "position_embedding" in item[0]]
     table.normal_()
