@@ -23,6 +23,7 @@ class Colours(torch.nn.Module):
     def __init__(self, classes=NAMES):
         super().__init__()
         self.config = SimpleNamespace(id2label=dict(classes), patch_size=1, crop_size=512, windows_per_batch=None)
+        self.config.num_labels = len(classes)
         generator = torch.Generator().manual_seed(0)
         self.weights = torch.nn.Parameter(torch.randn(len(classes), 3, generator=generator))
         self.shown = []
