@@ -108,11 +108,6 @@ def distort(pixels: np.ndarray, max_kinds: int, rng: np.random.Generator) -> tup
     return pixels, kinds
 
 
-def pixels_within_limit(images: int, copies: int, num_labels: int) -> int:
-    """The number of pixels of each view, at least 1, with which all samples have at most `MAX_SCORES` scores."""
-    return max(1, MAX_SCORES // max(1, images * (1 + copies) * num_labels))
-
-
 def sample_pixels(
     model,
     processor,
@@ -158,7 +153,8 @@ def sample_pixels(
         ValueError: If an image cannot be read or segmented, and `skipped` is `None`.
     """
     dataset = ProtocolSamples(domain, processor, options.evaluation_size(domain))
-    pixels = min(pixels, pixels_within_limit(len(dataset), copies, model.config.num_labels))
+    scores_per_pixel = len(dataset) * (1 + copies) * model.config.num_labels
+    pixels = max(1, min(pixels, MAX_SCORES // max(1, scores_per_pixel)))
     loader = sample_loader(dataset, [[row] for row in range(len(domain.rows))], options.workers)
     mean, std = (
         np.resize(np.array(values, dtype=np.float64), (3, 1, 1)) / (255 * processor.rescale_factor)

@@ -17,14 +17,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mfuser.confidence_mfuser import confidence_map
-from mfuser.evaluation.calibration import (
-    PixelSample,
-    confidence_metrics,
-    fit_temperature,
-    halves,
-    pixels_within_limit,
-    sample_pixels,
-)
+from mfuser.evaluation.calibration import PixelSample, confidence_metrics, fit_temperature, halves, sample_pixels
 from mfuser.evaluation.domains import check_classes, open_domain
 from mfuser.evaluation.protocols import PROTOCOLS, EvaluationOptions
 from mfuser.files import atomic_folder, check_new_folder, read_json, write_text
@@ -135,9 +128,6 @@ def main(arguments: list[str] | None = None) -> int:
     check_classes(model.config.id2label, domain)
     if not domain.rows.labelled:
         raise ValueError(f"{domain.name}: its split {domain.split} has no labels, which confidences are fitted to")
-    limit = pixels_within_limit(len(domain.rows), parsed.distortions, model.config.num_labels)
-    if parsed.pixels > limit:
-        print(f"{domain.name}: {limit} pixels of each view instead of {parsed.pixels}, for memory", file=sys.stderr)
     options = EvaluationOptions(protocol=parsed.protocol, workers=parsed.workers)
     skipped = list(domain.skipped)
     samples = sample_pixels(model, processor, domain, options, parsed.pixels, parsed.distortions, skipped=skipped)
@@ -146,6 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     images = len({sample.row for sample in samples})
     if images < 2:
         raise ValueError(f"{domain.name}: {images} images with labels can be used; at least 2 are needed")
+    drawn = len(samples[0].labels)
+    if drawn < parsed.pixels:
+        print(f"{domain.name}: {drawn} pixels of each view instead of {parsed.pixels}, for memory", file=sys.stderr)
     temperature = fit_temperature(samples)
     try:
         print(before_and_after(samples))

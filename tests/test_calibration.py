@@ -157,6 +157,16 @@ def test_the_number_of_scores_does_not_grow_with_images_and_classes(tmp_path, mo
     assert {sample.scores.shape for sample in samples} == {(300 // (5 * 3 * 4), 4)}
 
 
+def test_the_command_reports_fewer_pixels_than_were_asked_for(tmp_path, saved_model, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "MAX_SCORES", 4 * 3 * 4 * 50)
+    source = write_dataset(tmp_path / "data/validation.parquet", mostly_right(4))
+    arguments = ["--model", saved_model, "--domain", f"mine:validation={source.parent}", "--workers", 0]
+    for pixels, reported in ((60, True), (50, False)):
+        options = (*arguments, "--pixels", pixels, "--output", tmp_path / str(pixels))
+        assert calibrate.main([str(each) for each in options]) == 0
+        assert ("mine:validation: 50 pixels of each view instead of 60" in capsys.readouterr().err) is reported
+
+
 def test_every_copy_is_made_from_the_image_and_every_image_has_draws_of_its_own(tmp_path, monkeypatch):
     rows = [next(iter(pixels_and_labels(1)))] * 2  # one image twice
     domain = open_domain("mine", write_dataset(tmp_path / "validation.parquet", rows))

@@ -452,6 +452,17 @@ def test_a_panel_of_an_image_of_any_shape_has_a_bounded_size(size):
     assert drawn.width < 2000 and drawn.height < 2000
 
 
+@pytest.mark.parametrize("last", ["class 255", "unknown"])
+def test_only_unknown_pixels_have_no_colour_of_confidence_in_a_panel(last):
+    image, classes = Image.new("RGB", (64, 64)), {index: f"class {index}" for index in range(255)} | {255: last}
+    labels, confidence = np.full((64, 64), 255, dtype=np.uint8), np.ones((64, 64), dtype=np.float32)
+    colours = palettes.class_colours(classes.values())
+    drawn = np.asarray(panel.draw_panel(image, image, labels, confidence, classes, colours, True))
+    middle = panel.MARGIN + panel.TITLE + panel.WIDTH // 2
+    expected = palettes.UNKNOWN_COLOUR if last == "unknown" else palettes.CONFIDENCE_COLOURS[-1]
+    assert tuple(drawn[middle, -panel.MARGIN - panel.WIDTH // 2]) == expected
+
+
 def test_the_score_of_an_image_is_printed_and_unusable_labels_are_refused_before_segmenting(model, tmp_path, capsys):
     output, truth = tmp_path / "out", tmp_path / "truth.png"
     write_image(tmp_path / "street.png")
